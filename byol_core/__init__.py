@@ -1,0 +1,33 @@
+"""BYOL in plain PyTorch: `ema_update`, `cosine_tau`, `byol_loss`, `LARS`, the networks and the loop.
+
+Names are imported when first used, so that `import byol_core` costs nothing and loads neither torchvision nor scikit-learn.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from byol_core.ema import ema_update as ema_update
+    from byol_core.lars import LARS as LARS
+    from byol_core.losses import byol_loss as byol_loss
+    from byol_core.networks import BYOL as BYOL
+    from byol_core.schedules import cosine_tau as cosine_tau
+
+__version__ = "0.1.0"
+
+_HOME = {"ema_update": "ema", "cosine_tau": "schedules", "byol_loss": "losses", "LARS": "lars", "BYOL": "networks"}
+_MODULES = ("backbones", "evaluate", "networks", "training")
+
+__all__ = [*_HOME, *_MODULES, "__version__"]
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOME:
+        return getattr(import_module(f"byol_core.{_HOME[name]}"), name)
+    if name in _MODULES:
+        return import_module(f"byol_core.{name}")
+    raise AttributeError(f"module 'byol_core' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,100 @@
+"""A torchvision classification model by name, turned into a feature extractor."""
+
+import difflib
+import inspect
+from collections import OrderedDict
+
+import torch
+from torch import Tensor, nn
+
+
+def build_backbone(name: str, small_images: bool = False, image_size: int | None = None) -> tuple[nn.Module, int]:
+    """(feature extractor with random weights, feature dimension) of the torchvision classification model `name`.
+
+    The model's last nn.Linear becomes an identity, so that the other tensors keep torchvision's own names. `conv6` is
+    ours: six 3x3 convolutions for images of about 8 to 32 pixels.
+    small_images: for ResNets, a 3x3 first convolution of stride 1 and no max-pooling. image_size: edge of the views in
+    pixels, for models whose layers depend on it (vision transformers).
+    Returns: the module maps (B, 3, S, S) to (B, feature_dim).
+    Raises: ValueError for an unknown name, a model that has no final nn.Linear, or a small stem on anything but a ResNet.
+    """
+    if name == "conv6":
+        return _conv6(), 128
+    from torchvision import models
+
+    known = models.list_models(module=models)
+    if name not in known:
+        near = difflib.get_close_matches(name, [*known, "conv6"], n=1)
+        raise ValueError(f"unknown arch {name!r}{f' - did you mean {near[0]}?' if near else ''} "
+                         "(any torchvision classification model, or conv6)")
+    accepted = inspect.signature(models.get_model_builder(name)).parameters
+    options: dict[str, object] = {"weights": None}
+    if name in ("googlenet", "inception_v3"):
+        options |= {"aux_logits": False, "init_weights": True}
+    if image_size is not None and name.startswith(("vit_", "maxvit")):
+        options["image_size" if name.startswith("vit_") else "input_size"] = (
+            image_size if name.startswith("vit_") else (image_size, image_size))
+    assert "weights" in accepted
+    try:
+        model = models.get_model(name, **options)
+    except ValueError as error:
+        raise ValueError(f"{name} cannot be built for {image_size}-pixel images: {error}") from error
+    feature_dim = _drop_last_linear(model, name)
+    if small_images:
+        _use_small_stem(model, name)
+    return model, feature_dim
+
+
+def _drop_last_linear(model: nn.Module, name: str) -> int:
+    layers = [(path, layer) for path, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+    if not layers or layers[-1][1].out_features != 1000:
+        raise ValueError(f"arch {name!r} does not end in a linear layer, so it has no feature vector to train on - "
+                         "choose another, or pass your own nn.Module from Python")
+    path, last = layers[-1]
+    parent, _, attribute = path.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, nn.Identity())
+    return last.in_features
+
+
+def _use_small_stem(model: nn.Module, name: str) -> None:
+    from torchvision.models import ResNet
+
+    if not isinstance(model, ResNet):
+        raise ValueError(f"--small-stem is for ResNets, not for {name} - leave it out")
+    model.conv1 = nn.Conv2d(3, model.conv1.out_channels, kernel_size=3, stride=1, padding=1, bias=False)
+    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision draws its own
+    model.maxpool = nn.Identity()
+
+
+def _conv6() -> nn.Module:
+    """Six 3x3 conv-BN-ReLU layers of 32, 32, 64, 64, 128, 128 channels, the third and fifth of stride 2; mean over space."""
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    channels = 3
+    for number, (width, stride) in enumerate(((32, 1), (32, 1), (64, 2), (64, 1), (128, 2), (128, 1)), start=1):
+        layers[f"conv{number}"] = nn.Conv2d(channels, width, kernel_size=3, stride=stride, padding=1, bias=False)
+        layers[f"bn{number}"] = nn.BatchNorm2d(width)
+        layers[f"relu{number}"] = nn.ReLU(inplace=True)
+        channels = width
+    layers["pool"] = nn.AdaptiveAvgPool2d(1)
+    layers["flatten"] = nn.Flatten()
+    return nn.Sequential(layers)
+
+
+@torch.no_grad()
+def check_backbone(backbone: nn.Module, feature_dim: int, image_size: int, channels: int = 3) -> None:
+    """Run one blank image through `backbone`; its mode and weights stay as they are.
+
+    Raises: ValueError when it cannot take images of that size or returns anything but `feature_dim` numbers an image.
+    """
+    was_training = backbone.training
+    backbone.eval()
+    try:
+        features: Tensor = backbone(torch.zeros(1, channels, image_size, image_size)).flatten(1)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise ValueError(f"the network cannot take {image_size}-pixel images ({error}) - "
+                         "use a larger --image-size or another --arch") from error
+    finally:
+        backbone.train(was_training)
+    if features.shape != (1, feature_dim):
+        raise ValueError(f"the network returns {tuple(features.shape)[1:]} numbers an image, not ({feature_dim},) - "
+                         "choose another --arch")

@@ -1,0 +1,147 @@
+"""One frozen dataclass that is the list of options, their defaults and the command line at once (standard library only)."""
+
+import argparse
+import difflib
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, NoReturn
+
+
+def option(default: object, group: str, text: str, **argparse_options: object) -> Any:
+    """A dataclass field that also describes its own command-line flag."""
+    return field(default=default, metadata={"group": group, "help": text, **argparse_options})
+
+
+def checked(kind: type[int] | type[float], accept: Callable[[float], bool], allowed: str,
+            auto: bool = False) -> Callable[[str], float | None]:
+    """A parser of one value that names what is allowed when it gets something else; "auto" reads as None where given."""
+
+    def parse(text: str) -> float | None:
+        if auto and text == "auto":
+            return None
+        try:
+            number = kind(text)
+        except ValueError:
+            number = math.nan
+        if not accept(number):  # NaN fails every comparison
+            raise argparse.ArgumentTypeError(f"must be {'auto or ' if auto else ''}{allowed}, got {text}")
+        return number
+
+    return parse
+
+
+natural = checked(int, lambda n: n >= 0, "a whole number, 0 or more")
+count = checked(int, lambda n: n >= 1, "a whole number, 1 or more")
+amount = checked(float, lambda x: 0 <= x < math.inf, "a finite number, 0 or more")
+positive = checked(float, lambda x: 0 < x < math.inf, "a finite number above 0")
+unit = checked(float, lambda x: 0 <= x <= 1, "a number in [0, 1]")
+auto_or_natural = checked(int, lambda n: n >= 0, "a whole number, 0 or more", auto=True)
+auto_or_pixels = checked(int, lambda n: n >= 8, "a whole number of pixels, 8 or more", auto=True)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything a person can ask of a run; None means "let the recipe choose from the data" (see `byol_core.plan`)."""
+
+    data: str = option("digits", "data", "folder of images, flat or nested; class sub-folders are labels, used only for "
+                       "evaluation; 'digits' is the embedded sample", metavar="DIR")
+    epochs: int = option(100, "training", "passes over the images", type=natural, metavar="N")
+    out: str | None = option(None, "run folder", "run folder (default: runs/<name of the data>)", metavar="DIR")
+    eval_data: str | None = option(None, "data", "labelled folder to measure on (default: a fifth of --data, stratified)",
+                                   metavar="DIR")
+    arch: str | None = option(None, "network", "any torchvision classification model, or conv6, a small network for tiny "
+                              "images (default: resnet18, conv6 for the sample)", metavar="NAME")
+    image_size: int | None = option(None, "network", "edge of a view in pixels, or auto, from the images",
+                                    type=auto_or_pixels, metavar="auto|N")
+    small_stem: bool | None = option(None, "network", "3x3 first convolution without pooling, for ResNets on small images "
+                                     "(default: on below 48 pixels)", action=argparse.BooleanOptionalAction)
+    hidden_dim: int | None = option(None, "network", "hidden width of projector and predictor", type=count, metavar="N")
+    projection_dim: int | None = option(None, "network", "output width of projector and predictor", type=count, metavar="N")
+    batch_size: int | None = option(None, "training", "images of one optimizer update, over all processes and "
+                                    "accumulation steps (default: 256; the sample: 64)", type=count, metavar="N")
+    recipe: str = option("auto", "training", "auto: chosen from images, batch and epochs, and explained; paper: the "
+                         "published preset nearest in epochs; quadra: the source system's defaults",
+                         choices=("auto", "paper", "quadra"))
+    optimizer: str | None = option(None, "training", "optimizer over the online network",
+                                   choices=("auto", "lars", "sgd", "adam", "adamw"))
+    lr: float | None = option(None, "training", "learning rate per 256 images; scaled by batch size / 256", type=positive,
+                              metavar="F")
+    weight_decay: float | None = option(None, "training", "weight decay; biases and 1-D tensors never decay", type=amount,
+                                        metavar="F")
+    warmup_epochs: float | None = option(None, "training", "linear warm-up of the learning rate, in epochs", type=amount,
+                                         metavar="F")
+    scheduler: str | None = option(None, "training", "learning-rate schedule", choices=("cosine", "plateau", "constant"))
+    scheduler_interval: str | None = option(None, "training", "when the learning-rate schedule advances",
+                                            choices=("step", "epoch"))
+    tau_base: float | None = option(None, "training", "target momentum at the first update, in [0, 1]", type=unit,
+                                    metavar="F")
+    tau_schedule: str | None = option(None, "training", "cosine: from the base to 1; constant: the base throughout",
+                                      choices=("cosine", "constant"))
+    accum_steps: int = option(1, "training", "micro-batches per optimizer update", type=count, metavar="N")
+    classifier: str = option("logistic", "evaluation", "probe on frozen embeddings: logistic, knn, or the dotted name of "
+                             "any scikit-learn classifier", metavar="NAME")
+    eval_every: int = option(0, "evaluation", "epochs between kNN measurements while training; 0: only before and after",
+                             type=natural, metavar="N")
+    eval: bool = option(True, "evaluation", "no evaluation before and after training", flag="--no-eval",
+                        action="store_false")
+    save_every: int = option(1, "run folder", "epochs between checkpoints", type=count, metavar="N")
+    views: str = option("auto", "machine", "where views are made: device: batched, from images held in memory; cpu: "
+                        "torchvision in worker processes", choices=("auto", "device", "cpu"))
+    device: str = option("auto", "machine", "auto, cpu, cuda, cuda:N or mps", metavar="NAME")
+    amp: str = option("auto", "machine", "mixed precision; auto: bf16 or fp16 where the device is faster with it",
+                      choices=("auto", "bf16", "fp16", "off"))
+    compile: bool = option(False, "machine", "torch.compile the network", action="store_true")
+    workers: int | None = option(None, "machine", "data worker processes, or auto", type=auto_or_natural,
+                                 metavar="auto|N")
+    seed: int = option(0, "training", "seed of everything random in the run", type=natural, metavar="N")
+    resume: str | None = option(None, "run folder", "go on from the run folder's last checkpoint, or from PATH", nargs="?",
+                                const="", metavar="PATH")
+    init_from: str | None = option(None, "network", "start from the weights in this backbone file", metavar="PATH")
+    check: bool = option(False, "run folder", "look at the data, draw the views, time a few steps, train nothing",
+                         action="store_true")
+    debug: bool = option(False, "run folder", "show the traceback of an error", action="store_true")
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose complaints are one line, with the nearest flag where one was mistyped."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ").split() if message.startswith("unrecognized") else []
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1) if unknown else []
+        hint = f" - did you mean {near[0]}?" if near else " - see --help" if unknown else ""
+        self.exit(2, f"error: {message}{hint}\n")
+
+
+def _flag(option_field: "Field[Any]") -> tuple[str, dict[str, Any]]:
+    """The flag and the argparse keywords that a field of `TrainConfig` describes."""
+    described = dict(option_field.metadata)
+    del described["group"]
+    flag = described.pop("flag", "--" + option_field.name.replace("_", "-"))
+    if option_field.default is not None and "action" not in described:
+        described["help"] += f" (default: {option_field.default})"
+    return flag, {**described, "dest": option_field.name, "default": option_field.default}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="train.py", allow_abbrev=False,
+                     description="Train BYOL on a folder of images, without labels.",
+                     epilog="example: python train.py --data ./imgs --epochs 100")
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for option_field in fields(TrainConfig):
+        title = option_field.metadata["group"]
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        flag, described = _flag(option_field)
+        groups[title].add_argument(flag, **described)
+    return parser
+
+
+def parse_config(arguments: list[str] | None = None) -> TrainConfig:
+    """The options on the command line; exits with code 2 and one line when one of them is wrong."""
+    values = vars(build_parser().parse_args(sys.argv[1:] if arguments is None else arguments))
+    if values["optimizer"] == "auto":
+        values["optimizer"] = None
+    return TrainConfig(**values)

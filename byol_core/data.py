@@ -1,0 +1,299 @@
+"""From image files to batches of two views: one order, one replacement rule, and two interchangeable sources of views."""
+
+import itertools
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from byol_core.device_views import draw, render
+from byol_core.folder import BadImageError, ImageSet, decode, decode_all, printable, typical_size
+from byol_core.plan import Facts
+from byol_core.runtime import usable_cpus
+from byol_core.seeds import seed_from
+from byol_core.views import ViewRecipe, cpu_view, normalise, plain_view
+
+BAD_LIMIT = 0.1  # share of the files; with more the folder is not what its owner thinks
+MEMORY_BUDGET = 2**31  # bytes of decoded images held at once: 700,000 images of 32 pixels
+
+Views = tuple[Tensor, Tensor]  # two views of each image, (B, 3, S, S) each
+
+
+class TooManyBadFilesError(RuntimeError):
+    """More of the image files are unusable than a run should pass over."""
+
+
+@dataclass
+class BadFiles:
+    """The files that could not be decoded, by index: each reported once, and too many of them are an error."""
+
+    files: ImageSet
+    report: Callable[[str], None]
+    reasons: dict[int, str] = field(default_factory=dict)
+
+    def add(self, index: int, reason: str) -> None:
+        if index in self.reasons:
+            return
+        self.reasons[index] = reason
+        self.report(f"skipped {printable(self.files.name(index))}: {printable(reason)}")
+        if len(self.reasons) > BAD_LIMIT * len(self.files):
+            raise TooManyBadFilesError(
+                f"{len(self.reasons)} of {len(self.files)} images cannot be read, more than {BAD_LIMIT:.0%} "
+                f"(the last: {printable(self.files.name(index))}: {printable(reason)}) - see bad_files.txt")
+
+    def listing(self) -> str:
+        return "".join(f"{printable(self.files.name(index))}\t{printable(reason)}\n"
+                       for index, reason in sorted(self.reasons.items()))
+
+
+@dataclass
+class ImageData:
+    """The images of a run: their files, and their pixels where the whole set is held in memory.
+
+    pixels: (N, 3, H, W) uint8 on the device that makes the views, or None.
+    """
+
+    files: ImageSet
+    bad: BadFiles
+    pixels: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def image(self, index: int) -> Image.Image:
+        """Image `index` as RGB. Raises: BadImageError."""
+        if index in self.bad.reasons:
+            raise BadImageError(self.bad.reasons[index])
+        if self.pixels is None:
+            return decode(self.files.path(index))
+        return Image.fromarray(self.pixels[index].permute(1, 2, 0).cpu().numpy())
+
+
+def look_at(files: ImageSet) -> Facts:
+    """What a plan needs to know of the images, from a few of their headers."""
+    height, width, same_size = typical_size(files)
+    return Facts(len(files), min(height, width), same_size)
+
+
+def load_images(files: ImageSet, where: str, device: torch.device, report: Callable[[str], None]) -> tuple[ImageData, str]:
+    """(the images, where views are made and why). where: "auto", "device" (decode all now) or "cpu" (decode as needed).
+
+    Raises: ValueError when `where` is "device" and the images do not allow it; TooManyBadFilesError.
+    """
+    bad = BadFiles(files, report)
+    if where == "cpu":
+        return ImageData(files, bad), "cpu (as asked)"
+    height, width, same = typical_size(files)
+    needed = len(files) * 3 * height * width
+    if same and needed <= MEMORY_BUDGET:
+        pixels = decode_all(files, bad.add)
+        if pixels is not None:
+            return ImageData(files, bad, pixels.to(device)), f"device ({len(files)} images of {width}x{height} in memory)"
+        same = False
+    reason = (f"{needed / 1e9:.1f} GB of images, over the budget of {MEMORY_BUDGET / 1e9:.1f} GB" if same
+              else "images of different sizes")
+    if where == "device":
+        raise ValueError(f"--views device needs images of one size that fit in memory: {reason} - use --views cpu")
+    return ImageData(files, bad), f"cpu ({reason})"
+
+
+@dataclass(frozen=True)
+class Order:
+    """Which images form which batch: a pure function of (seed, epoch). Images that do not fill a batch sit that epoch out."""
+
+    images: int
+    batch_size: int
+    accum_steps: int = 1
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+
+    def __len__(self) -> int:
+        """Micro-batches per epoch and process."""
+        return self.images // self.batch_size * self.accum_steps
+
+    def epoch(self, epoch: int) -> Tensor:
+        """(micro-batches, micro-batch size) int64: the images of this process, in order."""
+        generator = torch.Generator().manual_seed(seed_from(self.seed, "order", epoch))
+        chosen = torch.randperm(self.images, generator=generator)[:self.images // self.batch_size * self.batch_size]
+        micro_batch = self.batch_size // (self.accum_steps * self.world_size)
+        return chosen.view(-1, self.world_size, micro_batch)[:, self.rank]
+
+
+def replacement(seed: int, epoch: int, index: int, attempt: int, images: int) -> int:
+    """The image that stands in for a bad one: a pure function of the place, so that nothing else shifts."""
+    return seed_from(seed, "replacement", epoch, index, attempt) % images
+
+
+class DeviceBatches:
+    """Two views per image, made in batches on the device from images held there.
+
+    len() is the number of micro-batches in an epoch; `epoch` yields them from any of them on.
+    """
+
+    def __init__(self, data: ImageData, recipes: tuple[ViewRecipe, ViewRecipe], order: Order) -> None:
+        assert data.pixels is not None
+        self.pixels = data.pixels
+        self.bad = data.bad
+        self.recipes = recipes
+        self.order = order
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Views]:
+        height, width = self.pixels.shape[2:]
+        for indices in self.order.epoch(epoch)[start:]:
+            images = self.pixels[self._readable(epoch, indices).to(self.pixels.device)]
+            view1, view2 = (render(images, draw(recipe, self.order.seed, epoch, indices, view, height, width), recipe)
+                            for view, recipe in enumerate(self.recipes))
+            yield view1, view2
+
+    def _readable(self, epoch: int, indices: Tensor) -> Tensor:
+        if not self.bad.reasons:
+            return indices
+        return torch.tensor([self._stand_in(epoch, index) for index in indices.tolist()])
+
+    def _stand_in(self, epoch: int, index: int) -> int:
+        source = index
+        for attempt in itertools.count():
+            if source not in self.bad.reasons:
+                break
+            source = replacement(self.order.seed, epoch, index, attempt, len(self.pixels))
+        return source
+
+
+class WorkerBatches:
+    """Two views per image, made one by one with torchvision in worker processes: the reference path.
+
+    len() is the number of micro-batches in an epoch; `epoch` yields them from any of them on, whatever `workers` is.
+    """
+
+    def __init__(self, data: ImageData, recipes: tuple[ViewRecipe, ViewRecipe], order: Order, workers: int,
+                 pin_memory: bool = False) -> None:
+        self.order = order
+        self.bad = data.bad
+        self.sampler = _EpochSampler(order)
+        self.loader = DataLoader(
+            _ViewDataset(data, recipes, order.seed), batch_sampler=self.sampler, num_workers=workers,
+            collate_fn=_collate, pin_memory=pin_memory, persistent_workers=workers > 0,
+            worker_init_fn=_ignore_signals)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Views]:
+        self.sampler.place = epoch, start
+        for view1, view2, failures in self.loader:
+            for index, reason in failures:
+                self.bad.add(index, reason)
+            yield view1, view2
+
+
+class _EpochSampler(Sampler[list[tuple[int, int]]]):
+    """Batches of (epoch, index) keys; where to start is set before each pass."""
+
+    def __init__(self, order: Order) -> None:
+        self.order = order
+        self.place = 0, 0  # epoch, first micro-batch
+
+    def __len__(self) -> int:
+        return len(self.order) - self.place[1]
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, start = self.place
+        for indices in self.order.epoch(epoch)[start:].tolist():
+            yield [(epoch, index) for index in indices]
+
+
+Failure = tuple[int, str]  # index of a file that could not be decoded, and why
+
+
+class _ViewDataset(Dataset[tuple[Tensor, Tensor, list[Failure]]]):
+    def __init__(self, data: ImageData, recipes: tuple[ViewRecipe, ViewRecipe], seed: int) -> None:
+        self.data = data
+        self.views = [cpu_view(recipe) for recipe in recipes]
+        self.seed = seed
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, list[Failure]]:
+        epoch, index = key
+        image, failures = self._decode(epoch, index)
+        views = []
+        for number, view in enumerate(self.views):
+            torch.default_generator.manual_seed(seed_from(self.seed, "view", epoch, index, number))
+            views.append(view(image))
+        return views[0], views[1], failures
+
+    def _decode(self, epoch: int, index: int) -> tuple[Image.Image, list[Failure]]:
+        """The image, or the stand-in that `DeviceBatches` would take too, and the files found bad on the way to it."""
+        failures: list[Failure] = []
+        source = index
+        for attempt in range(1000):
+            try:
+                return self.data.image(source), failures
+            except BadImageError as error:
+                failures.append((source, str(error)))
+            source = replacement(self.seed, epoch, index, attempt, len(self.data))
+        raise TooManyBadFilesError("no readable image found in 1000 tries - the images may all be bad or gone")
+
+
+def _collate(samples: Sequence[tuple[Tensor, Tensor, list[Failure]]]) -> tuple[Tensor, Tensor, list[Failure]]:
+    first, second, failures = zip(*samples)
+    return torch.stack(first), torch.stack(second), list(itertools.chain(*failures))
+
+
+def _ignore_signals(worker: int) -> None:
+    """Signals sent to the whole process group are the main process's to answer; it then shuts its workers down."""
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+def choose_workers(asked: int | None) -> int:
+    """Worker processes for decoding: as asked, or one per usable CPU, at most 8."""
+    return min(8, usable_cpus()) if asked is None else asked
+
+
+def plain_batches(data: ImageData, recipe: ViewRecipe, indices: Tensor, workers: int = 0,
+                  batch_size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
+    """(indices, images) of the images asked for, in order, unaugmented and normalised, (b, 3, S, S); bad ones left out."""
+    if data.pixels is not None and tuple(data.pixels.shape[2:]) == (recipe.size, recipe.size):
+        good = indices[[index not in data.bad.reasons for index in indices.tolist()]]
+        for part in good.split(batch_size):
+            yield part, normalise(data.pixels[part.to(data.pixels.device)].float() / 255, recipe)
+        return
+    loader = DataLoader(_PlainDataset(data, recipe, indices), batch_size=batch_size, num_workers=workers,
+                        collate_fn=_collate_plain, worker_init_fn=_ignore_signals)
+    for found, images, failures in loader:
+        for index, reason in failures:
+            data.bad.add(index, reason)
+        if len(found):
+            yield found, images
+
+
+class _PlainDataset(Dataset[tuple[int, "Tensor | str"]]):
+    def __init__(self, data: ImageData, recipe: ViewRecipe, indices: Tensor) -> None:
+        self.data = data
+        self.view = plain_view(recipe)
+        self.indices = indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, row: int) -> "tuple[int, Tensor | str]":
+        index = int(self.indices[row])
+        try:
+            return index, self.view(self.data.image(index))
+        except BadImageError as error:
+            return index, str(error)
+
+
+def _collate_plain(samples: "Sequence[tuple[int, Tensor | str]]") -> tuple[Tensor, Tensor, list[Failure]]:
+    good = [(index, image) for index, image in samples if isinstance(image, Tensor)]
+    failures = [(index, reason) for index, reason in samples if isinstance(reason, str)]
+    images = torch.stack([image for _, image in good]) if good else torch.empty(0)
+    return torch.tensor([index for index, _ in good], dtype=torch.int64), images, failures

@@ -1,0 +1,183 @@
+"""Random views of a whole batch at once: draw every image's parameters on the CPU, then render them on any device."""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from byol_core import image_ops
+from byol_core.seeds import seed_from
+from byol_core.views import ViewRecipe, normalise
+
+_TRIES = 10  # torchvision's RandomResizedCrop tries this often before it takes a central crop
+
+# Each number of a view has its own column in the image's random stream, so switching one operation off or on leaves
+# what the others draw unchanged. First come the yes-or-no draws, then the numbers, grouped as they are used.
+_FLIP, _JITTER, _GREY, _BLUR, _SOLARIZE = range(5)
+_ANGLE, _ZOOM, _SHEAR, _SHIFT_X, _SHIFT_Y, _SIGMA = range(5, 11)
+_FACTORS, _ORDER = slice(11, 15), slice(15, 19)
+_TOP, _LEFT = 19, 20
+_AREA, _LOG_RATIO = slice(21, 21 + _TRIES), slice(21 + _TRIES, 21 + 2 * _TRIES)
+_NOISE = _COLUMNS = 21 + 2 * _TRIES
+
+
+@dataclass(frozen=True)
+class ViewParams:
+    """All random numbers of one view of a batch, one row per image, on the CPU.
+
+    affine: (B, 2, 3) float32 as `image_ops.affine` takes it, or None. boxes: (B, 4) int64 top, left, height, width, or
+    None where images of the view's size are taken whole. flip, jitter, grey, solarize: (B,) bool.
+    factors: (B, 4) float32 and order: (B, 4) int64, as `image_ops.jitter` takes them. sigma: (B,) float32, 0 where the
+    image is not blurred. noise_keys: (B,) int64.
+    """
+
+    affine: Tensor | None
+    boxes: Tensor | None
+    flip: Tensor
+    jitter: Tensor
+    factors: Tensor
+    order: Tensor
+    grey: Tensor
+    sigma: Tensor
+    solarize: Tensor
+    noise_keys: Tensor
+
+
+def draw(recipe: ViewRecipe, seed: int, epoch: int, indices: Tensor, view: int, heights: Tensor | int,
+         widths: Tensor | int) -> ViewParams:
+    """The parameters of one view of each image: a pure function of (seed, epoch, image index, view).
+
+    Distributed as torchvision's RandomAffine, RandomResizedCrop, ColorJitter and GaussianBlur draw them. No generator
+    is involved, so neither the other images of the batch nor anything drawn before plays a part.
+
+    indices: (B,) int64 on the CPU, the images' places in the data set. view: 0 or 1. heights, widths: of the images in
+    pixels, (B,) int64 or one number for all.
+    Raises: ValueError for an affine recipe on images of different sizes.
+    """
+    heights = torch.as_tensor(heights).expand(len(indices))
+    widths = torch.as_tensor(widths).expand(len(indices))
+    same_size = bool((heights == heights[:1]).all() and (widths == widths[:1]).all())
+    if recipe.has_affine and not same_size:
+        raise ValueError("draw: a recipe that rotates, zooms, shears or shifts needs images of one size in a batch")
+    bits, uniform = _stream(seed, epoch, indices, view)
+    low, span = _ranges(recipe)
+    number = uniform * span + low  # (B, columns)
+    chance = torch.tensor([recipe.flip, recipe.jitter, recipe.grey, recipe.blur if recipe.blur_kernel > 1 else 0.0,
+                           recipe.solarize], dtype=torch.float64)
+    flip, jitter, grey, blur, solarize = (uniform[:, :len(chance)] < chance).unbind(1)
+    if recipe.crop_scale is not None:
+        boxes = _crop_boxes(recipe, number, heights, widths)
+    elif bool((heights != recipe.size).any() or (widths != recipe.size).any()):
+        boxes = torch.stack([torch.zeros_like(heights), torch.zeros_like(widths), heights, widths], dim=1)
+    else:
+        boxes = None
+    affine = _affine_matrices(number, heights, widths) if recipe.has_affine else None
+    return ViewParams(affine, boxes, flip, jitter, factors=number[:, _FACTORS].float(),
+                      order=uniform[:, _ORDER].argsort(1), grey=grey, sigma=(number[:, _SIGMA] * blur).float(),
+                      solarize=solarize, noise_keys=bits[:, _NOISE])
+
+
+def draw_boxes(recipe: ViewRecipe, seed: int, epoch: int, indices: Tensor, view: int, heights: Tensor | int,
+               widths: Tensor | int) -> Tensor:
+    """Only the (B, 4) crop boxes that `draw` gives for the same arguments, for whoever crops before rendering.
+
+    Raises: ValueError for a recipe without a crop.
+    """
+    if recipe.crop_scale is None:
+        raise ValueError("draw_boxes: crop_scale=None; this recipe takes images whole")
+    low, span = _ranges(recipe)
+    number = _stream(seed, epoch, indices, view)[1] * span + low
+    return _crop_boxes(recipe, number, torch.as_tensor(heights).expand(len(indices)),
+                       torch.as_tensor(widths).expand(len(indices)))
+
+
+def render(images: Tensor, params: ViewParams, recipe: ViewRecipe) -> Tensor:
+    """One view of each image with the drawn parameters, on the images' device.
+
+    Images that were cropped to the view's size elsewhere are finished with `dataclasses.replace(params, boxes=None)`.
+
+    images: (B, 3, H, W), uint8 or float in [0, 1]; unchanged.
+    Returns: (B, 3, size, size) float32, normalised.
+    Raises: ValueError if there are no boxes and the images are not of the view's size.
+    """
+    if params.boxes is None and tuple(images.shape[-2:]) != (recipe.size, recipe.size):
+        raise ValueError(f"render: images of {images.shape[-2]}x{images.shape[-1]} pixels without boxes; "
+                         f"the recipe's view has {recipe.size}x{recipe.size}")
+
+    def blur(rows: Tensor, sigma: Tensor) -> Tensor:
+        return image_ops.gaussian_blur(rows, sigma, recipe.blur_kernel)
+
+    def solarize(rows: Tensor) -> Tensor:
+        return image_ops.solarize(rows, recipe.solarize_threshold)
+
+    with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+        images = images.float().mul_(1 / 255) if images.dtype == torch.uint8 else images.float()
+        if params.affine is not None:
+            images = image_ops.affine(images, params.affine)
+        if params.boxes is not None:
+            images = image_ops.crop_resize(images, params.boxes, recipe.size, params.flip, recipe.interpolation)
+        else:
+            images = image_ops.on_rows(images, params.flip, _mirror)
+        images = image_ops.on_rows(images, params.jitter, image_ops.jitter, params.factors, params.order)
+        images = image_ops.on_rows(images, params.grey, image_ops.grey)
+        images = image_ops.on_rows(images, params.sigma > 0, blur, params.sigma)
+        images = image_ops.on_rows(images, params.solarize, solarize)
+        if recipe.noise > 0:
+            images = image_ops.add_noise(images, recipe.noise, params.noise_keys)
+        return normalise(images, recipe)
+
+
+def _mirror(images: Tensor) -> Tensor:
+    return images.flip(3)
+
+
+def _stream(seed: int, epoch: int, indices: Tensor, view: int) -> tuple[Tensor, Tensor]:
+    """(B, columns + 1) int64 random bits of each image's view, and all but the last as float64 in [0, 1)."""
+    keys = image_ops.mix(indices + seed_from(seed, "views", epoch, view))
+    bits = image_ops.hashed_bits(keys, _COLUMNS + 1)
+    return bits, ((bits[:, :_COLUMNS] >> 11) & ((1 << 53) - 1)).double().mul_(2.0**-53)
+
+
+def _ranges(recipe: ViewRecipe) -> tuple[Tensor, Tensor]:
+    """(columns,) float64 lowest value, and span up to the highest, of the number in each column of the stream."""
+    ranges = [(0.0, 1.0)] * _COLUMNS
+    degree = math.pi / 180
+    ranges[_ANGLE] = (-recipe.rotate * degree, recipe.rotate * degree)
+    ranges[_ZOOM] = recipe.zoom
+    ranges[_SHEAR] = (-recipe.shear * degree, recipe.shear * degree)
+    ranges[_SHIFT_X] = ranges[_SHIFT_Y] = (-recipe.shift, recipe.shift)
+    ranges[_SIGMA] = recipe.blur_sigma
+    strengths = (recipe.brightness, recipe.contrast, recipe.saturation)
+    ranges[_FACTORS] = [*((max(0.0, 1 - strength), 1 + strength) for strength in strengths), (-recipe.hue, recipe.hue)]
+    ranges[_AREA] = [recipe.crop_scale or (1.0, 1.0)] * _TRIES
+    ranges[_LOG_RATIO] = [(math.log(recipe.crop_ratio[0]), math.log(recipe.crop_ratio[1]))] * _TRIES
+    low, high = torch.tensor(ranges, dtype=torch.float64).unbind(1)
+    return low, high - low
+
+
+def _affine_matrices(number: Tensor, heights: Tensor, widths: Tensor) -> Tensor:
+    """(B, 2, 3) float32 from output to input: the inverse of shearing along x, rotating, zooming, then shifting."""
+    cos, sin, tan = number[:, _ANGLE].cos(), number[:, _ANGLE].sin(), number[:, _SHEAR].tan()
+    linear = torch.stack([cos - sin * tan, sin + cos * tan, -sin, cos], dim=1) / number[:, _ZOOM:_ZOOM + 1]
+    linear = linear.view(-1, 2, 2)
+    shift = torch.stack([number[:, _SHIFT_X] * widths, number[:, _SHIFT_Y] * heights], dim=1).round()  # whole pixels
+    return torch.cat([linear, -(linear @ shift.unsqueeze(2))], dim=2).float()
+
+
+def _crop_boxes(recipe: ViewRecipe, number: Tensor, heights: Tensor, widths: Tensor) -> Tensor:
+    """(B, 4) int64: the first of ten draws that fits into the image, else its centre at the nearest allowed ratio."""
+    area = number[:, _AREA] * (heights * widths).unsqueeze(1)  # (B, _TRIES)
+    ratio = number[:, _LOG_RATIO].exp()
+    width, height = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
+    fits = (width >= 1) & (width <= widths.unsqueeze(1)) & (height >= 1) & (height <= heights.unsqueeze(1))
+    first = fits.int().argmax(1, keepdim=True)
+    found = fits.any(1)
+    central_height = torch.minimum(heights, (widths / recipe.crop_ratio[0]).round())
+    central_width = torch.minimum(widths, (heights * recipe.crop_ratio[1]).round())
+    height = torch.where(found, height.gather(1, first).squeeze(1), central_height).long()
+    width = torch.where(found, width.gather(1, first).squeeze(1), central_width).long()
+    top = torch.where(found, (number[:, _TOP] * (heights - height + 1)).long(), (heights - height) // 2)
+    left = torch.where(found, (number[:, _LEFT] * (widths - width + 1)).long(), (widths - width) // 2)
+    return torch.stack([top, left, height, width], dim=1)

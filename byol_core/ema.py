@@ -1,0 +1,251 @@
+"""Exponential moving average of one network's tensors into another's; imports torch alone and may be copied alone."""
+
+import sys
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+# Wrappers insert one segment into names. They are known by type, as (module of the class, class, segment); a class
+# whose module was never imported has no instances, so nothing needs to be imported here.
+_WRAPPERS = (
+    ("torch.nn.parallel.distributed", "DistributedDataParallel", "module"),
+    ("torch.nn.parallel.data_parallel", "DataParallel", "module"),
+    ("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod"),
+    ("torch.distributed.algorithms._checkpoint.checkpoint_wrapper", "ActivationWrapper", "_checkpoint_wrapped_module"),
+)
+_AVERAGED = frozenset({torch.float32, torch.float64, torch.complex64, torch.complex128})
+_NO_MODULE = nn.Module()
+
+_Pair = tuple[str, Tensor, Tensor]  # a label such as "parameter 'conv1.weight'", target's tensor, online's tensor
+
+
+@torch.inference_mode()  # more than no_grad: a target made under inference_mode may be written, too
+def ema_update(target: nn.Module, online: nn.Module, tau: float, *,
+               buffers: Literal["keep", "copy", "average"] = "keep") -> None:
+    """target <- tau * target + (1 - tau) * online, in place, tensors paired by name.
+
+    online may hold more than target (the predictor), target may not. Wrappers (DistributedDataParallel, DataParallel,
+    torch.compile, activation checkpointing) are looked through at any depth. Tied tensors are updated once. A float32
+    target may follow a bfloat16 or float16 online network. No graph is kept; requires_grad plays no part.
+    target, online: networks of equal shapes on equal devices; DTensors (FSDP2) must be sharded alike.
+    tau: in [0, 1]; 0 copies online exactly, 1 leaves target as it is.
+    buffers: "keep" never looks at buffers; "copy" copies online's; "average" averages floating ones and copies the
+    others, such as batch normalisation's counter.
+    Raises: ValueError naming the first argument or tensor that does not fit, with target untouched.
+    Source: Grill et al. 2020 (arXiv 2006.07733), equation 1.
+
+    >>> online, target = nn.Linear(2, 1), nn.Linear(2, 1)
+    >>> online.weight.data.fill_(1.0), target.weight.data.fill_(0.0)
+    (tensor([[1., 1.]]), tensor([[0., 0.]]))
+    >>> ema_update(target, online, tau=0.75)
+    >>> target.weight.data
+    tensor([[0.2500, 0.2500]])
+    """
+    tau = float(tau)
+    if not 0.0 <= tau <= 1.0:
+        raise ValueError(f"ema_update: tau must be in [0, 1], got {tau}")
+    if buffers not in ("keep", "copy", "average"):
+        raise ValueError(f"ema_update: buffers must be 'keep', 'copy' or 'average', got {buffers!r}")
+    averaged, copied, unpaired = _pairs(target, online, buffers)
+    averaged, copied = _distinct(averaged, copied, unpaired)
+
+    if tau == 0.0:
+        copied = copied + averaged  # a lerp of weight 1 would keep target's nan and inf
+    elif tau < 1.0:
+        for targets, onlines in _alike(averaged):
+            if targets[0].dtype != onlines[0].dtype:
+                onlines = [tensor.to(targets[0].dtype) for tensor in onlines]
+            torch._foreach_lerp_(targets, onlines, 1.0 - tau)
+    for targets, onlines in _alike(copied):
+        torch._foreach_copy_(targets, onlines)
+
+
+def _pairs(target: nn.Module, online: nn.Module, buffers: str) -> tuple[list[_Pair], list[_Pair], list[Tensor]]:
+    """Checked pairs to average, checked pairs to copy, and the tensors that only online holds."""
+    for role, module in (("target", target), ("online", online)):
+        if not isinstance(module, nn.Module):
+            raise ValueError(f"ema_update: {role} must be a torch.nn.Module, got {type(module).__name__}")
+    dtensor = _loaded("torch.distributed.tensor", "DTensor")
+    averaged: list[_Pair] = []
+    copied: list[_Pair] = []
+    unpaired: list[Tensor] = []
+    for kind in ("parameter",) if buffers == "keep" else ("parameter", "buffer"):
+        found, rest = _walk(target, online, f"_{kind}s")
+        for name, mine, theirs in found:
+            label = f"{kind} '{name}'"
+            if theirs is None:
+                raise ValueError(f"ema_update: target {label} has no partner in online{_hint(name, kind, online)}")
+            if isinstance(mine, dtensor) or isinstance(theirs, dtensor):
+                mine, theirs = _shards(label, mine, theirs, dtensor)
+            average = kind == "parameter" or buffers == "average" and _is_inexact(mine)
+            refusal = _refusal(mine, theirs, average)
+            if refusal:
+                raise ValueError(f"ema_update: target {label} {refusal}")
+            (averaged if average else copied).append((label, mine, theirs))
+        unpaired += [tensor.to_local() if isinstance(tensor, dtensor) else tensor for tensor in rest]
+    if not averaged and not copied:
+        raise ValueError("ema_update: target holds no tensors to update")
+    return averaged, copied, unpaired
+
+
+def _loaded(path: str, name: str) -> tuple[type[Any], ...]:
+    """The class of that name, or nothing when its module was never imported."""
+    kind = getattr(sys.modules.get(path), name, None)
+    return () if kind is None else (kind,)
+
+
+def _walk(target: nn.Module, online: nn.Module,
+          tensors: str) -> tuple[list[tuple[str, Tensor, Tensor | None]], list[Tensor]]:
+    """(name, target's tensor, online's or None) down both module trees at once, and the tensors of online left over."""
+    wrappers = {kind: segment for path, name, segment in _WRAPPERS for kind in _loaded(path, name)}
+    fsdp = _loaded("torch.distributed.fsdp", "FSDPModule")
+    segments: dict[type[Any], str] = {}  # of the module types met; asking each module by isinstance is slow
+    found: list[tuple[str, Tensor, Tensor | None]] = []
+    left_over: list[Tensor] = []
+
+    def unwrap(module: nn.Module) -> nn.Module:
+        while True:
+            kind = type(module)
+            if kind not in segments:
+                segments[kind] = next((wrappers[wrapper] for wrapper in wrappers if issubclass(kind, wrapper)), "")
+            if not segments[kind]:
+                break
+            module = getattr(module, segments[kind])
+        if isinstance(module, fsdp):
+            module.reshard()  # gathered parameters are copies: writing to them has no effect
+        return module
+
+    def descend(target: nn.Module, online: nn.Module, prefix: str) -> None:
+        own, partners = getattr(target, tensors), getattr(online, tensors)
+        for name, tensor in own.items():
+            if tensor is not None:
+                found.append((prefix + name, tensor, partners[name] if name in partners else None))
+        for name, tensor in partners.items():
+            if tensor is not None and (name not in own or own[name] is None):
+                left_over.append(tensor)
+        own, partners = target._modules, online._modules
+        for name, child in own.items():
+            if child is not None:
+                partner = partners[name] if name in partners else None
+                descend(unwrap(child), _NO_MODULE if partner is None else unwrap(partner), f"{prefix}{name}.")
+        for name, child in partners.items():
+            if child is not None and (name not in own or own[name] is None):
+                left_over.extend(child.parameters() if tensors == "_parameters" else child.buffers())
+
+    target, online = unwrap(target), unwrap(online)
+    if target is online:
+        raise ValueError("ema_update: target and online are the same module; make target with copy.deepcopy(online)")
+    descend(target, online, "")
+    return found, left_over
+
+
+def _hint(name: str, kind: str, online: nn.Module) -> str:
+    """What to do about a name without a partner: the usual cause is a wrapper of unknown type around one of the two."""
+    names = [other for other, _ in (online.named_parameters() if kind == "parameter" else online.named_buffers())]
+    for other in names:
+        if other.endswith(f".{name}"):
+            return f", which holds '{other}'; pass online's '{other.removesuffix(name)[:-1]}'"
+        if name.endswith(f".{other}"):
+            return f", which holds '{other}'; pass target's '{name.removesuffix(other)[:-1]}'"
+    return f", whose first {kind} is '{names[0]}'" if names else f", which has no {kind}s"
+
+
+def _shards(label: str, target: Tensor, online: Tensor, dtensor: tuple[type[Any], ...]) -> tuple[Tensor, Tensor]:
+    """This process's shards of two DTensors, which must be laid out alike: then the update needs no communication."""
+    layouts = [(tensor.device_mesh, tensor.placements) if isinstance(tensor, dtensor) else "a plain tensor"
+               for tensor in (target, online)]
+    if layouts[0] != layouts[1] or target.shape != online.shape:
+        raise ValueError(f"ema_update: target {label} is {layouts[0]} of shape {tuple(target.shape)}, online's is "
+                         f"{layouts[1]} of shape {tuple(online.shape)}; shard both networks alike")
+    return target.to_local(), online.to_local()  # type: ignore[attr-defined]
+
+
+def _refusal(target: Tensor, online: Tensor, average: bool) -> str:
+    """Why this pair cannot be averaged or copied, '' if it can; follows the label of target's tensor."""
+    if is_lazy(target) or is_lazy(online):
+        return "is not initialized, or online's is not; run one batch through both networks first"
+    if target.is_meta or online.is_meta:
+        return "is on the meta device and holds no values, or online's does; load both networks first"
+    if target.layout is not torch.strided or online.layout is not torch.strided:
+        return f"has layout {target.layout}, online's {online.layout}; only dense tensors can be averaged"
+    if target.shape != online.shape:
+        return f"has shape {tuple(target.shape)}, online's {tuple(online.shape)}"
+    if target.device != online.device:
+        return f"is on {target.device}, online's on {online.device}; move one of the networks"
+    dtype = target.dtype
+    if average and dtype not in _AVERAGED:
+        if not _is_inexact(target):
+            return f"is {dtype}, and integers cannot be averaged"
+        return (f"is {dtype}, in which small steps round away (a bfloat16 target at tau 0.999 never moves); "
+                "keep target in float32: target.float()")
+    if dtype != online.dtype and not (
+            _is_inexact(target) and dtype.is_complex == online.is_complex() and _is_inexact(online)
+            and dtype.itemsize >= online.itemsize):
+        return f"is {dtype}, which does not hold online's {online.dtype}"
+    if not target.is_contiguous() and _extent(target) < target.numel():
+        return "is expanded: several of its elements share memory; clone it"
+    return ""
+
+
+def _is_inexact(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _distinct(averaged: list[_Pair], copied: list[_Pair],
+              unpaired: list[Tensor]) -> tuple[list[_Pair], list[_Pair]]:
+    """The pairs with tied tensors once; every byte of target is written once, and none of them belongs to online."""
+    everything = unpaired + [tensor for pair in averaged + copied for tensor in pair[1:]]
+    if len({tensor.untyped_storage().data_ptr() for tensor in everything}) == len(everything):
+        return averaged, copied
+
+    spans = [(*_span(tensor), "") for tensor in unpaired]  # "" for online, the label of the tensor for target
+    for pairs in (averaged, copied):
+        first: dict[object, _Pair] = {}
+        for label, mine, theirs in pairs:
+            known = first.setdefault(_place(mine), (label, mine, theirs))
+            if _place(known[2]) != _place(theirs):
+                raise ValueError(f"ema_update: target ties {known[0]} and {label}, online does not; tie them in both")
+        pairs[:] = first.values()
+        spans += [(*_span(mine), label) for label, mine, _ in pairs] + [(*_span(theirs), "") for *_, theirs in pairs]
+
+    storage, online_end, target_end, target_label = -1, 0, 0, ""
+    for current, start, end, label in sorted(spans):
+        if current != storage:
+            storage, online_end, target_end, target_label = current, 0, 0, ""
+        if start < end and start < (online_end if label else target_end):
+            raise ValueError(f"ema_update: target and online share the memory of {label or target_label}; give target "
+                             "its own, as with copy.deepcopy(online)")
+        if start < end and label and start < target_end:
+            raise ValueError(f"ema_update: target's {target_label} and {label} overlap in memory; clone one of them")
+        if label:
+            target_end, target_label = max((target_end, target_label), (end, label))
+        else:
+            online_end = max(online_end, end)
+    return averaged, copied
+
+
+def _place(tensor: Tensor) -> tuple[object, ...]:
+    return *_span(tensor), tensor.shape, tensor.stride()
+
+
+def _span(tensor: Tensor) -> tuple[int, int, int]:
+    """Storage, first byte and end of a tensor's memory."""
+    start = int(tensor.storage_offset()) * tensor.itemsize
+    return tensor.untyped_storage().data_ptr(), start, start + _extent(tensor) * tensor.itemsize
+
+
+def _extent(tensor: Tensor) -> int:
+    """Elements from the first to the last in memory."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride())) if tensor.numel() else 0
+
+
+def _alike(pairs: list[_Pair]) -> list[tuple[list[Tensor], list[Tensor]]]:
+    """Targets and onlines in groups of one device and one dtype each, as the fused operations want them."""
+    groups: dict[object, tuple[list[Tensor], list[Tensor]]] = {}
+    for _, mine, theirs in pairs:
+        targets, onlines = groups.setdefault((mine.device, mine.dtype, theirs.dtype), ([], []))
+        targets.append(mine)
+        onlines.append(theirs)
+    return list(groups.values())

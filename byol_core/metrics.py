@@ -1,0 +1,151 @@
+"""The run's own record: metrics.jsonl, train.log, and one progress line."""
+
+import json
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+
+from torch import Tensor
+from tqdm import tqdm
+
+from byol_core.checkpoint import write_text
+from byol_core.losses import spread
+from byol_core.schedules import due
+from byol_core.training import Progress, Step
+
+RECORD_EVERY = 10  # updates; each record reads a few numbers back from the device
+TERMINAL_EVERY, PLAIN_EVERY = 0.5, 30.0  # seconds between progress lines on a terminal and in a file
+COLLAPSED_BELOW = 0.1  # spread; a healthy run stays well above 0.5
+
+Value = int | float | str | None
+
+
+class RunLog:
+    """Writes what happens in a run to its folder and to the console; a file that cannot be written never stops the run."""
+
+    def __init__(self, folder: Path, epochs: int, updates_per_epoch: int, batch_size: int) -> None:
+        self.folder = folder
+        self.epochs = epochs
+        self.total_updates = epochs * updates_per_epoch
+        self.updates_per_epoch = updates_per_epoch
+        self.batch_size = batch_size
+        self.seconds = 0.0  # spent in training steps, over all sessions of the run
+        self.waited = 0.0  # seconds of them spent waiting for views
+        self.loss_sum: float | Tensor = 0.0  # since the last record
+        self.loss_count = 0
+        self.skipped = 0
+        self.last: dict[str, Value] = {}
+        self._bar: tqdm | None = None
+        self._printed = self._marked = time.monotonic()
+        self._recorded = (0.0, 0.0, 0)  # seconds, waited, updates at the last record
+        self._warned = False
+        self._collapse_reported = False
+
+    def say(self, text: str) -> None:
+        """A line for the person and for train.log."""
+        if self._bar is not None:
+            self._bar.clear()
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+        self.note(text)
+
+    def note(self, text: str) -> None:
+        """A line for train.log alone."""
+        self._append("train.log", f"{datetime.now().isoformat(timespec='seconds')} {text}\n")
+
+    def record(self, progress: Progress, **values: Value) -> None:
+        """One line of metrics.jsonl."""
+        line = {"update": progress.updates, "epoch": round(self._epochs_done(progress), 6), **values}
+        self._append("metrics.jsonl", json.dumps(line, allow_nan=False) + "\n")
+
+    def start(self, progress: Progress) -> None:
+        """The clock starts; call before training, and again after a pause that is not training."""
+        self._marked = time.monotonic()
+        if self._bar is None and sys.stderr.isatty():
+            self._bar = tqdm(total=self.total_updates, initial=progress.updates, bar_format="{desc}", leave=True)
+
+    def step(self, progress: Progress, step: Step, waited: float) -> None:
+        """Account for one optimizer step; write a record and a progress line when they are due."""
+        now = time.monotonic()
+        self.seconds, self._marked = self.seconds + now - self._marked, now
+        self.waited += waited
+        if step.applied:
+            self.loss_sum = self.loss_sum + step.loss
+            self.loss_count += 1
+        else:
+            self.skipped += 1
+        ends_epoch = progress.batch == 0
+        if self.loss_count and (due(progress.updates, RECORD_EVERY, self.total_updates) or ends_epoch):
+            self._measure(progress, step)
+            self.record(progress, **self.last)
+            self.loss_sum, self.loss_count = 0.0, 0
+            self._recorded = (self.seconds, self.waited, progress.updates)
+        every = TERMINAL_EVERY if self._bar is not None else PLAIN_EVERY
+        if self.loss_count == 0 and (now - self._printed >= every or progress.epoch == self.epochs):
+            self._printed = now
+            self._print(self._line(progress))
+
+    def _measure(self, progress: Progress, step: Step) -> None:
+        seconds, waited, updates = self._recorded
+        elapsed = max(self.seconds - seconds, 1e-9)
+        self.last = {
+            "loss": round(float(self.loss_sum) / self.loss_count, 7), "spread": round(float(spread(step.projection)), 7),
+            "tau": step.tau, "lr": step.lr,
+            "images_per_second": round((progress.updates - updates) * self.batch_size / elapsed, 1),
+            "wait": round((self.waited - waited) / elapsed, 4), "skipped": self.skipped,
+        }
+        if float(self.last["spread"] or 0) < COLLAPSED_BELOW and not self._collapse_reported:
+            self._collapse_reported = True
+            self.say(f"warning: features are collapsing: spread {self.last['spread']:.3f}, a healthy run stays near 1 - "
+                     "lower --lr, use a lower --tau-base, or a larger --batch-size")
+
+    def _line(self, progress: Progress) -> str:
+        done = max(progress.updates, 1)
+        eta = int(self.seconds / done * (self.total_updates - done))
+        last = self.last
+        return (f"epoch {min(progress.epoch + 1, self.epochs) if progress.batch else progress.epoch}/{self.epochs}  "
+                f"loss {last['loss']:.4f}  spread {last['spread']:.2f}  tau {last['tau']:.4f}  lr {last['lr']:.3g}  "
+                f"{last['images_per_second']:.0f} img/s  wait {last['wait']:.0%}  "
+                f"eta {eta // 3600}:{eta // 60 % 60:02d}:{eta % 60:02d}")
+
+    def _print(self, line: str) -> None:
+        if self._bar is not None:
+            self._bar.set_description_str(line)
+        else:
+            sys.stderr.write(line + "\n")
+            sys.stderr.flush()
+        self.note(line)
+
+    def _epochs_done(self, progress: Progress) -> float:
+        within = progress.updates / max(self.updates_per_epoch, 1)
+        return float(progress.epoch) if progress.batch == 0 else min(within, progress.epoch + 1.0)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def state_dict(self) -> dict[str, float]:
+        return {"seconds": self.seconds, "waited": self.waited, "loss_sum": float(self.loss_sum),
+                "loss_count": self.loss_count, "skipped": self.skipped}
+
+    def resume(self, state: dict[str, float], progress: Progress) -> None:
+        """Go on as if never stopped: drop the records of updates that will be made again."""
+        self.seconds, self.waited, self.loss_sum = state["seconds"], state["waited"], state["loss_sum"]
+        self.loss_count, self.skipped = int(state["loss_count"]), int(state["skipped"])
+        self._recorded = (self.seconds, self.waited, progress.updates)
+        path = self.folder / "metrics.jsonl"
+        if path.exists():
+            lines = path.read_text("utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["update"] <= progress.updates]
+            write_text(path, "".join(kept))
+
+    def _append(self, name: str, text: str) -> None:
+        try:
+            with open(self.folder / name, "a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(text)
+        except OSError as error:
+            if not self._warned:
+                self._warned = True
+                sys.stderr.write(f"warning: cannot write {self.folder / name}: {error.strerror} - the run goes on\n")

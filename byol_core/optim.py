@@ -1,0 +1,44 @@
+"""The optimizer and the learning-rate scheduler that a plan names, as torch's own objects."""
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
+
+from byol_core.lars import LARS, parameter_groups
+from byol_core.plan import Plan
+from byol_core.schedules import warmup_cosine
+
+
+def build_optimizer(network: nn.Module, plan: Plan) -> Optimizer:
+    """The plan's optimizer over all of `network`'s trainable parameters; biases and 1-D tensors do not decay."""
+    groups = parameter_groups(network, plan.weight_decay)
+    if plan.optimizer == "lars":
+        return LARS(groups, lr=plan.lr, momentum=0.9)
+    fused = next(network.parameters()).device.type in ("cpu", "cuda")
+    if plan.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=plan.lr, momentum=0.9, fused=fused)
+    if plan.optimizer == "adam":
+        return torch.optim.Adam(groups, lr=plan.lr, fused=fused)
+    assert plan.optimizer == "adamw", plan.optimizer
+    return torch.optim.AdamW(groups, lr=plan.lr, fused=fused)
+
+
+def build_scheduler(optimizer: Optimizer, plan: Plan) -> LRScheduler | ReduceLROnPlateau:
+    """The plan's schedule; it is to be stepped after each update or each epoch, as `plan.scheduler_interval` says."""
+    if plan.scheduler == "plateau":
+        return plateau_scheduler(optimizer)
+    per_epoch = plan.updates_per_epoch if plan.scheduler_interval == "step" else 1
+    total, warmup = plan.epochs * per_epoch, round(plan.warmup_epochs * per_epoch)
+
+    def factor(step: int) -> float:
+        if plan.scheduler == "cosine":
+            return warmup_cosine(step, max(total, 1), min(warmup, total), 1.0)
+        return min(1.0, step / warmup) if warmup else 1.0
+
+    return LambdaLR(optimizer, factor)
+
+
+def plateau_scheduler(optimizer: Optimizer) -> ReduceLROnPlateau:
+    """Halve the learning rate after 30 epochs without a lower epoch loss: the source system's default, on a loss it has."""
+    return ReduceLROnPlateau(optimizer, factor=0.5, patience=30)

@@ -1,0 +1,188 @@
+"""What a run will do, worked out from the options and the data before anything is trained; every choice has its reason."""
+
+from dataclasses import dataclass, replace
+
+from byol_core.config import TrainConfig
+from byol_core.schedules import scaled_lr
+from byol_core.views import ViewRecipe, digits_recipes, paper_recipes
+
+SMALL_SET = 200_000  # images; below it the recipe follows published CIFAR settings, above it the paper's ImageNet ones
+SMALL_STEM_BELOW = 48  # pixels; there the ImageNet stem leaves a 1x1 final map
+# The paper's presets by epochs at batch 4096 (byol/configs/byol.py of the reference code): lr per 256, weight decay, tau.
+PAPER_PRESETS = {40: (0.45, 1e-6, 0.97), 100: (0.45, 1e-6, 0.99), 300: (0.3, 1e-6, 0.99), 1000: (0.2, 1.5e-6, 0.996)}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a plan needs to know of the data. side: the shorter side of a typical image, in pixels."""
+
+    images: int
+    side: int
+    same_size: bool
+
+
+@dataclass(frozen=True)
+class Choice:
+    name: str
+    value: int | float | str | bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The resolved numbers of a run. lr is the peak rate after scaling; micro_batch is per process and backward pass."""
+
+    arch: str
+    image_size: int
+    small_stem: bool
+    hidden_dim: int
+    projection_dim: int
+    batch_size: int
+    micro_batch: int
+    accum_steps: int
+    epochs: int
+    updates_per_epoch: int
+    optimizer: str
+    lr: float
+    weight_decay: float
+    warmup_epochs: float
+    scheduler: str
+    scheduler_interval: str
+    tau_base: float
+    tau_schedule: str
+    views: tuple[ViewRecipe, ViewRecipe]
+    choices: tuple[Choice, ...]
+
+    @property
+    def total_updates(self) -> int:
+        return self.updates_per_epoch * self.epochs
+
+
+def half_life_tau(updates: int) -> float:
+    """tau = 0.5 ** (1 / h), h = 3 % of the run's updates in [2, 173]: the target forgets its random start in any run.
+
+    173 updates is the half-life of the paper's 1000-epoch preset (tau 0.996).
+    """
+    return 0.5 ** (1 / min(max(0.03 * updates, 2.0), 173.0))
+
+
+def make_plan(config: TrainConfig, facts: Facts, world_size: int = 1) -> Plan:
+    """The plan for these options and this data; flags win over the recipe.
+
+    Raises: ValueError when the batch does not fit the images, the processes or the accumulation.
+    """
+    digits = config.recipe == "digits"
+    batch_size = config.batch_size or (64 if digits else 256)
+    _check_batch(batch_size, config.accum_steps, world_size, facts.images)
+    size = config.image_size or _image_size(facts)
+    small = size < SMALL_STEM_BELOW
+    updates = facts.images // batch_size
+
+    arch = config.arch or ("conv6" if digits else "resnet18")
+    chosen = {
+        "arch": Choice("arch", arch, "a small network for tiny images" if digits else "the usual small backbone"),
+        "image_size": Choice("image_size", size, f"images are about {facts.side} pixels"),
+        "small_stem": Choice("small_stem", small and "resnet" in arch, f"3x3 stem for ResNets below {SMALL_STEM_BELOW} px"),
+    }
+    recipe = {"auto": _auto, "paper": _paper, "quadra": _quadra, "digits": _digits}[config.recipe]
+    chosen |= {choice.name: choice for choice in recipe(facts, config.epochs, updates * config.epochs)}
+    for name in chosen:
+        asked = getattr(config, name)
+        if asked is not None:
+            chosen[name] = Choice(name, asked, "as asked")
+
+    values = {name: choice.value for name, choice in chosen.items()}
+    values["lr"] = scaled_lr(float(values["lr"]), batch_size)
+    return Plan(
+        **values,  # type: ignore[arg-type]
+        batch_size=batch_size, micro_batch=batch_size // (config.accum_steps * world_size), accum_steps=config.accum_steps,
+        epochs=config.epochs, updates_per_epoch=updates,
+        views=_views(config.recipe, size), choices=tuple(chosen.values()),
+    )
+
+
+def _check_batch(batch_size: int, accum_steps: int, world_size: int, images: int) -> None:
+    if images < batch_size:
+        raise ValueError(f"{images} images < --batch-size {batch_size} - use --batch-size {max(images, 2)} or less"
+                         if images > 1 else "1 image is not enough - BYOL needs at least 2 images in a batch")
+    parts = accum_steps * world_size
+    if batch_size % parts:
+        raise ValueError(f"--batch-size {batch_size} does not divide into {accum_steps} micro-batches on {world_size} "
+                         f"processes - use a multiple of {parts}")
+    if batch_size // parts < 2:
+        raise ValueError(f"--batch-size {batch_size} leaves a batch of 1 per process and micro-batch, which batch norm "
+                         f"cannot train - use {2 * parts} or more")
+
+
+def _image_size(facts: Facts) -> int:
+    """Native size for small images, else 128 or 224: the sizes of published results."""
+    if facts.side <= 96:
+        return max(facts.side, 8)
+    return 128 if facts.side <= 160 else 224
+
+
+def _digits(facts: Facts, epochs: int, total: int) -> list[Choice]:
+    return [Choice("optimizer", "adamw", "best on the sample"), Choice("lr", 8e-3, "2e-3 at batch 64"),
+            Choice("weight_decay", 1e-4, "mild, for a small network"), *_cosine_step(), *_by_length(epochs, total),
+            Choice("hidden_dim", 512, "in proportion to the network"),
+            Choice("projection_dim", 128, "in proportion to the network")]
+
+
+def _auto(facts: Facts, epochs: int, total: int) -> list[Choice]:
+    if facts.images < SMALL_SET:
+        optimizer = [Choice("optimizer", "sgd", f"published for sets under {SMALL_SET} images"),
+                     Choice("lr", 0.12, "0.06 per 128 images, published for CIFAR-10"),
+                     Choice("weight_decay", 5e-4, "published for CIFAR-10")]
+        heads = [Choice("hidden_dim", 1024, "published for CIFAR-10"), Choice("projection_dim", 256, "the paper's")]
+    else:
+        lr, weight_decay, _ = PAPER_PRESETS[_nearest_preset(epochs)]
+        optimizer = [Choice("optimizer", "lars", "the paper's, for large sets"),
+                     Choice("lr", lr, "the paper's preset nearest in epochs"),
+                     Choice("weight_decay", weight_decay, "the paper's preset nearest in epochs")]
+        heads = [Choice("hidden_dim", 4096, "the paper's"), Choice("projection_dim", 256, "the paper's")]
+    return [*optimizer, *_cosine_step(), *_by_length(epochs, total), *heads]
+
+
+def _paper(facts: Facts, epochs: int, total: int) -> list[Choice]:
+    nearest = _nearest_preset(epochs)
+    lr, weight_decay, tau = PAPER_PRESETS[nearest]
+    reason = f"the paper's {nearest}-epoch preset"
+    return [Choice("optimizer", "lars", reason), Choice("lr", lr, reason), Choice("weight_decay", weight_decay, reason),
+            Choice("warmup_epochs", min(10.0, epochs / 4), "the paper's 10 epochs, at most a quarter of the run"),
+            *_cosine_step(), Choice("tau_base", tau, reason),
+            Choice("hidden_dim", 4096, reason), Choice("projection_dim", 256, reason)]
+
+
+def _quadra(facts: Facts, epochs: int, total: int) -> list[Choice]:
+    reason = "the source system's default"
+    return [Choice("optimizer", "adam", reason), Choice("lr", 3e-4, reason), Choice("weight_decay", 0.0, reason),
+            Choice("warmup_epochs", 0.0, reason), Choice("scheduler", "plateau", reason),
+            Choice("scheduler_interval", "epoch", reason), Choice("tau_base", 0.9995, reason),
+            Choice("tau_schedule", "cosine", reason), Choice("hidden_dim", 4096, reason),
+            Choice("projection_dim", 256, reason)]
+
+
+def _by_length(epochs: int, total: int) -> list[Choice]:
+    return [Choice("warmup_epochs", min(10.0, epochs / 10), "a tenth of the run, at most 10 epochs"),
+            Choice("tau_base", half_life_tau(total), f"half-life of 3 % of {total} updates, at most 173 updates")]
+
+
+def _cosine_step() -> list[Choice]:
+    return [Choice("scheduler", "cosine", "warm-up, then cosine to 0, as in the paper"),
+            Choice("scheduler_interval", "step", "as in the paper"),
+            Choice("tau_schedule", "cosine", "from the base to 1, as in the paper")]
+
+
+def _nearest_preset(epochs: int) -> int:
+    return min(PAPER_PRESETS, key=lambda preset: abs(preset - epochs))
+
+
+def _views(recipe: str, size: int) -> tuple[ViewRecipe, ViewRecipe]:
+    if recipe == "digits":
+        return digits_recipes(size)
+    if recipe == "auto" and size < SMALL_STEM_BELOW:
+        return paper_recipes(size, blur=(0.0, 0.0))  # published settings for small images do not blur
+    view1, view2 = paper_recipes(size)
+    if recipe == "quadra":
+        return replace(view1, interpolation="bilinear"), replace(view2, interpolation="bilinear")
+    return view1, view2

@@ -1,0 +1,375 @@
+"""One run from plan to report: the parts built, resumed, measured, trained and written out."""
+
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+
+import sklearn
+import torch
+import torchvision
+from torch import nn
+
+from byol_core import __version__
+from byol_core.backbones import build_backbone, check_backbone
+from byol_core.checkpoint import (CheckpointError, State, export_backbone, newest_checkpoint, read_checkpoint, read_weights,
+                                  save_checkpoint, write_json, write_text)
+from byol_core.config import TrainConfig
+from byol_core.data import DeviceBatches, ImageData, Order, Views, WorkerBatches, choose_workers, load_images
+from byol_core.evaluate import embed_data, load_classifier
+from byol_core.folder import ImageSet, scan
+from byol_core.metrics import RunLog
+from byol_core.networks import BYOL
+from byol_core.optim import build_optimizer, build_scheduler
+from byol_core.pictures import save_neighbours, save_views
+from byol_core.plan import Plan
+from byol_core.report import write_report
+from byol_core.runtime import NonFiniteError, Runtime, choose_device, choose_precision
+from byol_core.scoring import Scorer, Scores, some_indices
+from byol_core.seeds import seed_from
+from byol_core.training import Progress, Step, train
+
+PICTURED_AT_MOST = 2_000  # images among which neighbours are looked for
+PIXELS_UP_TO = 16  # image size up to which raw pixels are a baseline
+CHECK_STEPS = 5
+EXACT = "cannot resume exactly"
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop, and what it had is saved."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.code = 130 if number == signal.SIGINT else 143
+
+
+class TimedBatches:
+    """Batches whose consumer's waiting time is added up."""
+
+    def __init__(self, batches: DeviceBatches | WorkerBatches) -> None:
+        self.batches = batches
+        self.waited = 0.0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Views]:
+        views = self.batches.epoch(epoch, start)
+        while True:
+            began = time.monotonic()
+            try:
+                batch = next(views)
+            except StopIteration:
+                return
+            finally:
+                self.waited += time.monotonic() - began
+            yield batch
+
+
+def new_model(config: TrainConfig, plan: Plan) -> BYOL:
+    """The networks as this seed starts them; the same every time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_from(config.seed, "weights"))
+        backbone, feature_dim = build_backbone(plan.arch, plan.small_stem, plan.image_size)
+        check_backbone(backbone, feature_dim, plan.image_size)
+        if config.init_from is not None:
+            _load_backbone(backbone, Path(config.init_from))
+        return BYOL(backbone, feature_dim, plan.hidden_dim, plan.projection_dim)
+
+
+def _load_backbone(backbone: nn.Module, path: Path) -> None:
+    weights = {name: value for name, value in read_weights(path).items() if not name.startswith(("fc.", "classifier."))}
+    own = backbone.state_dict()
+    for name in sorted(own.keys() | weights.keys()):
+        if name not in weights or name not in own or weights[name].shape != own[name].shape:
+            raise ValueError(f"--init-from {path} does not fit this network: '{name}' is "
+                             f"{'missing' if name not in weights else 'unknown' if name not in own else 'misshapen'} - "
+                             "give the --arch, --small-stem and --image-size it was trained with")
+    backbone.load_state_dict(weights)
+
+
+class Run:
+    """All parts of one run. Building it validates everything that can be wrong before training."""
+
+    def __init__(self, config: TrainConfig, plan: Plan, files: ImageSet, folder: Path) -> None:
+        self.config, self.plan, self.folder = config, plan, folder
+        device, self.device_reason = choose_device(config.device)
+        amp_dtype, self.amp_reason = choose_precision(config.amp, device, tiny=plan.arch == "conv6")
+        self.runtime = Runtime(device, amp_dtype, channels_last=device.type == "cuda")
+        self.log = RunLog(folder, plan.epochs, plan.updates_per_epoch, plan.batch_size)
+        self.model = self._new_model()
+        self.optimizer = build_optimizer(self.model.online, plan)
+        self.scheduler = build_scheduler(self.optimizer, plan)
+        self.progress = Progress()
+        self.workers = choose_workers(config.workers)
+        self.data, self.views_reason = load_images(files, config.views, device, self.log.say)
+        self.scorer = self._new_scorer()
+        self.batches = TimedBatches(self._new_batches())
+        self.scores: dict[str, Scores] = {}
+        self.status = "started"
+        self.stop_signal: int | None = None
+        self.training = False
+
+    def _new_model(self) -> BYOL:
+        model = new_model(self.config, self.plan)
+        self.runtime.place_model(model)
+        if self.config.compile:
+            model.online.compile()
+            model.target.compile()
+        return model
+
+    def _new_scorer(self) -> Scorer | None:
+        """What measures features: on --eval-data, or on a part of --data; None without labels or with --no-eval."""
+        config = self.config
+        if not config.eval or (self.data.files.labels is None and config.eval_data is None):
+            return None
+        eval_data = None
+        if config.eval_data is not None:
+            files = scan(config.eval_data, "--eval-data")
+            for flag, folder, found in (("--data", config.data, self.data.files), ("--eval-data", config.eval_data, files)):
+                if found.labels is None:
+                    raise ValueError(f"{flag} {folder} has no class sub-folders, so --eval-data cannot be measured on")
+            eval_data = load_images(files, "auto", self.runtime.device, self.log.say)[0]
+        return Scorer(self.data, eval_data, self.plan.views[0], self.runtime, self.workers,
+                      load_classifier(config.classifier))
+
+    def _new_batches(self) -> DeviceBatches | WorkerBatches:
+        plan = self.plan
+        order = Order(len(self.data), plan.batch_size, plan.accum_steps, self.config.seed)
+        if self.data.pixels is not None:
+            return DeviceBatches(self.data, plan.views, order)
+        return WorkerBatches(self.data, plan.views, order, self.workers, pin_memory=self.runtime.device.type == "cuda")
+
+    # ---- where the run stands -------------------------------------------------------------------------------------
+
+    def identity(self) -> dict[str, object]:
+        """What must be equal for a resumed run to be the same run."""
+        plan = asdict(self.plan)
+        del plan["choices"]
+        return json.loads(json.dumps({
+            **plan, "seed": self.config.seed, "images": len(self.data), "image names": self.data.files.fingerprint(),
+            "views made": "on the device" if self.data.pixels is not None else "on the cpu"}))
+
+    def save(self) -> None:
+        save_checkpoint(self.folder, {
+            "identity": json.dumps(self.identity()), "version": __version__, "torch": torch.__version__,
+            "progress": self.progress.state_dict(), "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
+            "scaler": self.runtime.scaler.state_dict(), "log": self.log.state_dict(), "scores": self.scores,
+        })
+
+    def resume(self) -> None:
+        """Go on from --resume's checkpoint, where there is one; a fresh start in an empty folder.
+
+        Raises: CheckpointError for a file that cannot be used, ValueError when it belongs to a different run.
+        """
+        asked = Path(self.config.resume or self.folder)
+        if asked.is_dir():
+            state, damaged = newest_checkpoint(asked)
+            for line in damaged:
+                self.log.say(f"warning: {line}; using the checkpoint before it")
+            if state is None and self.config.resume:
+                raise CheckpointError(f"no checkpoint in {asked}")
+            if state is None:
+                self.log.say(f"nothing to resume in {asked}: starting afresh")
+                return
+        else:
+            state = read_checkpoint(asked)
+        self._restore(state)
+
+    def _restore(self, state: State) -> None:
+        saved, own = json.loads(str(state["identity"])), self.identity()
+        changed = [f"{key} {saved.get(key)} -> {own[key]}" for key in own if saved.get(key) != own[key]]
+        if changed:
+            raise ValueError(f"{EXACT}: {'; '.join(changed)} - repeat the options of the run, or start a new one with "
+                             "--init-from backbone.pt")
+        self.model.load_state_dict(state["model"])  # type: ignore[arg-type]
+        self.optimizer.load_state_dict(state["optimizer"])  # type: ignore[arg-type]
+        self.scheduler.load_state_dict(state["scheduler"])  # type: ignore[arg-type]
+        if self.runtime.scaler.is_enabled() and state["scaler"]:
+            self.runtime.scaler.load_state_dict(state["scaler"])  # type: ignore[arg-type]
+        elif self.runtime.scaler.is_enabled() or state["scaler"]:
+            self.log.say("note: --amp changed, so this is not an exact resume")
+        self.progress = Progress(**state["progress"])  # type: ignore[arg-type]
+        self.scores = state["scores"]  # type: ignore[assignment]
+        self.log.resume(state["log"], self.progress)  # type: ignore[arg-type]
+        self.log.say(f"resuming at epoch {self.progress.epoch}, update {self.progress.updates}")
+
+    @property
+    def complete(self) -> bool:
+        return self.progress.epoch >= self.plan.epochs and (self.folder / "summary.json").exists()
+
+    # ---- what happens in it ---------------------------------------------------------------------------------------
+
+    def describe(self) -> None:
+        plan, files = self.plan, self.data.files
+        weights = sum(p.numel() for p in self.model.online.parameters())
+        precision = str(self.runtime.amp_dtype or torch.float32).removeprefix("torch.")
+        kinds = f"{len(files.classes)} classes, used only to measure" if files.labels is not None else "no class folders"
+        for folder in files.skipped_folders:
+            self.log.say(f"warning: cannot list {folder}")
+        self.log.say(f"data: {len(files)} images in {files.root} ({kinds})")
+        self.log.say(f"network: {weights / 1e6:.1f} M parameters; {plan.updates_per_epoch} updates of {plan.batch_size} images "
+                     f"per epoch, {plan.total_updates} in all")
+        for choice in plan.choices:
+            shown = f"{choice.value:.6g}" if isinstance(choice.value, float) else choice.value
+            self.log.say(f"  {choice.name} {shown} ({choice.reason})")
+        self.log.say(f"device: {self.runtime.device} ({self.device_reason}); precision: {precision} ({self.amp_reason}); "
+                     f"views: {self.views_reason}")
+        self.log.say(f"run folder: {self.folder}")
+
+    def write_start(self) -> None:
+        """config.json and views.png, before the first step."""
+        write_json(self.folder / "config.json", {
+            "config": asdict(self.config), "choices": [asdict(choice) for choice in self.plan.choices],
+            "plan": {key: value for key, value in asdict(self.plan).items() if key != "choices"},
+            "data": {"images": len(self.data), "classes": list(self.data.files.classes),
+                     "image_names": self.data.files.fingerprint()},
+            "versions": {"byol_core": __version__, "torch": torch.__version__, "torchvision": torchvision.__version__,
+                         "scikit-learn": sklearn.__version__}})
+        if self.plan.epochs and not (self.folder / "views.png").exists():
+            order = self.batches.batches.order
+            save_views(self.folder / "views.png", self.data, self.plan.views, order.epoch(0)[0],
+                       next(self.batches.batches.epoch(0)))
+
+    def measure_untrained(self) -> None:
+        """What the network gives before it has learned anything, and, for images that small, what bare pixels give."""
+        if self.plan.image_size <= PIXELS_UP_TO:
+            self.measure("pixels", nn.Flatten())
+        if self.progress.updates == 0:
+            self.measure("untrained", self.model.online.backbone)
+
+    def measure(self, name: str, backbone: nn.Module) -> None:
+        """Scores of `backbone` under `name`, where there are labels and it was not measured before the run was resumed."""
+        if self.scorer is None or name in self.scores:
+            return
+        try:
+            self.scores[name] = self.scorer.measure(backbone)
+        except ValueError as error:
+            self.log.say(f"nothing measured: {error}")
+            self.scorer = None
+            return
+        self.log.say(f"{name}: " + "  ".join(f"{key} {value:.1%}" for key, value in self.scores[name].items()))
+
+    def train(self) -> None:
+        """The loop, from wherever the run stands to its end; saves as it goes.
+
+        Raises: Stopped after a signal, NonFiniteError with where it happened; the last good state is saved.
+        """
+        self.training = True
+        self.log.start(self.progress)
+        try:
+            train(self.model, self.batches, self.plan.epochs, optimizer=self.optimizer, lr_scheduler=self.scheduler,
+                  lr_scheduler_interval=self.plan.scheduler_interval, tau_base=self.plan.tau_base,
+                  tau_schedule=self.plan.tau_schedule, accum_steps=self.plan.accum_steps, seed=self.config.seed,
+                  runtime=self.runtime, progress=self.progress, after_step=self._after_step)
+        except NonFiniteError as error:
+            raise NonFiniteError(
+                f"{error} at epoch {self.progress.epoch + 1}, update {self.progress.updates + 1} (lr "
+                f"{self.optimizer.param_groups[0]['lr']:.3g}, precision {self.runtime.amp_dtype or torch.float32}); "
+                f"{self.folder / 'last.pt'} has the last good weights - lower --lr, or use --amp off") from error
+        finally:
+            self.training = False
+            self.log.close()
+        if self.plan.epochs == 0:
+            self.save()
+
+    def _after_step(self, progress: Progress, step: Step) -> None:
+        self.log.step(progress, step, self.batches.waited)
+        self.batches.waited = 0.0
+        ended_epoch = progress.batch == 0
+        if ended_epoch and self.scorer and self.config.eval_every and progress.epoch % self.config.eval_every == 0:
+            self.log.record(progress, knn=self.scorer.knn(self.model.online.backbone))
+            self.log.start(progress)
+        if self.stop_signal is not None:
+            self.save()
+            raise Stopped(self.stop_signal)
+        if ended_epoch and (progress.epoch % self.config.save_every == 0 or progress.epoch == self.plan.epochs):
+            self.save()
+
+    def finish(self) -> None:
+        """Everything that is made of a trained network: export, scores, pictures, summary, report."""
+        backbone, untrained = self.model.online.backbone, self.runtime.place_model(new_model(self.config, self.plan)).online.backbone
+        export_backbone(self.folder, backbone.state_dict(), self._about_backbone())
+        self.measure("trained", backbone)
+        if self.config.eval:
+            indices = some_indices(len(self.data), PICTURED_AT_MOST)
+            recipe = self.plan.views[0]
+            readable, trained = embed_data(backbone, self.data, recipe, indices, self.runtime, self.workers)
+            _, before = embed_data(untrained, self.data, recipe, readable, self.runtime, self.workers)
+            save_neighbours(self.folder / "neighbours.png", self.data, readable, trained, before, self.config.seed)
+        self.write_end("finished")
+
+    def _about_backbone(self) -> dict[str, object]:
+        plan, recipe = self.plan, self.plan.views[0]
+        return {"arch": plan.arch, "small_stem": plan.small_stem, "image_size": plan.image_size, "mean": recipe.mean,
+                "std": recipe.std, "network": "online", "byol_core": __version__}
+
+    def write_end(self, status: str) -> None:
+        """summary.json, bad_files.txt and report.html, whatever way the run ended."""
+        scores: dict[str, float | int | str | None] = {}
+        for name, suffix in (("trained", ""), ("untrained", "_untrained"), ("pixels", "_pixels")):
+            scores |= {key + suffix: value for key, value in self.scores.get(name, {"knn": None, "linear": None}).items()}
+        last, log, files = self.log.last, self.log, self.data.files
+        write_json(self.folder / "summary.json", {
+            "status": status, "images": len(files), "classes": len(files.classes), "bad_files": len(self.data.bad.reasons),
+            "epochs": self.progress.epoch, "updates": self.progress.updates, "seconds": round(log.seconds, 3),
+            "images_per_second": round(self.progress.updates * self.plan.batch_size / max(log.seconds, 1e-9), 2),
+            "wait_fraction": round(log.waited / max(log.seconds, 1e-9), 4),
+            "loss": last.get("loss"), "spread": last.get("spread"), **scores, "measured_on": self.scorer.measured_on if self.scorer else None,
+            "world_size": 1, "device": str(self.runtime.device),
+            "amp": str(self.runtime.amp_dtype or torch.float32).removeprefix("torch.")})
+        if self.data.bad.reasons:
+            write_text(self.folder / "bad_files.txt", self.data.bad.listing())
+        write_report(self.folder)
+
+    def check(self) -> None:
+        """Time a few steps and say what the whole run would take; nothing of it is kept."""
+        began = time.monotonic()
+
+        def stop_early(progress: Progress, step: Step) -> None:
+            if progress.updates >= CHECK_STEPS:
+                raise StopIteration
+
+        try:
+            train(self.model, self.batches, self.plan.epochs, optimizer=self.optimizer, lr_scheduler=self.scheduler,
+                  lr_scheduler_interval="step", accum_steps=self.plan.accum_steps, runtime=self.runtime,
+                  after_step=stop_early)
+        except StopIteration:
+            pass
+        seconds = (time.monotonic() - began) / CHECK_STEPS
+        state = sum(t.numel() * t.element_size() for t in self.model.state_dict().values())
+        self.log.say(f"check: {seconds:.2f} s per update, about {seconds * self.plan.total_updates / 3600:.2f} h in all; "
+                     f"{len(self.data.bad.reasons)} bad files so far; about {state * 4 / 1e6:.0f} MB of disk; nothing was kept")
+
+    def summarise(self) -> None:
+        """The closing lines: what was reached, and how to use it."""
+        names = [name for name in ("pixels", "untrained", "trained") if name in self.scores]
+        if names:
+            self.log.say(f"{'accuracy':<12}" + "".join(f"{name:>12}" for name in names))
+            for key in self.scores[names[-1]]:
+                self.log.say(f"{key:<12}" + "".join(f"{self.scores[name][key]:>12.1%}" for name in names))
+        elif self.config.eval:
+            self.log.say("no class folders, so no accuracy: look at neighbours.png, or pass a labelled folder")
+        plan = self.plan
+        self.log.say(f"report: {self.folder / 'report.html'}\nuse it:\n"
+                     "  import torch; from byol_core.backbones import build_backbone\n"
+                     f"  backbone, dim = build_backbone({plan.arch!r}, small_images={plan.small_stem}, "
+                     f"image_size={plan.image_size})\n"
+                     f"  backbone.load_state_dict(torch.load({str(self.folder / 'backbone.pt')!r}, weights_only=True))")
+
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        """Stop after the current step; at once if nothing is being trained, or when asked twice."""
+        if not self.training or self.stop_signal is not None:
+            raise Stopped(number)
+        self.stop_signal = number
+
+
+def install_handlers(handler: Callable[[int, FrameType | None], None]) -> None:
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), handler)
+

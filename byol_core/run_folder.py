@@ -1,0 +1,63 @@
+"""A run's own folder: one run at a time, never overwritten by another."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from byol_core.checkpoint import LAST, PREVIOUS, remove_leftovers
+from byol_core.config import TrainConfig
+
+RUNS = Path("runs")
+
+
+def choose_out(config: TrainConfig) -> Path:
+    """--out, or a predictable place, so that the same command with --resume goes on."""
+    return Path(config.out) if config.out is not None else RUNS / (Path(config.data).resolve().name or "root")
+
+
+@contextlib.contextmanager
+def open_run_folder(folder: Path, may_be_used: bool) -> Iterator[Path]:
+    """The folder, made if need be and locked against a second run until the block ends.
+
+    Raises: ValueError when it cannot be written to, is in use, or holds something and may not be used.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "a+", encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"cannot write to {folder}: {(error.strerror or str(error)).lower()} - choose another --out") from None
+    with lock:
+        _lock(lock.fileno(), folder)
+        lock.truncate(0)
+        lock.write(f"pid {os.getpid()}")
+        lock.flush()
+        remove_leftovers(folder)
+        try:
+            if not may_be_used:
+                _refuse_used(folder)
+            yield folder
+        finally:
+            if [entry.name for entry in folder.iterdir()] == [".lock"]:  # nothing came of it
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _lock(handle: int, folder: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows: one run per folder is then up to the user
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        holder = (folder / ".lock").read_text("utf-8") or "another process"
+        raise ValueError(f"another run ({holder}) is using {folder} - wait for it, or choose another --out") from None
+
+
+def _refuse_used(folder: Path) -> None:
+    if (folder / LAST).exists() or (folder / PREVIOUS).exists():
+        raise ValueError(f"{folder} already holds a run - add --resume to go on, or choose another --out")
+    found = next((entry.name for entry in folder.iterdir() if not entry.name.startswith(".")), None)
+    if found is not None:
+        raise ValueError(f"{folder} is not empty (it holds {found}) - choose another --out")

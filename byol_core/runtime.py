@@ -1,0 +1,136 @@
+"""Where and in what precision a run computes: device, autocast, gradient scaling, and the step that may be refused."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+SKIPS_IN_A_ROW = 20  # a scaler that starts at 2**16 has reached 2**-4 by then: the gradients themselves are not finite
+
+
+class NonFiniteError(FloatingPointError):
+    """The loss or a gradient is NaN or infinite; the weights are still those of the last good update."""
+
+
+def choose_device(asked: str) -> tuple[torch.device, str]:
+    """(device, why) for "auto", "cpu", "cuda", "cuda:N" or "mps".
+
+    Raises: ValueError when the device that was asked for is not there.
+    """
+    if asked == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", torch.cuda.current_device()), torch.cuda.get_device_name()
+        if torch.backends.mps.is_available():
+            return torch.device("mps"), "Apple GPU"
+        return torch.device("cpu"), "no CUDA found"
+    try:
+        device = torch.device(asked)
+    except RuntimeError:
+        raise ValueError(f"--device {asked} is not a device - use auto, cpu, cuda, cuda:N or mps") from None
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"--device {asked} is not supported - use auto, cpu, cuda, cuda:N or mps")
+    if device.type == "cuda" and not (device.index or 0) < torch.cuda.device_count():
+        raise ValueError(f"--device {asked}: {torch.cuda.device_count()} CUDA devices found - use --device cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("--device mps: no Apple GPU found - use --device cpu")
+    return device, "as asked"
+
+
+def choose_precision(asked: str, device: torch.device, tiny: bool = False) -> tuple[torch.dtype | None, str]:
+    """(autocast dtype or None for float32, why). tiny: the network is too small to gain anything.
+
+    "auto" takes bfloat16 where the hardware multiplies it natively, float16 on older CUDA devices, else float32.
+    """
+    if asked != "auto":
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[asked], "as asked"
+    if tiny:
+        return None, "the network is small"
+    if device.type == "cuda":
+        if torch.cuda.get_device_capability(device) >= (8, 0):
+            return torch.bfloat16, "native on this GPU"
+        return torch.float16, "this GPU has no native bf16"
+    if device.type == "cpu" and _cpu_multiplies_bf16():
+        return torch.bfloat16, "native on this CPU"
+    return None, f"no native bf16 on this {device.type.upper()}"
+
+
+def _cpu_multiplies_bf16() -> bool:
+    """Whether the CPU has AMX or AVX512-BF16 instructions; False where this torch cannot say."""
+    checks = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    return any(check() for check in checks if check is not None)
+
+
+def refuse_several_processes() -> None:
+    """Raises: ValueError under a launcher that started more than one process, which this version cannot coordinate."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: this version trains in one process - "
+                         "start it without torchrun, and unset WORLD_SIZE")
+
+
+def usable_cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Runtime:
+    """The device, the precision and the gradient scaler of a run.
+
+    device: where the model lives. amp_dtype: torch.bfloat16, torch.float16 (with a gradient scaler) or None for float32.
+    channels_last: memory layout of images; faster for convolutions on GPUs and in bf16.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu", amp_dtype: torch.dtype | None = None,
+                 channels_last: bool = False) -> None:
+        self.device = torch.device(device)
+        self.amp_dtype = amp_dtype
+        self.channels_last = channels_last
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp_dtype == torch.float16)
+        self.skipped_in_a_row = 0
+
+    def place_model(self, model: nn.Module) -> nn.Module:
+        return model.to(self.device, memory_format=torch.channels_last if self.channels_last else torch.preserve_format)
+
+    def place(self, view: Tensor) -> Tensor:
+        memory_format = torch.channels_last if self.channels_last and view.dim() == 4 else torch.preserve_format
+        return view.to(self.device, non_blocking=True, memory_format=memory_format)
+
+    @contextlib.contextmanager
+    def autocast(self) -> Iterator[None]:
+        if self.amp_dtype is None:
+            yield
+        else:
+            with torch.autocast(self.device.type, dtype=self.amp_dtype):
+                yield
+
+    def backward(self, loss: Tensor) -> None:
+        self.scaler.scale(loss).backward()
+
+    def step(self, optimizer: Optimizer) -> bool:
+        """Apply one optimizer update and clear the gradients; False when the float16 scaler skipped it.
+
+        Raises: NonFiniteError, before any weight has changed, when a gradient is not finite (in float16: when that was
+        so for many steps in a row).
+        """
+        if self.scaler.is_enabled():
+            before = self.scaler.get_scale()
+            self.scaler.step(optimizer)
+            self.scaler.update()
+            applied = self.scaler.get_scale() >= before
+            self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
+            if self.skipped_in_a_row == SKIPS_IN_A_ROW:
+                raise NonFiniteError(f"gradients were not finite for {SKIPS_IN_A_ROW} steps in a row")
+        else:
+            _check_finite(optimizer)
+            optimizer.step()
+            applied = True
+        optimizer.zero_grad(set_to_none=True)
+        return applied
+
+
+def _check_finite(optimizer: Optimizer) -> None:
+    """One norm over all gradients: NaN and infinity anywhere make it so."""
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if not torch.isfinite(nn.utils.get_total_norm(gradients)):
+        raise NonFiniteError("a gradient is not finite")

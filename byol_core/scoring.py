@@ -1,0 +1,71 @@
+"""The numbers by which a run is judged, on images whose labels the training never sees."""
+
+import torch
+from sklearn.base import clone
+from torch import Tensor, nn
+
+from byol_core.data import ImageData
+from byol_core.evaluate import (Classifier, Features, classifier_accuracy, embed_data, few_label_accuracy, knn_accuracy,
+                                split)
+from byol_core.runtime import Runtime
+from byol_core.views import ViewRecipe
+
+Scores = dict[str, float]  # accuracies in [0, 1]: knn, linear, and linear_N with N labels per class
+MEASURED_AT_MOST = 50_000  # images per set; probes on more take longer than they tell
+FEW_LABELS, FEW_LABELS_CLASSES = (1, 5), 100  # labels per class for which a probe is measured too; classes at most
+
+
+class Scorer:
+    """Measures backbones on the labelled images of a run: fits on --data, tests on --eval-data or a fifth kept apart.
+
+    data: labelled. eval_data: labelled, or None. classifier: a scikit-learn classifier, None for logistic regression.
+    """
+
+    def __init__(self, data: ImageData, eval_data: ImageData | None, recipe: ViewRecipe, runtime: Runtime, workers: int,
+                 classifier: Classifier | None = None) -> None:
+        self.data, self.eval_data = data, eval_data
+        self.recipe, self.runtime, self.workers = recipe, runtime, workers
+        self.classifier = classifier
+        self.measured_on = ("a fifth of the images, whose labels the probe did not see" if eval_data is None
+                            else f"{len(eval_data)} images of {eval_data.files.root}")
+
+    def knn(self, backbone: nn.Module) -> float:
+        """Accuracy of weighted kNN alone, for measuring on the way."""
+        fit, test = self._features(backbone)
+        return knn_accuracy(fit.x, fit.y, test.x, test.y)
+
+    def measure(self, backbone: nn.Module) -> Scores:
+        """All accuracies. Raises: ValueError when the labels do not allow any."""
+        fit, test = self._features(backbone)
+        classifier = None if self.classifier is None else clone(self.classifier, safe=False)
+        scores = {"knn": knn_accuracy(fit.x, fit.y, test.x, test.y),
+                  "linear": classifier_accuracy(fit.x, fit.y, test.x, test.y, classifier)}
+        per_class = torch.bincount(fit.y)
+        if len(per_class) <= FEW_LABELS_CLASSES:
+            scores |= {f"linear_{count}": few_label_accuracy(fit, test, count) for count in FEW_LABELS
+                       if count <= per_class.min()}
+        return scores
+
+    def _features(self, backbone: nn.Module) -> tuple[Features, Features]:
+        features = self._embed(backbone, self.data)
+        if self.eval_data is None:
+            fit, test = split(features)
+            return features.at(fit), features.at(test)
+        test_features = self._embed(backbone, self.eval_data)
+        place = {name: number for number, name in enumerate(self.data.files.classes)}
+        known = torch.tensor([place.get(name, -1) for name in self.eval_data.files.classes])
+        return features, Features(test_features.x, known[test_features.y])  # -1 is never predicted, so counts as wrong
+
+    def _embed(self, backbone: nn.Module, data: ImageData) -> Features:
+        assert data.files.labels is not None
+        indices, x = embed_data(backbone, data, self.recipe, some_indices(len(data), MEASURED_AT_MOST), self.runtime,
+                                self.workers)
+        return Features(x, data.files.labels[indices])
+
+
+def some_indices(images: int, at_most: int) -> Tensor:
+    """All images, or a fixed random choice of them, in order."""
+    if images <= at_most:
+        return torch.arange(images)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randperm(images, generator=generator)[:at_most].sort().values

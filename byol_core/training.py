@@ -1,0 +1,165 @@
+"""The loop: forward both views, loss in both directions, backward, optimizer, then the target follows."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from byol_core.ema import ema_update
+from byol_core.losses import byol_loss
+from byol_core.networks import BYOL
+from byol_core.optim import plateau_scheduler
+from byol_core.runtime import Runtime
+from byol_core.schedules import cosine_tau
+from byol_core.seeds import seed_from
+
+Scheduler = LRScheduler | ReduceLROnPlateau
+
+
+class PlainBatches(Protocol):
+    """Any loader with a length that yields (view1, view2) or ((view1, view2), label), such as a DataLoader."""
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[object]: ...
+
+
+@runtime_checkable
+class SeekableBatches(Protocol):
+    """Batches of two views that can start an epoch anywhere, in an order that depends on the epoch alone."""
+
+    def __len__(self) -> int: ...
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]: ...
+
+
+@dataclass
+class Progress:
+    """Where a run is: all that a resumed run needs beside the state of model, optimizer, scheduler and scaler.
+
+    epoch: epochs completed. batch: micro-batches used of the next one. updates: optimizer updates applied so far.
+    loss_sum, loss_count: over this epoch's updates.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    updates: int = 0
+    loss_sum: float | Tensor = 0.0
+    loss_count: int = 0
+
+    def count_update(self, loss: Tensor) -> None:
+        self.updates += 1
+        self.loss_sum = self.loss_sum + loss
+        self.loss_count += 1
+
+    def start_epoch(self, epoch: int) -> None:
+        self.epoch, self.batch, self.loss_sum, self.loss_count = epoch, 0, 0.0, 0
+
+    def state_dict(self) -> dict[str, int | float]:
+        return {**asdict(self), "loss_sum": float(self.loss_sum)}
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step did.
+
+    loss: mean over its micro-batches, in 0..8, on the device. projection: the target's output for view 1 of the last one.
+    tau, lr: what it used. applied: False when the float16 scaler skipped it, and nothing moved.
+    """
+
+    loss: Tensor
+    projection: Tensor
+    tau: float
+    lr: float
+    applied: bool
+
+
+def train(model: BYOL, batches: SeekableBatches | PlainBatches, epochs: int, *, optimizer: Optimizer | None = None,
+          lr_scheduler: Scheduler | None = None, lr_scheduler_interval: str = "epoch",
+          criterion: Callable[[Tensor, Tensor], Tensor] = byol_loss, tau_base: float = 0.9995,
+          tau_schedule: str = "cosine", accum_steps: int = 1, seed: int = 0, runtime: Runtime | None = None,
+          progress: Progress | None = None, after_step: Callable[[Progress, Step], None] | None = None) -> Progress:
+    """Train `model` by BYOL on `batches` until `epochs` are complete: paper, algorithm 1.
+
+    model: has `online`, `target` and `(view1, view2) -> p1, p2, z1, z2`. batches: two views per image, on any device;
+    micro-batches that do not fill an update at the end of an epoch are left out. optimizer: None is Adam (3e-4) over all
+    online parameters. lr_scheduler: any torch scheduler of that optimizer; None halves the rate when the epoch loss
+    stands still. lr_scheduler_interval: it is stepped after each applied "step" or after each "epoch".
+    criterion: (prediction, projection) -> loss of one direction; the two directions are summed. tau_base, tau_schedule:
+    the target's momentum, "cosine" from the base to 1 over all updates, or "constant". accum_steps: micro-batches per
+    update. seed: of dropout and the like, drawn anew from (seed, update). runtime: device and precision; None is the
+    model's device and float32. progress: where to go on; it is kept up to date. after_step: called after every step, to
+    log, to save, or to stop by raising.
+    Returns: the progress, complete.
+    Raises: ValueError for unusable arguments; NonFiniteError, before any weight has changed, when a gradient is not finite.
+    """
+    runtime = runtime or Runtime(next(model.online.parameters()).device)
+    optimizer = optimizer or torch.optim.Adam(model.online.parameters(), lr=3e-4)
+    lr_scheduler = lr_scheduler or plateau_scheduler(optimizer)
+    progress = progress or Progress()
+    _check(len(batches), epochs, accum_steps, lr_scheduler_interval, tau_base, tau_schedule)
+    updates_per_epoch = len(batches) // accum_steps
+    model.train()
+
+    for epoch in range(progress.epoch, epochs):
+        views = _views_of_epoch(batches, epoch, progress.batch)
+        for _ in range(updates_per_epoch - progress.batch // accum_steps):
+            tau = cosine_tau(progress.updates, updates_per_epoch * epochs, tau_base) if tau_schedule == "cosine" else tau_base
+            lr = optimizer.param_groups[0]["lr"]
+            loss = torch.zeros((), device=runtime.device)
+            for _ in range(accum_steps):
+                view1, view2 = map(runtime.place, next(views))
+                torch.manual_seed(seed_from(seed, "step", progress.updates, progress.batch))
+                with runtime.autocast():
+                    p1, p2, z1, z2 = model(view1, view2)
+                    both_directions = (criterion(p1, z2) + criterion(p2, z1)) / accum_steps
+                runtime.backward(both_directions)
+                loss += both_directions.detach()
+                progress.batch += 1
+
+            applied = runtime.step(optimizer)
+            if applied:  # else the float16 scaler skipped this step, and nothing else may move either
+                ema_update(model.target, model.online, tau)
+                progress.count_update(loss)
+                if lr_scheduler_interval == "step":
+                    _advance(lr_scheduler, loss)
+            if progress.batch == updates_per_epoch * accum_steps:
+                if lr_scheduler_interval == "epoch" and progress.loss_count:
+                    _advance(lr_scheduler, progress.loss_sum / progress.loss_count)
+                progress.start_epoch(epoch + 1)
+            if after_step:
+                after_step(progress, Step(loss, z1, tau, lr, applied))
+    return progress
+
+
+def _check(batches: int, epochs: int, accum_steps: int, lr_scheduler_interval: str, tau_base: float,
+           tau_schedule: str) -> None:
+    if epochs < 0:
+        raise ValueError(f"train: epochs must be 0 or more, got {epochs}")
+    if not 1 <= accum_steps <= batches:
+        raise ValueError(f"train: accum_steps must be in 1..{batches}, the batches of an epoch, got {accum_steps}")
+    if lr_scheduler_interval not in ("step", "epoch"):
+        raise ValueError(f"train: lr_scheduler_interval must be 'step' or 'epoch', got {lr_scheduler_interval!r}")
+    if not 0 <= tau_base <= 1:
+        raise ValueError(f"train: tau_base must be in [0, 1], got {tau_base}")
+    if tau_schedule not in ("cosine", "constant"):
+        raise ValueError(f"train: tau_schedule must be 'cosine' or 'constant', got {tau_schedule!r}")
+
+
+def _views_of_epoch(batches: SeekableBatches | PlainBatches, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+    if isinstance(batches, SeekableBatches):
+        yield from batches.epoch(epoch, start)
+        return
+    for batch in islice(batches, start, None):
+        first, second = batch  # type: ignore[misc]
+        yield (first, second) if isinstance(first, Tensor) else tuple(first)  # the rest of (views, label) is not used
+
+
+def _advance(scheduler: Scheduler, loss: float | Tensor) -> None:
+    if isinstance(scheduler, ReduceLROnPlateau):
+        scheduler.step(float(loss))
+    else:
+        scheduler.step()

@@ -1,0 +1,361 @@
+"""Drawn parameters against torchvision's own draws, rendered views against torchvision's functionals and pipeline."""
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from byol_core import image_ops
+from byol_core.device_views import ViewParams, draw, draw_boxes, render
+from byol_core.views import ViewRecipe, cpu_view, digits_recipes, inverse_normalise, paper_recipes
+
+BUSY = dataclasses.replace(paper_recipes(32)[1], rotate=20.0, zoom=(0.8, 1.2), shear=10.0, shift=0.2, noise=0.05, blur=0.5)
+
+
+def rows_of(params: ViewParams, rows: Tensor) -> dict[str, Tensor]:
+    fields = {field.name: getattr(params, field.name) for field in dataclasses.fields(params)}
+    return {name: value[rows] for name, value in fields.items() if value is not None}
+
+
+def photograph(height: int, width: int) -> Tensor:
+    """(3, H, W) uint8 with smooth colours and some detail."""
+    generator = torch.Generator().manual_seed(5)
+    coarse = F.resize(torch.rand(3, 4, 4, generator=generator), [height, width], InterpolationMode.BICUBIC)
+    noisy = coarse + 0.1 * torch.randn(3, height, width, generator=generator)
+    return (noisy.clamp(0, 1) * 255).to(torch.uint8)
+
+
+def same_distribution(ours: Tensor, theirs: Tensor) -> bool:
+    return stats.ks_2samp(ours.double().numpy(), theirs.double().numpy()).pvalue > 1e-3
+
+
+# What is drawn
+
+
+def test_draw_is_a_function_of_seed_epoch_index_and_view_alone() -> None:
+    indices = torch.tensor([5, 3, 900_000, 0, 12, 7, 8])
+    whole = draw(BUSY, 1, 2, indices, 0, 40, 50)
+    torch.manual_seed(99)
+    for rows in (torch.tensor([4]), torch.tensor([6, 2, 0]), torch.arange(6, -1, -1)):
+        part = draw(BUSY, 1, 2, indices[rows], 0, 40, 50)
+        for name, value in rows_of(whole, rows).items():
+            assert torch.equal(value, getattr(part, name)), name
+
+
+def test_draw_leaves_torchs_generator_alone() -> None:
+    before = torch.get_rng_state()
+    images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    render(images, draw(BUSY, 0, 0, torch.arange(4), 0, 32, 32), BUSY)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("changed", ["seed", "epoch", "indices", "view"])
+def test_draw_changes_with_each_part_of_its_key(changed: str) -> None:
+    key = {"seed": 3, "epoch": 3, "indices": torch.arange(200), "view": 0}
+    one = draw(BUSY, **key, heights=32, widths=32)  # type: ignore[arg-type]
+    key[changed] = torch.arange(200, 400) if changed == "indices" else 1
+    other = draw(BUSY, **key, heights=32, widths=32)  # type: ignore[arg-type]
+    for name, value in rows_of(one, torch.arange(200)).items():
+        different = (value != getattr(other, name)).view(200, -1).any(1).float().mean()
+        assert different > (0.2 if value.dtype == torch.bool else 0.4), name
+
+
+def test_switching_one_operation_off_leaves_the_other_draws_unchanged() -> None:
+    indices = torch.arange(50)
+    plain = dataclasses.replace(BUSY, flip=0.0, jitter=0.0, blur=0.0, noise=0.0, rotate=0.0)
+    full, less = draw(BUSY, 0, 0, indices, 0, 40, 50), draw(plain, 0, 0, indices, 0, 40, 50)
+    assert full.boxes is not None and less.boxes is not None
+    assert torch.equal(full.boxes, less.boxes)
+    assert torch.equal(full.order, less.order) and torch.equal(full.factors, less.factors)
+    assert torch.equal(full.grey, less.grey) and torch.equal(full.solarize, less.solarize)
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.1, 1.0])
+def test_each_operation_is_drawn_at_the_stated_rate(probability: float) -> None:
+    count = 20_000
+    for field in ("flip", "jitter", "grey", "blur", "solarize"):
+        recipe = ViewRecipe(32, blur_kernel=3, **{field: probability})  # type: ignore[arg-type]
+        params = draw(recipe, 0, 0, torch.arange(count), 0, 32, 32)
+        for name in ("flip", "jitter", "grey", "sigma", "solarize"):
+            rate = (getattr(params, name) > 0).double().mean().item()
+            expected = probability if name == field or (field, name) == ("blur", "sigma") else 0.0
+            assert abs(rate - expected) <= 4.5 * math.sqrt(expected * (1 - expected) / count), (field, name)
+
+
+@pytest.mark.parametrize("height, width", [(32, 32), (375, 500), (9, 7), (20, 200), (300, 40), (1, 40), (40, 1), (1, 1)])
+def test_crop_boxes_have_torchvisions_distribution(height: int, width: int) -> None:
+    torch.manual_seed(0)
+    count, image = 3000, torch.empty(3, height, width)
+    boxes = draw(paper_recipes(32)[0], 0, 0, torch.arange(count), 0, height, width).boxes
+    assert boxes is not None
+    theirs = torch.tensor([transforms.RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3])
+                           for _ in range(count)])
+    for measure in (lambda b: b[:, 0], lambda b: b[:, 1], lambda b: b[:, 2], lambda b: b[:, 3],
+                    lambda b: b[:, 2] * b[:, 3], lambda b: b[:, 3] / b[:, 2], lambda b: b[:, 0] + b[:, 2],
+                    lambda b: b[:, 1] + b[:, 3]):
+        assert same_distribution(measure(boxes), measure(theirs))
+    assert boxes[:, 2:].min() >= 1 and boxes[:, :2].min() >= 0
+    assert (boxes[:, 0] + boxes[:, 2] <= height).all() and (boxes[:, 1] + boxes[:, 3] <= width).all()
+
+
+def test_crop_falls_back_to_the_centre_where_no_box_fits() -> None:
+    recipe = ViewRecipe(8, crop_scale=(1.0, 1.0))  # a whole picture's area never fits into a strip at these ratios
+    wide, tall = (draw(recipe, 0, 0, torch.arange(20), 0, *sides).boxes for sides in ((30, 300), (300, 30)))
+    assert wide is not None and tall is not None
+    assert wide.unique(dim=0).tolist() == [[0, 130, 30, 40]] and tall.unique(dim=0).tolist() == [[130, 0, 40, 30]]
+
+
+def test_images_of_one_batch_may_differ_in_size() -> None:
+    heights, widths = torch.tensor([20, 300, 1, 64]).repeat(50), torch.tensor([200, 40, 30, 64]).repeat(50)
+    recipe, indices = paper_recipes(32)[0], torch.arange(200)
+    together = draw(recipe, 0, 0, indices, 0, heights, widths).boxes
+    assert together is not None
+    for index in (0, 1, 2, 3, 101):
+        alone = draw(recipe, 0, 0, indices[index:index + 1], 0, int(heights[index]), int(widths[index])).boxes
+        assert alone is not None and torch.equal(together[index:index + 1], alone)
+
+
+def test_draw_boxes_are_those_of_draw() -> None:
+    recipe, indices = paper_recipes(32)[0], torch.tensor([4, 8, 15])
+    boxes = draw(recipe, 7, 1, indices, 1, 100, 75).boxes
+    assert boxes is not None and torch.equal(draw_boxes(recipe, 7, 1, indices, 1, 100, 75), boxes)
+    with pytest.raises(ValueError, match="crop_scale=None"):
+        draw_boxes(ViewRecipe(32), 7, 1, indices, 1, 100, 75)
+
+
+def test_jitter_factors_and_blur_sigma_have_torchvisions_distribution() -> None:
+    torch.manual_seed(0)
+    recipe = dataclasses.replace(paper_recipes(32)[0], contrast=1.5)  # factors reach down to 0, no further
+    params = draw(recipe, 0, 0, torch.arange(3000), 0, 32, 32)
+    theirs = [transforms.ColorJitter.get_params([0.6, 1.4], [0.0, 2.5], [0.8, 1.2], [-0.1, 0.1]) for _ in range(3000)]
+    for place in range(4):
+        assert same_distribution(params.factors[:, place], torch.tensor([draws[1 + place] for draws in theirs]))
+    sigma = torch.tensor([transforms.GaussianBlur.get_params(0.1, 2.0) for _ in range(3000)])
+    assert same_distribution(params.sigma, sigma)
+
+
+def test_each_order_of_the_jitter_is_equally_likely() -> None:
+    order = draw(paper_recipes(32)[0], 0, 0, torch.arange(24_000), 0, 32, 32).order
+    assert torch.equal(order.sort(1).values, torch.arange(4).expand(24_000, 4))
+    counts = order.unique(dim=0, return_counts=True)[1]
+    assert len(counts) == 24 and stats.chisquare(counts.numpy()).pvalue > 1e-3
+
+
+def test_affine_matrices_have_torchvisions_distribution() -> None:
+    torch.manual_seed(0)
+    matrices = draw(digits_recipes(16)[0], 0, 0, torch.arange(3000), 0, 16, 16).affine
+    assert matrices is not None
+    forward = matrices[:, :, :2].double().inverse()
+    zoom = torch.linalg.det(forward).sqrt()
+    angle = torch.atan2(forward[:, 1, 0], forward[:, 0, 0])
+    upright = torch.stack([angle.cos(), angle.sin(), -angle.sin(), angle.cos()], dim=1).view(-1, 2, 2)
+    shear = -(upright @ forward)[:, 0, 1] / zoom
+    shift = -(forward @ matrices[:, :, 2:].double()).squeeze(2)
+    theirs = [transforms.RandomAffine.get_params([-20, 20], [0.25, 0.25], [0.75, 1.25], [-10, 10], [16, 16])
+              for _ in range(3000)]
+    assert same_distribution(angle.rad2deg(), torch.tensor([a for a, _, _, _ in theirs]))
+    assert same_distribution(zoom, torch.tensor([z for _, _, z, _ in theirs]))
+    assert same_distribution(shear.atan().rad2deg(), torch.tensor([s[0] for _, _, _, s in theirs]))
+    for axis in range(2):
+        assert same_distribution(shift[:, axis].round(), torch.tensor([t[axis] for _, t, _, _ in theirs]))
+    assert (shift - shift.round()).abs().max() < 1e-4
+
+
+def test_the_numbers_of_a_view_are_independent() -> None:
+    count = 10_000
+    params, other = (draw(BUSY, 0, 0, torch.arange(count), view, 500, 500) for view in (0, 1))
+    columns = []
+    for numbers in (params, other):
+        assert numbers.affine is not None and numbers.boxes is not None
+        room = 501 - numbers.boxes[:, 2:]
+        columns += [numbers.flip, numbers.jitter, numbers.grey, numbers.sigma > 0, numbers.solarize,
+                    *numbers.factors.unbind(1), numbers.order[:, 0], numbers.affine[:, 0, 1], numbers.affine[:, 1, 1],
+                    numbers.boxes[:, 2].float().prod() * 0 + numbers.boxes[:, 2] * numbers.boxes[:, 3],
+                    numbers.boxes[:, 0] / room[:, 0], numbers.boxes[:, 1] / room[:, 1]]
+    values = torch.stack([column.double() for column in columns])
+    following = values.roll(1, dims=1)  # neighbouring images
+    assert (torch.corrcoef(values) - torch.eye(len(values))).abs().max() < 5 / math.sqrt(count)
+    between = torch.corrcoef(torch.cat([values, following]))[:len(values), len(values):]
+    assert between.abs().max() < 5 / math.sqrt(count)
+
+
+def test_draw_refuses_an_affine_recipe_for_images_of_different_sizes() -> None:
+    with pytest.raises(ValueError, match="images of one size"):
+        draw(digits_recipes(8)[0], 0, 0, torch.arange(2), 0, torch.tensor([8, 9]), torch.tensor([8, 8]))
+
+
+# What is rendered
+
+
+def by_torchvision(image: Tensor, params: ViewParams, row: int, recipe: ViewRecipe) -> Tensor:
+    """The same view of one float image by torchvision's functionals, without noise."""
+    if params.affine is not None:
+        inverse = torch.eye(3, dtype=torch.float64)
+        inverse[:2] = params.affine[row]
+        forward = inverse.inverse()
+        angle = math.degrees(math.atan2(forward[1, 0], forward[0, 0]))
+        zoom = math.sqrt(torch.linalg.det(forward[:2, :2]))
+        cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
+        shear = math.degrees(math.atan(-(cos * forward[0, 1] + sin * forward[1, 1]) / zoom))
+        image = F.affine(image, angle, forward[:2, 2].tolist(), zoom, [shear, 0.0], InterpolationMode.BILINEAR)
+    top, left, height, width = (0, 0, *image.shape[1:]) if params.boxes is None else params.boxes[row].tolist()
+    size = [recipe.size, recipe.size]
+    image = F.resized_crop(image, top, left, height, width, size, InterpolationMode(recipe.interpolation), antialias=True)
+    image = F.horizontal_flip(image) if params.flip[row] else image
+    image = image.clamp(0, 1)
+    if params.jitter[row]:
+        for place in params.order[row].tolist():
+            adjust = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)[place]
+            image = adjust(image, params.factors[row, place].item())
+    image = F.rgb_to_grayscale(image, 3) if params.grey[row] else image
+    sigma = params.sigma[row].item()
+    image = F.gaussian_blur(image, [recipe.blur_kernel] * 2, [sigma, sigma]) if sigma > 0 else image
+    image = F.solarize(image, recipe.solarize_threshold) if params.solarize[row] else image
+    return F.normalize(image, list(recipe.mean), list(recipe.std))
+
+
+@pytest.mark.parametrize("recipe, height, width", [
+    (paper_recipes(32)[0], 32, 32), (paper_recipes(32)[1], 48, 40), (paper_recipes(32)[0], 1, 40),
+    (dataclasses.replace(paper_recipes(96)[1], interpolation="bilinear", blur=0.5), 120, 90), (paper_recipes(9)[1], 33, 17),
+    (dataclasses.replace(BUSY, noise=0.0), 32, 32), (dataclasses.replace(digits_recipes(8)[0], noise=0.0), 8, 8),
+    (dataclasses.replace(digits_recipes(8)[0], noise=0.0, flip=0.5), 13, 10)])
+def test_render_matches_torchvision_on_the_same_parameters(recipe: ViewRecipe, height: int, width: int) -> None:
+    count = 40
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(0, 40, (count, 3, height, width), generator=generator)
+    images = (photograph(height, width) // 2 + noise).to(torch.uint8)
+    params = draw(recipe, 0, 0, torch.arange(count), 0, height, width)
+    views = inverse_normalise(render(images, params, recipe), recipe)
+    expected = torch.stack([by_torchvision(images[row] / 255, params, row, recipe) for row in range(count)])
+    apart = (views - inverse_normalise(expected, recipe)).abs()
+    # A value within rounding of the threshold is inverted on one side only.
+    assert apart.quantile(0.999) < 1e-3 and apart.mean() < 1e-5
+
+
+Pipeline = Callable[[ViewRecipe, Tensor, int], Tensor]
+
+
+def batched(recipe: ViewRecipe, image: Tensor, count: int) -> Tensor:
+    params = draw(recipe, 0, 0, torch.arange(count), 0, *image.shape[1:])
+    return render(image.expand(count, *image.shape), params, recipe)
+
+
+def reference(recipe: ViewRecipe, image: Tensor, count: int) -> Tensor:
+    torch.manual_seed(0)
+    view, picture = cpu_view(recipe), F.to_pil_image(image)
+    return torch.stack([view(picture) for _ in range(count)])
+
+
+@pytest.mark.parametrize("pipeline", [batched, reference])
+@pytest.mark.parametrize("probability", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("field", ["flip", "jitter", "grey", "blur", "solarize"])
+def test_each_operation_is_applied_at_the_stated_rate(field: str, probability: float, pipeline: Pipeline) -> None:
+    count = 400
+    recipe = ViewRecipe(8, hue=0.5, blur_kernel=3, blur_sigma=(1.0, 1.0), **{field: probability})  # type: ignore[arg-type]
+    image = photograph(8, 8)
+    plain = pipeline(ViewRecipe(8), image, 1)
+    rate = ((pipeline(recipe, image, count) - plain).abs().amax((1, 2, 3)) > 1e-3).double().mean().item()
+    assert abs(rate - probability) <= 4.5 * math.sqrt(probability * (1 - probability) / count)
+
+
+@pytest.mark.parametrize("recipe, height, width", [(paper_recipes(16)[0], 20, 28), (paper_recipes(32)[1], 32, 32),
+                                                   (digits_recipes(8)[0], 8, 8)])
+def test_both_pipelines_have_the_same_statistics(recipe: ViewRecipe, height: int, width: int) -> None:
+    count, image = 1200, photograph(height, width)
+    ours, theirs = batched(recipe, image, count), reference(recipe, image, count)
+    for measure in (lambda v: v.mean((2, 3)), lambda v: v.std((2, 3)), lambda v: v[..., 0, :].mean(2),
+                    lambda v: v[..., :, 0].mean(2), lambda v: v.diff(dim=3).abs().mean((2, 3))):
+        for one, other in zip(measure(ours).unbind(1), measure(theirs).unbind(1)):
+            assert same_distribution(one, other)
+    error = ((ours.var(0) + theirs.var(0)) / count).sqrt() + 1e-3
+    assert ((ours.mean(0) - theirs.mean(0)).abs() / error).max() < 5  # the mean picture, pixel by pixel
+
+
+@pytest.mark.parametrize("recipe", [paper_recipes(32)[0], digits_recipes(32)[0]])
+def test_identical_images_in_a_batch_get_different_views(recipe: ViewRecipe) -> None:
+    views = torch.cat([batched(recipe, photograph(32, 32), 16), render(
+        photograph(32, 32).expand(16, 3, 32, 32), draw(recipe, 0, 0, torch.arange(16), 1, 32, 32), recipe)])
+    apart = torch.pdist(views.flatten(1)) / math.sqrt(views[0].numel())
+    assert apart.min() > 0.05
+
+
+def test_a_view_does_not_depend_on_the_rest_of_the_batch() -> None:
+    images = torch.randint(0, 256, (12, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    indices = torch.arange(12) * 1000
+    together = render(images, draw(BUSY, 0, 0, indices, 0, 32, 32), BUSY)
+    for rows in (torch.tensor([3]), torch.tensor([11, 0, 5, 6])):
+        alone = render(images[rows], draw(BUSY, 0, 0, indices[rows], 0, 32, 32), BUSY)
+        torch.testing.assert_close(alone, together[rows], atol=1e-4, rtol=0)
+
+
+def test_render_is_repeatable_to_the_bit() -> None:
+    images = torch.randint(0, 256, (12, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    params = draw(BUSY, 0, 0, torch.arange(12), 0, 32, 32)
+    assert torch.equal(render(images, params, BUSY), render(images, params, BUSY))
+
+
+def test_normalisation_comes_last() -> None:
+    recipe = ViewRecipe(8, solarize=1.0, solarize_threshold=0.0, mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 2.0))
+    image = photograph(8, 8)
+    for pipeline in (batched, reference):
+        mean, std = torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1), torch.tensor([0.5, 0.25, 2.0]).view(3, 1, 1)
+        torch.testing.assert_close(pipeline(recipe, image, 1)[0], (1 - image / 255 - mean) / std, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("height, width", [(8, 8), (32, 32), (224, 224), (33, 17), (1, 1), (1, 50), (50, 1), (5000, 1)])
+@pytest.mark.parametrize("size", [1, 8, 31])
+def test_render_takes_images_of_any_shape(height: int, width: int, size: int) -> None:
+    for recipe in (*paper_recipes(size), digits_recipes(size)[0]):
+        views = batched(recipe, photograph(height, width), 3)
+        assert views.shape == (3, 3, size, size) and views.dtype == torch.float32 and views.isfinite().all()
+
+
+def test_bytes_and_floats_give_the_same_view_and_stay_unchanged() -> None:
+    images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for recipe in (BUSY, ViewRecipe(32), ViewRecipe(32, noise=0.1, flip=0.5)):
+        params = draw(recipe, 0, 0, torch.arange(8), 0, 32, 32)
+        floats = images / 255
+        before = images.clone(), floats.clone()
+        torch.testing.assert_close(render(images, params, recipe), render(floats, params, recipe), atol=1e-4, rtol=0)
+        assert torch.equal(images, before[0]) and torch.equal(floats, before[1])
+
+
+def test_autocast_does_not_lower_the_precision_of_views() -> None:
+    images = photograph(32, 32).expand(8, 3, 32, 32)
+    params = draw(BUSY, 0, 0, torch.arange(8), 0, 32, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        views = render(images, params, BUSY)
+    assert torch.equal(views, render(images, params, BUSY))
+
+
+def test_images_cropped_elsewhere_are_finished_without_boxes() -> None:
+    images = torch.rand(10, 3, 40, 50, generator=torch.Generator().manual_seed(0))
+    recipe = paper_recipes(32)[1]
+    params = draw(recipe, 0, 0, torch.arange(10), 0, 40, 50)
+    assert params.boxes is not None and params.flip.any() and not params.flip.all()
+    crops = image_ops.crop_resize(images, params.boxes, 32, torch.zeros(10, dtype=torch.bool))
+    finished = render(crops, dataclasses.replace(params, boxes=None), recipe)
+    torch.testing.assert_close(finished, render(images, params, recipe), atol=1e-4, rtol=0)
+
+
+def test_render_refuses_images_of_another_size_without_boxes() -> None:
+    recipe = ViewRecipe(32)
+    with pytest.raises(ValueError, match="40x32 pixels without boxes"):
+        render(torch.rand(2, 3, 40, 32), draw(recipe, 0, 0, torch.arange(2), 0, 32, 32), recipe)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("recipe", [*paper_recipes(32), BUSY])
+def test_a_gpu_renders_what_the_cpu_renders(recipe: ViewRecipe) -> None:
+    images = torch.randint(0, 256, (64, 3, 48, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    params = draw(recipe, 0, 0, torch.arange(64), 0, 48, 40)
+    apart = (render(images.cuda(), params, recipe).cpu() - render(images, params, recipe)).abs()
+    assert apart.quantile(0.999) < 1e-2 and apart.mean() < 1e-4

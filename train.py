@@ -1,0 +1,92 @@
+"""Train BYOL on a folder of images, without labels.
+
+    python train.py --data ./imgs --epochs 100              a folder of your own
+    python train.py                                         the embedded sample, scikit-learn's digits
+    python train.py --data ./imgs --epochs 100 --resume     go on after an interruption, exactly
+    python train.py --data ./imgs --check                   look at the data, time a few steps, train nothing
+"""
+
+import contextlib
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from byol_core.config import TrainConfig, parse_config
+
+if TYPE_CHECKING:
+    from byol_core.run import Run
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit codes: 0 finished, 1 failed while running, 2 wrong input, 130 and 143 stopped by a signal after saving."""
+    config = parse_config(arguments)
+    with contextlib.ExitStack() as stack:
+        try:
+            run = prepare(config, stack)
+        except ValueError as error:
+            return complain(config, error, 2)
+        except (OSError, RuntimeError) as error:
+            return complain(config, error, 1)
+        return carry_out(run)
+
+
+def prepare(config: TrainConfig, stack: contextlib.ExitStack) -> "Run":
+    """Everything that can be wrong is found here, before any training."""
+    from byol_core.data import look_at  # only now is torch loaded: --help and a mistyped flag need not wait
+    from byol_core.folder import scan
+    from byol_core.plan import make_plan
+    from byol_core.run import Run, install_handlers
+    from byol_core.run_folder import choose_out, open_run_folder
+    from byol_core.runtime import refuse_several_processes
+    from byol_core.sample import with_sample
+
+    refuse_several_processes()
+    folder = stack.enter_context(open_run_folder(choose_out(config), config.resume is not None or config.check))
+    config = with_sample(config)
+    files = scan(config.data)
+    plan = make_plan(config, look_at(files))
+    run = Run(config, plan, files, folder)
+    if config.resume is not None:
+        run.resume()
+    install_handlers(run.on_signal)
+    return run
+
+
+def carry_out(run: "Run") -> int:
+    from byol_core.run import Stopped
+
+    try:
+        if run.complete:
+            run.log.say(f"already complete ({run.progress.epoch}/{run.plan.epochs} epochs)")
+        elif run.config.check:
+            run.describe()
+            run.write_start()
+            run.check()
+        else:
+            run.describe()
+            run.write_start()
+            run.measure_untrained()
+            run.train()
+            run.finish()
+            run.summarise()
+        return 0
+    except Stopped as stopped:
+        run.write_end("stopped")
+        run.log.say(f"{stopped}: saved at epoch {run.progress.epoch}, update {run.progress.updates}; continue with --resume")
+        return stopped.code
+    except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
+        run.log.note(traceback.format_exc())
+        run.write_end("failed")
+        return complain(run.config, error, 1)
+
+
+def complain(config: TrainConfig, error: Exception, code: int) -> int:
+    if config.debug:
+        traceback.print_exc()
+    sys.stderr.write(f"error: {error}\n")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -58,7 +58,7 @@ def carry_out(run: "Run") -> int:
 
     try:
         if run.complete:
-            run.log.say(f"already complete ({run.progress.epoch}/{run.plan.epochs} epochs)")
+            sys.stdout.write(f"already complete ({run.progress.epoch}/{run.plan.epochs} epochs)\n")  # nothing is touched
         elif run.config.check:
             run.describe()
             run.write_start()

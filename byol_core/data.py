@@ -24,7 +24,11 @@ Views = tuple[Tensor, Tensor]  # two views of each image, (B, 3, S, S) each
 
 
 class TooManyBadFilesError(RuntimeError):
-    """More of the image files are unusable than a run should pass over."""
+    """More of the image files are unusable than a run should pass over. listing: which, and why."""
+
+    def __init__(self, message: str, listing: str = "") -> None:
+        super().__init__(message)
+        self.listing = listing
 
 
 @dataclass
@@ -43,7 +47,7 @@ class BadFiles:
         if len(self.reasons) > BAD_LIMIT * len(self.files):
             raise TooManyBadFilesError(
                 f"{len(self.reasons)} of {len(self.files)} images cannot be read, more than {BAD_LIMIT:.0%} "
-                f"(the last: {printable(self.files.name(index))}: {printable(reason)}) - see bad_files.txt")
+                f"(the last: {printable(self.files.name(index))}: {printable(reason)}) - see bad_files.txt", self.listing())
 
     def listing(self) -> str:
         return "".join(f"{printable(self.files.name(index))}\t{printable(reason)}\n"

@@ -17,6 +17,7 @@ _WRAPPERS = (
 )
 _AVERAGED = frozenset({torch.float32, torch.float64, torch.complex64, torch.complex128})
 _NO_MODULE = nn.Module()
+_ONLINE = -1
 
 _Pair = tuple[str, Tensor, Tensor]  # a label such as "parameter 'conv1.weight'", target's tensor, online's tensor
 
@@ -63,7 +64,7 @@ def ema_update(target: nn.Module, online: nn.Module, tau: float, *,
 
 
 def _pairs(target: nn.Module, online: nn.Module, buffers: str) -> tuple[list[_Pair], list[_Pair], list[Tensor]]:
-    """Checked pairs to average, checked pairs to copy, and the tensors that only online holds."""
+    """Checked pairs to average, checked pairs to copy, and the tensors in memory that only online holds."""
     for role, module in (("target", target), ("online", online)):
         if not isinstance(module, nn.Module):
             raise ValueError(f"ema_update: {role} must be a torch.nn.Module, got {type(module).__name__}")
@@ -84,7 +85,8 @@ def _pairs(target: nn.Module, online: nn.Module, buffers: str) -> tuple[list[_Pa
             if refusal:
                 raise ValueError(f"ema_update: target {label} {refusal}")
             (averaged if average else copied).append((label, mine, theirs))
-        unpaired += [tensor.to_local() if isinstance(tensor, dtensor) else tensor for tensor in rest]
+        unpaired += [tensor.to_local() if isinstance(tensor, dtensor) else tensor for tensor in rest
+                     if not is_lazy(tensor) and tensor.layout is torch.strided]
     if not averaged and not copied:
         raise ValueError("ema_update: target holds no tensors to update")
     return averaged, copied, unpaired
@@ -142,14 +144,17 @@ def _walk(target: nn.Module, online: nn.Module,
 
 
 def _hint(name: str, kind: str, online: nn.Module) -> str:
-    """What to do about a name without a partner: the usual cause is a wrapper of unknown type around one of the two."""
+    """What online holds instead; the usual cause is a wrapper of unknown type around one of the two."""
     names = [other for other, _ in (online.named_parameters() if kind == "parameter" else online.named_buffers())]
-    for other in names:
-        if other.endswith(f".{name}"):
-            return f", which holds '{other}'; pass online's '{other.removesuffix(name)[:-1]}'"
-        if name.endswith(f".{other}"):
-            return f", which holds '{other}'; pass target's '{name.removesuffix(other)[:-1]}'"
-    return f", whose first {kind} is '{names[0]}'" if names else f", which has no {kind}s"
+    if not names:
+        return f", which has no {kind}s"
+    wrapper = names[0].partition(".")[0]
+    if f"{wrapper}.{name}" in names and all(other.startswith(f"{wrapper}.") for other in names):
+        return f", whose names all start with '{wrapper}.'; pass online.{wrapper}"
+    wrapper, _, rest = name.partition(".")
+    if rest in names:
+        return f", which calls it '{rest}'; pass target.{wrapper}"
+    return f", whose first {kind} is '{names[0]}'"
 
 
 def _shards(label: str, target: Tensor, online: Tensor, dtensor: tuple[type[Any], ...]) -> tuple[Tensor, Tensor]:
@@ -200,30 +205,38 @@ def _distinct(averaged: list[_Pair], copied: list[_Pair],
     if len({tensor.untyped_storage().data_ptr() for tensor in everything}) == len(everything):
         return averaged, copied
 
-    spans = [(*_span(tensor), "") for tensor in unpaired]  # "" for online, the label of the tensor for target
+    kept: list[list[_Pair]] = []
     for pairs in (averaged, copied):
         first: dict[object, _Pair] = {}
         for label, mine, theirs in pairs:
-            known = first.setdefault(_place(mine), (label, mine, theirs))
-            if _place(known[2]) != _place(theirs):
-                raise ValueError(f"ema_update: target ties {known[0]} and {label}, online does not; tie them in both")
-        pairs[:] = first.values()
-        spans += [(*_span(mine), label) for label, mine, _ in pairs] + [(*_span(theirs), "") for *_, theirs in pairs]
+            if mine.numel():
+                known = first.setdefault(_place(mine), (label, mine, theirs))
+                if _place(known[2]) != _place(theirs):
+                    raise ValueError(f"ema_update: target ties {known[0]} and {label}, online does not; "
+                                     "tie them in both, or in neither")
+        kept.append(list(first.values()))
+    pairs = kept[0] + kept[1]
+    spans = [(*_span(mine), number) for number, (_, mine, _) in enumerate(pairs)]
+    spans += [(*_span(tensor), _ONLINE) for tensor in unpaired + [theirs for *_, theirs in pairs] if tensor.numel()]
 
-    storage, online_end, target_end, target_label = -1, 0, 0, ""
-    for current, start, end, label in sorted(spans):
+    shared: set[int] = set()
+    storage = online_end = target_end = target = 0
+    for current, start, end, number in sorted(spans):
         if current != storage:
-            storage, online_end, target_end, target_label = current, 0, 0, ""
-        if start < end and start < (online_end if label else target_end):
-            raise ValueError(f"ema_update: target and online share the memory of {label or target_label}; give target "
-                             "its own, as with copy.deepcopy(online)")
-        if start < end and label and start < target_end:
-            raise ValueError(f"ema_update: target's {target_label} and {label} overlap in memory; clone one of them")
-        if label:
-            target_end, target_label = max((target_end, target_label), (end, label))
-        else:
+            storage, online_end, target_end = current, 0, 0
+        if number == _ONLINE:
+            shared |= {target} if start < target_end else set()
             online_end = max(online_end, end)
-    return averaged, copied
+        else:
+            shared |= {number} if start < online_end else set()
+            if start < target_end:
+                raise ValueError(f"ema_update: target's {pairs[target][0]} and {pairs[number][0]} overlap in memory; "
+                                 "clone one of them")
+            target_end, target = end, number
+    if shared:
+        raise ValueError(f"ema_update: target and online share {pairs[min(shared)][0]}; give target its own memory, as "
+                         "with copy.deepcopy(online)")
+    return kept[0], kept[1]
 
 
 def _place(tensor: Tensor) -> tuple[object, ...]:
@@ -237,8 +250,8 @@ def _span(tensor: Tensor) -> tuple[int, int, int]:
 
 
 def _extent(tensor: Tensor) -> int:
-    """Elements from the first to the last in memory."""
-    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride())) if tensor.numel() else 0
+    """Elements from the first to the last in memory, of a tensor that is not empty."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
 
 
 def _alike(pairs: list[_Pair]) -> list[tuple[list[Tensor], list[Tensor]]]:

@@ -67,8 +67,8 @@ def scan(root: str | Path, flag: str = "--data") -> ImageSet:
     """
     root = Path(root)
     if not root.is_dir():
-        raise ValueError(f"{flag} {root} is a file, not a folder" if root.exists() else
-                         f"no such folder: {root}{_near_name(root)} - check {flag}")
+        raise ValueError(f"{flag} {root} is a file - give the folder it is in" if root.exists() else
+                         f"no such folder: {root} - {_near_name(root) or f'check {flag}'}")
     names, others, unreadable = _walk(root)
     if not names:
         found = ", ".join(f"{number} {suffix or 'without suffix'}" for suffix, number in others.most_common(3))
@@ -86,7 +86,7 @@ def _near_name(root: Path) -> str:
     except OSError:
         return ""
     near = difflib.get_close_matches(root.name, siblings, n=1)
-    return f" - did you mean {root.parent / near[0]}?" if near else ""
+    return f"did you mean {root.parent / near[0]}?" if near else ""
 
 
 def _walk(root: Path) -> tuple[list[bytes], "Counter[str]", list[str]]:

@@ -1,8 +1,8 @@
 """Image operations on a whole batch with one set of parameters per image, on any device.
 
 Every operation takes images as (B, 3, H, W) float in [0, 1], returns a new tensor of that kind on the same device and
-leaves its inputs unchanged. Parameters are CPU tensors with one row per image, so that rows can be chosen without
-waiting for an accelerator.
+leaves its inputs unchanged; only `on_rows_` writes in place. Parameters are CPU tensors with one row per image, so that
+rows can be chosen without waiting for an accelerator.
 """
 from __future__ import annotations
 
@@ -156,9 +156,10 @@ def jitter(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
         return images
     blends = order[order != HUE].view(-1, 3)  # each row's other three, in its order; a pass applies one of them to all
     place = (order == HUE).int().argmax(1)  # how many of them come before the hue shift
+    images = images.clone()
     for step in range(4):
         if used[HUE]:
-            images = on_rows(images, place == step, hue, factors[:, HUE])
+            images = on_rows_(images, place == step, hue, factors[:, HUE])
         if step < 3:
             images = _blend(images, factors.gather(1, blends[:, step:step + 1]).squeeze(1), blends[:, step])
     return images
@@ -219,8 +220,12 @@ def mix(bits: Tensor) -> Tensor:
     return bits
 
 
-def on_rows(images: Tensor, chosen: Tensor, operation: Callable[..., Tensor], *parameters: Tensor) -> Tensor:
-    """operation(images, *parameters) on the chosen rows; the others pass through. chosen: (B,) bool, on the CPU."""
+def on_rows_(images: Tensor, chosen: Tensor, operation: Callable[..., Tensor], *parameters: Tensor) -> Tensor:
+    """operation(images, *parameters) on the chosen rows only, which alone cost time.
+
+    chosen: (B,) bool on the CPU. parameters: of all rows.
+    Returns: the images, changed in place, or a new tensor where every row was chosen.
+    """
     rows = chosen.nonzero().squeeze(1)
     if len(rows) == 0:
         return images
@@ -228,7 +233,7 @@ def on_rows(images: Tensor, chosen: Tensor, operation: Callable[..., Tensor], *p
         return operation(images, *parameters)
     (places,) = _beside(images, rows)
     changed = operation(images.index_select(0, places), *(parameter[rows] for parameter in parameters))
-    return images.index_copy(0, places, changed)
+    return images.index_copy_(0, places, changed)
 
 
 def _beside(images: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:

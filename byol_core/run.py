@@ -18,7 +18,8 @@ from byol_core.backbones import build_backbone, check_backbone
 from byol_core.checkpoint import (CheckpointError, State, export_backbone, newest_checkpoint, read_checkpoint, read_weights,
                                   save_checkpoint, write_json, write_text)
 from byol_core.config import TrainConfig
-from byol_core.data import DeviceBatches, ImageData, Order, Views, WorkerBatches, choose_workers, load_images
+from byol_core.data import DeviceBatches, ImageData, Order, TooManyBadFilesError, Views, WorkerBatches, choose_workers,
+                            load_images
 from byol_core.evaluate import embed_data, load_classifier
 from byol_core.folder import ImageSet, scan
 from byol_core.metrics import RunLog
@@ -105,7 +106,7 @@ class Run:
         self.scheduler = build_scheduler(self.optimizer, plan)
         self.progress = Progress()
         self.workers = choose_workers(config.workers)
-        self.data, self.views_reason = load_images(files, config.views, device, self.log.say)
+        self.data, self.views_reason = self._load(files, config.views)
         self.scorer = self._new_scorer()
         self.batches = TimedBatches(self._new_batches())
         self.scores: dict[str, Scores] = {}
@@ -121,6 +122,13 @@ class Run:
             model.target.compile()
         return model
 
+    def _load(self, files: ImageSet, views: str) -> tuple[ImageData, str]:
+        try:
+            return load_images(files, views, self.runtime.device, self.log.say)
+        except TooManyBadFilesError as error:
+            write_text(self.folder / "bad_files.txt", error.listing)
+            raise
+
     def _new_scorer(self) -> Scorer | None:
         """What measures features: on --eval-data, or on a part of --data; None without labels or with --no-eval."""
         config = self.config
@@ -132,7 +140,7 @@ class Run:
             for flag, folder, found in (("--data", config.data, self.data.files), ("--eval-data", config.eval_data, files)):
                 if found.labels is None:
                     raise ValueError(f"{flag} {folder} has no class sub-folders, so --eval-data cannot be measured on")
-            eval_data = load_images(files, "auto", self.runtime.device, self.log.say)[0]
+            eval_data = self._load(files, "auto")[0]
         return Scorer(self.data, eval_data, self.plan.views[0], self.runtime, self.workers,
                       load_classifier(config.classifier))
 
@@ -155,7 +163,7 @@ class Run:
 
     def save(self) -> None:
         save_checkpoint(self.folder, {
-            "identity": json.dumps(self.identity()), "version": __version__, "torch": torch.__version__,
+            "identity": json.dumps(self.identity()), "version": __version__, "torch": str(torch.__version__),
             "progress": self.progress.state_dict(), "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
             "scaler": self.runtime.scaler.state_dict(), "log": self.log.state_dict(), "scores": self.scores,
@@ -195,8 +203,9 @@ class Run:
             self.log.say("note: --amp changed, so this is not an exact resume")
         self.progress = Progress(**state["progress"])  # type: ignore[arg-type]
         self.scores = state["scores"]  # type: ignore[assignment]
-        self.log.resume(state["log"], self.progress)  # type: ignore[arg-type]
-        self.log.say(f"resuming at epoch {self.progress.epoch}, update {self.progress.updates}")
+        if not self.complete:
+            self.log.resume(state["log"], self.progress)  # type: ignore[arg-type]
+            self.log.say(f"resuming at epoch {self.progress.epoch}, update {self.progress.updates}")
 
     @property
     def complete(self) -> bool:
@@ -215,7 +224,9 @@ class Run:
         self.log.say(f"network: {weights / 1e6:.1f} M parameters; {plan.updates_per_epoch} updates of {plan.batch_size} images "
                      f"per epoch, {plan.total_updates} in all")
         for choice in plan.choices:
-            shown = f"{choice.value:.6g}" if isinstance(choice.value, float) else choice.value
+            shown = f"{choice.value:.6g}" if isinstance(choice.value, float) else str(choice.value)
+            if choice.name == "lr":
+                shown += f" x {plan.batch_size}/256 = {plan.lr:.6g}"
             self.log.say(f"  {choice.name} {shown} ({choice.reason})")
         self.log.say(f"device: {self.runtime.device} ({self.device_reason}); precision: {precision} ({self.amp_reason}); "
                      f"views: {self.views_reason}")

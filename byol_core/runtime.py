@@ -113,24 +113,21 @@ class Runtime:
         Raises: NonFiniteError, before any weight has changed, when a gradient is not finite (in float16: when that was
         so for many steps in a row).
         """
-        if self.scaler.is_enabled():
-            before = self.scaler.get_scale()
+        self.scaler.unscale_(optimizer)
+        finite = _gradients_are_finite(optimizer)
+        if finite:  # asked here, as a fused optimizer that the scaler skips at its first step starts from random momentum
             self.scaler.step(optimizer)
+        if self.scaler.is_enabled():
             self.scaler.update()
-            applied = self.scaler.get_scale() >= before
-            self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
-            if self.skipped_in_a_row == SKIPS_IN_A_ROW:
-                raise NonFiniteError(f"gradients were not finite for {SKIPS_IN_A_ROW} steps in a row")
-        else:
-            _check_finite(optimizer)
-            optimizer.step()
-            applied = True
         optimizer.zero_grad(set_to_none=True)
-        return applied
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        if self.skipped_in_a_row >= (SKIPS_IN_A_ROW if self.scaler.is_enabled() else 1):
+            raise NonFiniteError("a gradient is not finite" if not self.scaler.is_enabled() else
+                                 f"gradients were not finite for {SKIPS_IN_A_ROW} steps in a row")
+        return finite
 
 
-def _check_finite(optimizer: Optimizer) -> None:
-    """One norm over all gradients: NaN and infinity anywhere make it so."""
+def _gradients_are_finite(optimizer: Optimizer) -> bool:
+    """By one norm over all gradients: NaN and infinity anywhere make it so."""
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    if not torch.isfinite(nn.utils.get_total_norm(gradients)):
-        raise NonFiniteError("a gradient is not finite")
+    return bool(torch.isfinite(nn.utils.get_total_norm(gradients)))

@@ -138,8 +138,9 @@ def cpu_view(recipe: ViewRecipe) -> Callable[[Image.Image], Tensor]:
 
     steps: list[Callable[..., Tensor]] = [v2.PILToTensor()]
     if recipe.has_affine:
+        # fill=None is black too; fill=0 would darken the border pixels twice, by the padding and by a mask.
         steps.append(v2.RandomAffine(recipe.rotate, (recipe.shift, recipe.shift), recipe.zoom,
-                                     (-recipe.shear, recipe.shear), InterpolationMode.BILINEAR))
+                                     (-recipe.shear, recipe.shear), InterpolationMode.BILINEAR, fill=None))
     size, interpolation = [recipe.size, recipe.size], InterpolationMode(recipe.interpolation)
     if recipe.crop_scale is None:
         steps.append(v2.Resize(size, interpolation, antialias=True))

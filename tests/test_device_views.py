@@ -17,7 +17,8 @@ from byol_core import image_ops
 from byol_core.device_views import ViewParams, draw, draw_boxes, render
 from byol_core.views import ViewRecipe, cpu_view, digits_recipes, inverse_normalise, paper_recipes
 
-BUSY = dataclasses.replace(paper_recipes(32)[1], rotate=20.0, zoom=(0.8, 1.2), shear=10.0, shift=0.2, noise=0.05, blur=0.5)
+BUSY = dataclasses.replace(paper_recipes(32)[1], rotate=20.0, zoom=(0.8, 1.2), shear=10.0, shift=0.2, noise=0.05,
+                           blur=0.5)
 
 
 def rows_of(params: ViewParams, rows: Tensor) -> dict[str, Tensor]:
@@ -90,10 +91,10 @@ def test_each_operation_is_drawn_at_the_stated_rate(probability: float) -> None:
             assert abs(rate - expected) <= 4.5 * math.sqrt(expected * (1 - expected) / count), (field, name)
 
 
-@pytest.mark.parametrize("height, width", [(32, 32), (375, 500), (9, 7), (20, 200), (300, 40), (1, 40), (40, 1), (1, 1)])
+@pytest.mark.parametrize("height, width", [(32, 32), (375, 500), (9, 7), (20, 200), (300, 40), (1, 40), (40, 1)])
 def test_crop_boxes_have_torchvisions_distribution(height: int, width: int) -> None:
     torch.manual_seed(0)
-    count, image = 3000, torch.empty(3, height, width)
+    count, image = 2000, torch.empty(3, height, width)
     boxes = draw(paper_recipes(32)[0], 0, 0, torch.arange(count), 0, height, width).boxes
     assert boxes is not None
     theirs = torch.tensor([transforms.RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3])
@@ -178,8 +179,8 @@ def test_the_numbers_of_a_view_are_independent() -> None:
         room = 501 - numbers.boxes[:, 2:]
         columns += [numbers.flip, numbers.jitter, numbers.grey, numbers.sigma > 0, numbers.solarize,
                     *numbers.factors.unbind(1), numbers.order[:, 0], numbers.affine[:, 0, 1], numbers.affine[:, 1, 1],
-                    numbers.boxes[:, 2].float().prod() * 0 + numbers.boxes[:, 2] * numbers.boxes[:, 3],
-                    numbers.boxes[:, 0] / room[:, 0], numbers.boxes[:, 1] / room[:, 1]]
+                    numbers.boxes[:, 2] * numbers.boxes[:, 3], numbers.boxes[:, 0] / room[:, 0],
+                    numbers.boxes[:, 1] / room[:, 1]]
     values = torch.stack([column.double() for column in columns])
     following = values.roll(1, dims=1)  # neighbouring images
     assert (torch.corrcoef(values) - torch.eye(len(values))).abs().max() < 5 / math.sqrt(count)
@@ -208,7 +209,8 @@ def by_torchvision(image: Tensor, params: ViewParams, row: int, recipe: ViewReci
         image = F.affine(image, angle, forward[:2, 2].tolist(), zoom, [shear, 0.0], InterpolationMode.BILINEAR)
     top, left, height, width = (0, 0, *image.shape[1:]) if params.boxes is None else params.boxes[row].tolist()
     size = [recipe.size, recipe.size]
-    image = F.resized_crop(image, top, left, height, width, size, InterpolationMode(recipe.interpolation), antialias=True)
+    mode = InterpolationMode(recipe.interpolation)
+    image = F.resized_crop(image, top, left, height, width, size, mode, antialias=True)
     image = F.horizontal_flip(image) if params.flip[row] else image
     image = image.clamp(0, 1)
     if params.jitter[row]:
@@ -224,7 +226,8 @@ def by_torchvision(image: Tensor, params: ViewParams, row: int, recipe: ViewReci
 
 @pytest.mark.parametrize("recipe, height, width", [
     (paper_recipes(32)[0], 32, 32), (paper_recipes(32)[1], 48, 40), (paper_recipes(32)[0], 1, 40),
-    (dataclasses.replace(paper_recipes(96)[1], interpolation="bilinear", blur=0.5), 120, 90), (paper_recipes(9)[1], 33, 17),
+    (dataclasses.replace(paper_recipes(96)[1], interpolation="bilinear", blur=0.5), 120, 90),
+    (paper_recipes(9)[1], 33, 17),
     (dataclasses.replace(BUSY, noise=0.0), 32, 32), (dataclasses.replace(digits_recipes(8)[0], noise=0.0), 8, 8),
     (dataclasses.replace(digits_recipes(8)[0], noise=0.0, flip=0.5), 13, 10)])
 def test_render_matches_torchvision_on_the_same_parameters(recipe: ViewRecipe, height: int, width: int) -> None:
@@ -259,7 +262,8 @@ def reference(recipe: ViewRecipe, image: Tensor, count: int) -> Tensor:
 @pytest.mark.parametrize("field", ["flip", "jitter", "grey", "blur", "solarize"])
 def test_each_operation_is_applied_at_the_stated_rate(field: str, probability: float, pipeline: Pipeline) -> None:
     count = 400
-    recipe = ViewRecipe(8, hue=0.5, blur_kernel=3, blur_sigma=(1.0, 1.0), **{field: probability})  # type: ignore[arg-type]
+    settings = {"hue": 0.5, "blur_kernel": 3, "blur_sigma": (1.0, 1.0), field: probability}
+    recipe = ViewRecipe(8, **settings)  # type: ignore[arg-type]
     image = photograph(8, 8)
     plain = pipeline(ViewRecipe(8), image, 1)
     rate = ((pipeline(recipe, image, count) - plain).abs().amax((1, 2, 3)) > 1e-3).double().mean().item()
@@ -288,10 +292,10 @@ def test_identical_images_in_a_batch_get_different_views(recipe: ViewRecipe) -> 
 
 
 def test_a_view_does_not_depend_on_the_rest_of_the_batch() -> None:
-    images = torch.randint(0, 256, (12, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    indices = torch.arange(12) * 1000
+    images = torch.randint(0, 256, (300, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    indices = torch.arange(300) * 1000
     together = render(images, draw(BUSY, 0, 0, indices, 0, 32, 32), BUSY)
-    for rows in (torch.tensor([3]), torch.tensor([11, 0, 5, 6])):
+    for rows in (torch.tensor([3]), torch.tensor([11, 0, 255, 256, 299])):
         alone = render(images[rows], draw(BUSY, 0, 0, indices[rows], 0, 32, 32), BUSY)
         torch.testing.assert_close(alone, together[rows], atol=1e-4, rtol=0)
 
@@ -352,6 +356,7 @@ def test_render_refuses_images_of_another_size_without_boxes() -> None:
         render(torch.rand(2, 3, 40, 32), draw(recipe, 0, 0, torch.arange(2), 0, 32, 32), recipe)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("recipe", [*paper_recipes(32), BUSY])
 def test_a_gpu_renders_what_the_cpu_renders(recipe: ViewRecipe) -> None:

@@ -31,12 +31,13 @@ def awkward_images(height: int = 13, width: int = 10) -> Tensor:
 
 
 def one_by_one(function: Callable[..., Tensor], images: Tensor, *parameters: Tensor) -> Tensor:
-    return torch.stack([function(image, *numbers) for image, *numbers in zip(images, *(p.tolist() for p in parameters))])
+    numbers = zip(*(parameter.tolist() for parameter in parameters))
+    return torch.stack([function(image, *row) for image, row in zip(images, numbers)])
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-@pytest.mark.parametrize("height, width, size", [(8, 8, 8), (32, 32, 32), (500, 375, 224), (33, 17, 9), (5, 1, 4), (1, 50, 7),
-                                                 (1, 1, 3), (20, 30, 61), (40, 40, 1)])
+@pytest.mark.parametrize("height, width, size", [(8, 8, 8), (32, 32, 32), (500, 375, 224), (33, 17, 9), (5, 1, 4),
+                                                 (1, 50, 7), (1, 1, 3), (20, 30, 61), (40, 40, 1)])
 def test_crop_resize_matches_torchvision_for_its_own_random_boxes(height: int, width: int, size: int,
                                                                   interpolation: str) -> None:
     torch.manual_seed(0)
@@ -45,7 +46,8 @@ def test_crop_resize_matches_torchvision_for_its_own_random_boxes(height: int, w
     flip = torch.tensor([True, False, True, False, False, True])
     views = image_ops.crop_resize(images, boxes, size, flip, interpolation)
     mode = InterpolationMode(interpolation)
-    expected = one_by_one(lambda image, box: F.resized_crop(image, *box, [size, size], mode, antialias=True), images, boxes)
+    expected = one_by_one(lambda image, box: F.resized_crop(image, *box, [size, size], mode, antialias=True),
+                          images, boxes)
     expected = torch.where(flip.view(-1, 1, 1, 1), F.horizontal_flip(expected), expected).clamp(0, 1)
     torch.testing.assert_close(views, expected, atol=1e-4, rtol=0)
 
@@ -80,10 +82,12 @@ def test_crop_resize_refuses_a_box_that_is_empty_or_leaves_the_canvas(box: list[
 
 
 @pytest.mark.parametrize("operation, reference", COLOURS)
-def test_colour_operation_matches_torchvision(operation: Callable[..., Tensor], reference: Callable[..., Tensor]) -> None:
+def test_colour_operation_matches_torchvision(operation: Callable[..., Tensor],
+                                              reference: Callable[..., Tensor]) -> None:
     images = awkward_images()
     parameters = torch.linspace(-0.5, 0.5, 16) if operation is image_ops.hue else torch.linspace(0, 2, 16)
-    torch.testing.assert_close(operation(images, parameters), one_by_one(reference, images, parameters), atol=1e-5, rtol=0)
+    expected = one_by_one(reference, images, parameters)
+    torch.testing.assert_close(operation(images, parameters), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("operation, reference", COLOURS)
@@ -128,7 +132,8 @@ def test_grey_matches_torchvision() -> None:
     torch.testing.assert_close(image_ops.grey(images), F.rgb_to_grayscale(images, 3), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("kernel, height, width", [(3, 32, 32), (23, 224, 224), (9, 13, 10), (1, 5, 5), (3, 2, 2), (7, 4, 31)])
+@pytest.mark.parametrize("kernel, height, width", [(3, 32, 32), (23, 224, 224), (9, 13, 10), (1, 5, 5), (3, 2, 2),
+                                                   (7, 4, 31)])
 def test_gaussian_blur_matches_torchvision(kernel: int, height: int, width: int) -> None:
     images = torch.rand(4, 3, height, width, generator=torch.Generator().manual_seed(0))
     sigma = torch.tensor([0.1, 0.5, 1.1, 2.0])
@@ -144,7 +149,8 @@ def test_solarize_matches_torchvision() -> None:
 def inverse_affine(angle: float, shear: float, zoom: float, x: float, y: float) -> list[list[float]]:
     """The output-to-input matrix in float64, by inverting the forward one: shear, rotate, zoom, shift."""
     angle, shear = math.radians(angle), math.radians(shear)
-    rotate = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]], dtype=torch.float64)
+    cos, sin = math.cos(angle), math.sin(angle)
+    rotate = torch.tensor([[cos, -sin], [sin, cos]], dtype=torch.float64)
     linear = zoom * rotate @ torch.tensor([[1, -math.tan(shear)], [0, 1]], dtype=torch.float64)
     forward = torch.eye(3, dtype=torch.float64)
     forward[:2, :2], forward[:2, 2] = linear, torch.tensor([x, y])
@@ -156,9 +162,13 @@ def test_affine_matches_torchvision(height: int, width: int) -> None:
     images = awkward_images(height, width)
     angle, shear = torch.linspace(-180, 180, 16), torch.linspace(25, -25, 16)
     zoom, shift_x, shift_y = torch.linspace(0.5, 1.5, 16), torch.arange(16) % 5 - 2, torch.arange(16) % 3 - 1
-    matrices = torch.tensor([inverse_affine(*row) for row in torch.stack([angle, shear, zoom, shift_x, shift_y], 1).tolist()])
-    expected = one_by_one(lambda image, a, s, z, x, y: F.affine(image, a, [x, y], z, [s, 0.0], InterpolationMode.BILINEAR),
-                          images, angle, shear, zoom, shift_x, shift_y)
+    numbers = [angle, shear, zoom, shift_x, shift_y]
+    matrices = torch.tensor([inverse_affine(*row) for row in torch.stack(numbers, 1).tolist()])
+
+    def reference(image: Tensor, angle: float, shear: float, zoom: float, x: int, y: int) -> Tensor:
+        return F.affine(image, angle, [x, y], zoom, [shear, 0.0], InterpolationMode.BILINEAR)
+
+    expected = one_by_one(reference, images, *numbers)
     torch.testing.assert_close(image_ops.affine(images, matrices), expected, atol=1e-3, rtol=0)
 
 
@@ -199,9 +209,8 @@ def test_noise_is_clipped() -> None:
 def test_on_rows_changes_the_chosen_rows_only() -> None:
     images, amounts = torch.zeros(5, 3, 2, 2), torch.arange(5.0)
     chosen = torch.tensor([False, True, False, True, True])
-    changed = image_ops.on_rows(images, chosen, lambda rows, amount: rows + amount.view(-1, 1, 1, 1), amounts)
-    assert changed[:, 0, 0, 0].tolist() == [0, 1, 0, 3, 4]
-    assert images.count_nonzero() == 0
+    changed = image_ops.on_rows_(images, chosen, lambda rows, amount: rows + amount.view(-1, 1, 1, 1), amounts)
+    assert changed[:, 2, 1, 0].tolist() == [0, 1, 0, 3, 4]
 
 
 def test_on_rows_does_nothing_when_no_row_is_chosen() -> None:
@@ -209,7 +218,7 @@ def test_on_rows_does_nothing_when_no_row_is_chosen() -> None:
         raise AssertionError("called for no rows")
 
     images = torch.rand(3, 3, 2, 2)
-    assert image_ops.on_rows(images, torch.zeros(3, dtype=torch.bool), never) is images
+    assert image_ops.on_rows_(images, torch.zeros(3, dtype=torch.bool), never) is images
 
 
 def test_operations_leave_their_inputs_unchanged() -> None:
@@ -218,12 +227,13 @@ def test_operations_leave_their_inputs_unchanged() -> None:
     boxes, flip = torch.tensor([[1, 1, 9, 8]]).repeat(16, 1), torch.ones(16, dtype=torch.bool)
     matrices = torch.tensor([inverse_affine(10, 5, 1.1, 1, 0)] * 16)
     factors = torch.stack([numbers] * 4, dim=1)
-    calls = [(image_ops.crop_resize, boxes, 6, flip), (image_ops.affine, matrices), (image_ops.grey,),
-             (image_ops.brightness, numbers), (image_ops.contrast, numbers), (image_ops.saturation, numbers),
-             (image_ops.hue, numbers), (image_ops.jitter, factors, order), (image_ops.gaussian_blur, numbers, 3),
-             (image_ops.solarize, 0.5), (image_ops.add_noise, 0.1, keys), (image_ops.on_rows, flip, image_ops.grey)]
-    for operation, *arguments in calls:
+    calls: dict[Callable[..., Tensor], tuple[object, ...]] = {
+        image_ops.crop_resize: (boxes, 6, flip), image_ops.affine: (matrices,), image_ops.grey: (),
+        image_ops.brightness: (numbers,), image_ops.contrast: (numbers,), image_ops.saturation: (numbers,),
+        image_ops.hue: (numbers,), image_ops.jitter: (factors, order), image_ops.gaussian_blur: (numbers, 3),
+        image_ops.solarize: (0.5,), image_ops.add_noise: (0.1, keys)}
+    for operation, arguments in calls.items():
         before = [images.clone(), *(a.clone() for a in arguments if isinstance(a, Tensor))]
         operation(images, *arguments)
         after = [images, *(a for a in arguments if isinstance(a, Tensor))]
-        assert all(torch.equal(x, y) for x, y in zip(before, after)), operation.__name__
+        assert all(torch.equal(x, y) for x, y in zip(before, after)), operation

@@ -15,8 +15,8 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 import byol_core
-from byol_core.views import (IMAGENET_MEAN, IMAGENET_STD, ViewRecipe, cpu_view, digits_recipes, inverse_normalise, normalise,
-                             paper_recipes, plain_view)
+from byol_core.views import (IMAGENET_MEAN, IMAGENET_STD, ViewRecipe, cpu_view, digits_recipes, inverse_normalise,
+                             normalise, paper_recipes, plain_view)
 
 
 def picture(width: int, height: int) -> Image.Image:
@@ -60,14 +60,14 @@ def test_digits_recipes_keep_what_is_drawn() -> None:
     ("size", 0), ("size", 8.5), ("crop_scale", (0.0, 1.0)), ("crop_scale", (0.5, 0.2)), ("crop_scale", (0.5, 1.1)),
     ("crop_scale", 0.5), ("crop_ratio", (0.0, 1.0)), ("crop_ratio", (2.0, 1.0)), ("crop_ratio", (1.0, math.inf)),
     ("interpolation", "nearest"), ("flip", -0.1), ("flip", 1.1), ("jitter", math.nan), ("grey", 2), ("blur", -1),
-    ("solarize", 1.5), ("brightness", -0.4), ("contrast", math.inf), ("saturation", math.nan), ("hue", 0.6), ("hue", -0.1),
-    ("blur_sigma", (0.0, 1.0)), ("blur_sigma", (2.0, 1.0)), ("blur_kernel", 4), ("blur_kernel", -1), ("blur_kernel", 33),
-    ("solarize_threshold", 1.1), ("rotate", -1), ("rotate", 181), ("zoom", (0.0, 1.0)), ("zoom", (1.2, 1.0)), ("shear", 90),
-    ("shift", 1.5), ("shift", math.nan), ("noise", -0.1), ("mean", (0.5, 0.5)), ("mean", (0.5, math.nan, 0.5)),
-    ("std", (0.5, 0.0, 0.5))])
+    ("solarize", 1.5), ("brightness", -0.4), ("contrast", math.inf), ("saturation", math.nan), ("hue", 0.6),
+    ("hue", -0.1), ("blur_sigma", (0.0, 1.0)), ("blur_sigma", (2.0, 1.0)), ("blur_kernel", 4), ("blur_kernel", -1),
+    ("blur_kernel", 33), ("solarize_threshold", 1.1), ("rotate", -1), ("rotate", 181), ("zoom", (0.0, 1.0)),
+    ("zoom", (1.2, 1.0)), ("shear", 90), ("shift", 1.5), ("shift", math.nan), ("noise", -0.1), ("mean", (0.5, 0.5)),
+    ("mean", (0.5, math.nan, 0.5)), ("std", (0.5, 0.0, 0.5))])
 def test_recipe_refuses_a_number_out_of_range_and_names_it(field: str, value: object) -> None:
     with pytest.raises(ValueError) as error:
-        dataclasses.replace(ViewRecipe(16), **{field: value})
+        dataclasses.replace(ViewRecipe(16), **{field: value})  # type: ignore[arg-type]
     assert f"{field}={value!r}" in str(error.value)
 
 
@@ -136,8 +136,8 @@ def test_cpu_view_takes_images_of_any_shape(width: int, height: int) -> None:
         assert cpu_view(recipe)(picture(width, height)).isfinite().all()
 
 
-@pytest.mark.parametrize("width, height, shorter", [(64, 48, 37), (40, 32, 37), (33, 33, 37), (20, 20, 32), (20, 50, 32),
-                                                    (100, 31, 32)])
+@pytest.mark.parametrize("width, height, shorter", [(64, 48, 37), (40, 32, 37), (33, 33, 37), (20, 20, 32),
+                                                    (20, 50, 32), (100, 31, 32)])
 def test_plain_view_resizes_the_shorter_side_and_cuts_out_the_centre(width: int, height: int, shorter: int) -> None:
     recipe = paper_recipes(32)[0]
     image = picture(width, height)

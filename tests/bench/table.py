@@ -1,0 +1,73 @@
+"""What the benchmarks share: timing side by side, the environment in one line, a table to print or to keep."""
+
+import argparse
+import datetime
+import importlib.metadata
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).with_name("RESULTS.md")
+
+
+def arguments(description: str | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of torch")
+    parser.add_argument("--rounds", type=int, default=15, help="times each row is measured; the median counts")
+    parser.add_argument("--write", action="store_true", help=f"append the table to {RESULTS.name} beside this file")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    return options
+
+
+def side_by_side(functions: dict[str, Callable[[], object]], device: str, rounds: int) -> dict[str, float]:
+    """Median milliseconds of each function; every round runs all of them, so that a slow moment hits all alike."""
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for number in range(rounds + 2):  # two to warm up
+        for name, function in functions.items():
+            wait()
+            start = time.perf_counter()
+            function()
+            wait()
+            if number >= 2:
+                times[name].append(1000 * (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def environment(device: str, *packages: str) -> str:
+    """Date, commit, device and versions in one line."""
+    try:
+        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=RESULTS.parent, capture_output=True,
+                                text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "no commit"
+    if device.startswith("cuda"):
+        name = torch.cuda.get_device_name(device)
+    else:
+        lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+        models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        name = f"{models[0] if models else platform.machine()}, {torch.get_num_threads()} thread(s)"
+    versions = [f"{package} {importlib.metadata.version(package)}" for package in ("torch", *packages)]
+    return f"{datetime.date.today()}, commit {commit}, {name}, Python {platform.python_version()}, {', '.join(versions)}"
+
+
+def markdown(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [columns, ("---",) + ("---:",) * (len(columns) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def show(title: str, text: str, write: bool) -> None:
+    """Print a section, and append it to the results when asked to."""
+    section = f"## {title}\n\n{text}\n"
+    print(section)
+    if write:
+        with RESULTS.open("a") as file:
+            file.write(("" if file.tell() else "# Benchmarks, newest last\n") + f"\n{section}")
+        print(f"appended to {RESULTS}")

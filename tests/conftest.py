@@ -1,0 +1,51 @@
+"""Fixtures: small image folders, a small model, and signal handlers put back after each test."""
+
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from byol_core.networks import BYOL
+
+HANDLED = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers_restored() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in HANDLED}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a folder of random images: `classes` sub-folders (0: flat) of `per_class` images each."""
+
+    def write(name: str = "imgs", classes: int = 2, per_class: int = 8, size: tuple[int, int] = (16, 16)) -> Path:
+        generator = np.random.default_rng(0)
+        for label in range(max(classes, 1)):
+            folder = tmp_path / name / (f"class{label}" if classes else "")
+            folder.mkdir(parents=True, exist_ok=True)
+            for number in range(per_class):
+                pixels = generator.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+                pixels[..., label % 3] //= 4  # so that classes can be told apart
+                Image.fromarray(pixels).save(folder / f"{number:03d}.png")
+        return tmp_path / name
+
+    return write
+
+
+def small_backbone() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+@pytest.fixture
+def small_byol() -> BYOL:
+    torch.manual_seed(0)
+    return BYOL(small_backbone(), 4, hidden_dim=8, out_dim=6)

@@ -1,0 +1,340 @@
+"""The command itself: files and keys of a run, exact resume, wrong input, exit codes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import train as command
+from byol_core.run import Run
+
+REPOSITORY = Path(command.__file__).parent
+SMALL = ["--arch", "conv6", "--hidden-dim", "16", "--projection-dim", "8", "--image-size", "16", "--batch-size", "4",
+         "--workers", "0", "--device", "cpu"]
+FILES = {"config.json", "metrics.jsonl", "train.log", "last.pt", "previous.pt", "backbone.pt", "backbone.json", "views.png",
+         "neighbours.png", "report.html", "summary.json"}
+KEYS = {"images", "classes", "bad_files", "epochs", "updates", "seconds", "images_per_second", "wait_fraction", "loss", "spread",
+        "knn", "linear", "knn_untrained", "linear_untrained", "world_size", "device", "amp", "status"}
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*arguments: object) -> int:
+    return command.main([str(argument) for argument in arguments])
+
+
+def summary(out: str | Path) -> dict:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads((Path(out) / "summary.json").read_text(), parse_constant=refuse)
+
+
+def checkpoint(out: str | Path) -> dict:
+    return torch.load(Path(out) / "last.pt", weights_only=True)
+
+
+def assert_same_state(one: dict, other: dict) -> None:
+    assert one.keys() == other.keys()
+    for part in ("model", "optimizer", "scheduler", "progress"):
+        assert_equal(one[part], other[part], part)
+
+
+def assert_equal(one: object, other: object, place: str) -> None:
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), place
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), place
+        for key in one:
+            assert_equal(one[key], other[key], f"{place}.{key}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other), place
+        for number, (a, b) in enumerate(zip(one, other)):
+            assert_equal(a, b, f"{place}[{number}]")
+    else:
+        assert one == other, place
+
+
+def metrics(out: str | Path) -> list[dict]:
+    """The records without what the clock decides."""
+    records = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in record.items() if key not in ("images_per_second", "wait")} for record in records]
+
+
+@pytest.mark.parametrize("views", ["device", "cpu"])
+def test_a_labelled_folder_gives_every_file_and_key(image_folder: Callable[..., Path], views: str, capsys) -> None:
+    assert run("--data", image_folder(classes=2, per_class=10), "--epochs", 2, "--out", "out", "--views", views, *SMALL) == 0
+    assert {path.name for path in Path("out").iterdir() if not path.name.startswith(".")} == FILES
+    result = summary("out")
+    assert KEYS <= result.keys()
+    assert (result["images"], result["classes"], result["epochs"], result["updates"]) == (20, 2, 2, 10)
+    assert result["status"] == "finished" and result["device"] == "cpu" and result["world_size"] == 1
+    assert 0 <= result["knn"] <= 1 and 0 < result["loss"] < 8
+    assert [record["update"] for record in metrics("out")] == [5, 10]
+    printed = capsys.readouterr()
+    assert "epoch 2/2  loss" in printed.err and "untrained" in printed.out and "backbone.load_state_dict" in printed.out
+
+
+def test_a_flat_folder_trains_without_labels(image_folder: Callable[..., Path]) -> None:
+    assert run("--data", image_folder(classes=0, per_class=9), "--epochs", 1, "--out", "out", *SMALL) == 0
+    result = summary("out")
+    assert result["classes"] == 0 and result["updates"] == 2
+    assert result["knn"] is None and result["linear"] is None and result["knn_untrained"] is None
+    assert Path("out/neighbours.png").exists()
+
+
+def test_exported_backbone_loads_into_torchvision_but_for_its_classifier(image_folder: Callable[..., Path]) -> None:
+    from torchvision.models import resnet18
+    assert run("--data", image_folder(size=(32, 32)), "--epochs", 1, "--out", "out", "--arch", "resnet18", "--no-small-stem",
+               "--hidden-dim", 8, "--projection-dim", 4, "--batch-size", 8, "--workers", 0, "--no-eval") == 0
+    model = resnet18()
+    missing, unexpected = model.load_state_dict(torch.load("out/backbone.pt", weights_only=True), strict=False)
+    assert missing == ["fc.weight", "fc.bias"] and unexpected == []
+    online = checkpoint("out")["model"]
+    assert torch.equal(model.layer4[1].conv2.weight, online["online.backbone.layer4.1.conv2.weight"])
+
+
+@pytest.mark.parametrize("views, options, stop_at", [
+    ("device", [], 1), ("device", [], 3), ("device", [], 5), ("cpu", ["--optimizer", "lars"], 2),
+    ("cpu", ["--optimizer", "lars"], 4), ("device", ["--recipe", "quadra"], 4), ("device", ["--amp", "fp16"], 1),
+    ("device", ["--accum-steps", "2", "--optimizer", "adamw", "--scheduler", "constant"], 3),
+])
+def test_a_stopped_run_continues_to_the_same_result_bit_for_bit(image_folder: Callable[..., Path], monkeypatch, views: str,
+                                                                options: list[str], stop_at: int) -> None:
+    data = image_folder(classes=2, per_class=6)
+    arguments = ["--data", data, "--epochs", 2, "--views", views, "--no-eval", *SMALL, *options]
+    assert run(*arguments, "--out", "whole") == 0
+
+    original = Run._after_step
+
+    def terminate_at(self: Run, progress, step) -> None:
+        if progress.updates == stop_at and self.config.resume is None and step.applied:
+            os.kill(os.getpid(), signal.SIGTERM)
+        original(self, progress, step)
+
+    monkeypatch.setattr(Run, "_after_step", terminate_at)
+    assert run(*arguments, "--out", "parts") == 143
+    stopped = checkpoint("parts")
+    assert stopped["progress"]["updates"] == stop_at and summary("parts")["status"] == "stopped"
+    assert run(*arguments, "--out", "parts", "--resume") == 0
+    assert_same_state(checkpoint("whole"), checkpoint("parts"))
+    assert metrics("whole") == metrics("parts")
+    with pytest.raises(AssertionError):
+        assert_same_state(checkpoint("whole"), stopped)  # the comparison can fail
+
+
+def test_worker_count_does_not_change_the_result(image_folder: Callable[..., Path]) -> None:
+    data = image_folder(classes=0, per_class=8)
+    for workers in (0, 2):
+        assert run("--data", data, "--epochs", 1, "--views", "cpu", "--no-eval", *SMALL, "--workers", workers,
+                   "--out", f"workers{workers}") == 0
+    assert_same_state(checkpoint("workers0"), checkpoint("workers2"))
+
+
+def test_bad_files_are_skipped_counted_and_listed_on_both_paths(image_folder: Callable[..., Path], capsys) -> None:
+    data = image_folder(classes=2, per_class=12)
+    (data / "class0" / "005.png").write_bytes(b"not an image")
+    for views in ("device", "cpu"):
+        assert run("--data", data, "--epochs", 2, "--out", views, "--views", views, *SMALL) == 0
+        assert summary(views)["bad_files"] == 1
+        assert (Path(views) / "bad_files.txt").read_text().startswith("class0/005.png\tUnidentifiedImageError")
+        assert capsys.readouterr().out.count("skipped class0/005.png") == 1
+
+
+@pytest.mark.parametrize("views", ["device", "cpu"])
+def test_too_many_bad_files_stop_the_run_with_the_list(image_folder: Callable[..., Path], views: str, capsys) -> None:
+    data = image_folder(classes=0, per_class=12)
+    for number in (1, 2, 3):
+        (data / f"{number:03d}.png").write_bytes(b"")
+    assert run("--data", data, "--epochs", 2, "--out", "out", "--views", views, *SMALL) == 1
+    assert "of 12 images cannot be read, more than 10%" in capsys.readouterr().err
+    assert Path("out/bad_files.txt").read_text().count("\n") == 2
+
+
+def test_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_file(image_folder: Callable[..., Path], monkeypatch,
+                                                                           capsys) -> None:
+    original = Run._after_step
+
+    def poison(self: Run, progress, step) -> None:
+        original(self, progress, step)
+        if progress.updates == 5:
+            self.data.pixels = None
+            self.batches.batches.recipes = tuple(
+                __import__("dataclasses").replace(recipe, mean=(3e38,) * 3, std=(1e-30,) * 3)
+                for recipe in self.batches.batches.recipes)
+
+    monkeypatch.setattr(Run, "_after_step", poison)
+    assert run("--data", image_folder(classes=0, per_class=16), "--epochs", 3, "--out", "out", "--no-eval", *SMALL) == 1
+    assert "not finite at epoch 2, update" in capsys.readouterr().err
+    state = checkpoint("out")
+    assert state["progress"]["updates"] == 4 and summary("out")["status"] == "failed"
+    assert all(torch.isfinite(value).all() for value in state["model"].values() if value.is_floating_point())
+
+
+def test_no_epochs_write_the_initial_weights(image_folder: Callable[..., Path]) -> None:
+    assert run("--data", image_folder(), "--epochs", 0, "--out", "out", *SMALL) == 0
+    assert checkpoint("out")["progress"]["updates"] == 0 and Path("out/backbone.pt").exists()
+
+
+def test_resuming_a_finished_run_touches_nothing(image_folder: Callable[..., Path], capsys) -> None:
+    arguments = ["--data", image_folder(), "--epochs", 1, "--out", "out", *SMALL]
+    assert run(*arguments) == 0
+    before = {path: path.stat().st_mtime_ns for path in Path("out").iterdir() if path.name != ".lock"}
+    assert run(*arguments, "--resume") == 0
+    assert "already complete (1/1 epochs)" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_check_trains_nothing(image_folder: Callable[..., Path], capsys) -> None:
+    arguments = ["--data", image_folder(per_class=20), "--epochs", 3, "--out", "out", *SMALL]
+    assert run(*arguments, "--check") == 0
+    assert "s per update" in capsys.readouterr().out
+    assert not Path("out/last.pt").exists() and Path("out/views.png").exists()
+
+
+def test_init_from_starts_from_those_weights(image_folder: Callable[..., Path]) -> None:
+    data = image_folder()
+    assert run("--data", data, "--epochs", 1, "--out", "first", "--no-eval", *SMALL) == 0
+    assert run("--data", data, "--epochs", 0, "--out", "second", "--init-from", "first/backbone.pt", *SMALL) == 0
+    assert_equal(torch.load("first/backbone.pt", weights_only=True), torch.load("second/backbone.pt", weights_only=True), "")
+
+
+def test_any_scikit_learn_classifier_can_be_the_probe(image_folder: Callable[..., Path]) -> None:
+    assert run("--data", image_folder(per_class=10), "--epochs", 0, "--out", "out", *SMALL,
+               "--classifier", "sklearn.dummy.DummyClassifier") == 0
+    assert summary("out")["linear"] == 0.5  # the constant guess, on a stratified fifth of two equal classes
+
+
+def test_eval_data_is_what_is_measured_on(image_folder: Callable[..., Path]) -> None:
+    data, other = image_folder("a"), image_folder("b", classes=3)
+    (other / "class2").rename(other / "unseen")
+    assert run("--data", data, "--eval-data", other, "--epochs", 0, "--out", "out", *SMALL) == 0
+    assert summary("out")["knn"] <= 2 / 3  # a third of it is of a class that the training folder does not have
+
+
+WRONG = [
+    (["--data", "imsg"], "no such folder: imsg - did you mean imgs?"),
+    (["--data", "nowhere/at/all"], "no such folder: nowhere/at/all - check --data"),
+    (["--data", "imgs/class0/000.png"], "is a file"),
+    (["--data", "empty"], "no images under empty: looked for .jpg"),
+    (["--batch-size", "17"], "16 images < --batch-size 17 - use --batch-size 16 or less"),
+    (["--batch-size", "1"], "batch of 1"),
+    (["--batch-size", "6", "--accum-steps", "4"], "use a multiple of 4"),
+    (["--batch-size", "4", "--accum-steps", "4"], "batch of 1 per process and micro-batch"),
+    (["--arch", "resnet19"], "unknown arch 'resnet19' - did you mean resnet18?"),
+    (["--arch", "squeezenet1_0"], "arch 'squeezenet1_0' does not end in a linear layer"),
+    (["--arch", "alexnet"], "the network cannot take 16-pixel images"),
+    (["--arch", "vgg11", "--small-stem"], "--small-stem is for ResNets, not for vgg11"),
+    (["--device", "cuda"], "use --device cpu"),
+    (["--device", "abacus"], "--device abacus is not a device"),
+    (["--classifier", "sklearn.svm.NoSuch"], "--classifier sklearn.svm.NoSuch"),
+    (["--eval-data", "flat"], "--eval-data flat has no class sub-folders"),
+    (["--eval-data", "gone"], "no such folder: gone - check --eval-data"),
+    (["--resume", "gone.pt"], "no such file: gone.pt"),
+    (["--init-from", "imgs/class0/000.png"], "damaged or not a checkpoint"),
+    (["--out", "imgs/class0/000.png"], "cannot write to imgs/class0/000.png"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", WRONG, ids=[" ".join(arguments) for arguments, _ in WRONG])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="--device cuda is right here")
+def test_wrong_input_is_one_line_and_code_2_before_any_training(image_folder: Callable[..., Path], capsys,
+                                                                arguments: list[str], message: str) -> None:
+    data = image_folder()
+    image_folder("flat", classes=0, per_class=3)
+    Path("empty").mkdir()
+    assert run("--data", data.name, "--epochs", 1, "--out", "out", *SMALL, *arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+    assert not Path("out").exists()  # nothing was begun
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--lr", "nan"], "argument --lr: must be a finite number above 0, got nan"),
+    (["--lr", "-1"], "got -1"),
+    (["--lr", "0"], "got 0"),
+    (["--epochs", "-1"], "argument --epochs: must be a whole number, 0 or more, got -1"),
+    (["--epochs", "1.5"], "got 1.5"),
+    (["--image-size", "7"], "8 or more, got 7"),
+    (["--weight-decay", "inf"], "got inf"),
+    (["--tau-base", "1.5"], "must be a number in [0, 1], got 1.5"),
+    (["--amp", "bf61"], "invalid choice: 'bf61'"),
+    (["--epoch", "3"], "unrecognized arguments: --epoch 3 - did you mean --epochs?"),
+])
+def test_a_wrong_option_is_one_line_and_code_2(arguments: list[str], message: str, capsys) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        run(*arguments)
+    error = capsys.readouterr().err
+    assert exit_info.value.code == 2
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+
+
+def test_a_used_run_folder_needs_resume(image_folder: Callable[..., Path], capsys) -> None:
+    arguments = ["--data", image_folder(), "--epochs", 1, "--no-eval", *SMALL]
+    assert run(*arguments, "--out", "out") == 0
+    assert run(*arguments, "--out", "out") == 2
+    assert "out already holds a run - add --resume to go on, or choose another --out" in capsys.readouterr().err
+    Path("foreign").mkdir()
+    Path("foreign/thesis.tex").touch()
+    assert run(*arguments, "--out", "foreign") == 2
+    assert "foreign is not empty (it holds thesis.tex)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("changed, named", [
+    (["--epochs", "3"], "epochs 2 -> 3"), (["--batch-size", "8"], "batch_size 4 -> 8"), (["--seed", "1"], "seed 0 -> 1"),
+    (["--arch", "resnet18"], "arch conv6 -> resnet18"), (["--views", "cpu"], "views made on the device -> on the cpu"),
+])
+def test_resuming_with_other_options_is_refused_by_name(image_folder: Callable[..., Path], capsys, changed: list[str],
+                                                        named: str) -> None:
+    arguments = ["--data", image_folder(), "--epochs", 2, "--out", "out", "--no-eval", *SMALL]
+    assert run(*arguments) == 0
+    Path("out/summary.json").unlink()
+    assert run(*arguments, "--resume", *changed) == 2
+    assert named in capsys.readouterr().err
+
+
+def test_resuming_with_other_images_is_refused(image_folder: Callable[..., Path], capsys) -> None:
+    data = image_folder()
+    arguments = ["--data", data, "--epochs", 1, "--out", "out", "--no-eval", *SMALL]
+    assert run(*arguments) == 0
+    Image.new("RGB", (16, 16)).save(data / "class0" / "new.png")
+    assert run(*arguments, "--resume") == 2
+    assert "images 16 -> 17" in capsys.readouterr().err
+
+
+def test_resume_in_an_empty_folder_starts_afresh(image_folder: Callable[..., Path], capsys) -> None:
+    assert run("--data", image_folder(), "--epochs", 1, "--out", "out", "--resume", "--no-eval", *SMALL) == 0
+    assert "nothing to resume in out: starting afresh" in capsys.readouterr().out
+
+
+def test_a_second_run_in_the_same_folder_is_refused(image_folder: Callable[..., Path], capsys) -> None:
+    from byol_core.run_folder import open_run_folder
+    with open_run_folder(Path("out"), may_be_used=False):
+        assert run("--data", image_folder(), "--epochs", 1, "--out", "out", *SMALL) == 2
+    assert f"another run (pid {os.getpid()}) is using out" in capsys.readouterr().err
+
+
+def test_several_processes_are_refused_rather_than_wrong(image_folder: Callable[..., Path], monkeypatch, capsys) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run("--data", image_folder(), "--epochs", 1, "--out", "out", *SMALL) == 2
+    assert "WORLD_SIZE is 2" in capsys.readouterr().err
+
+
+def test_help_and_a_mistyped_flag_do_not_load_torch(tmp_path: Path) -> None:
+    script = ("import sys, runpy\nsys.argv = ['train.py', *sys.argv[1:]]\n"
+              f"try:\n    runpy.run_path({str(REPOSITORY / 'train.py')!r}, run_name='__main__')\n"
+              "except SystemExit:\n    pass\n"
+              "sys.stderr.write(str(sorted({'torch', 'torchvision', 'sklearn', 'numpy'} & set(sys.modules))))")
+    for argument in ("--help", "--epoch"):
+        done = subprocess.run([sys.executable, "-c", script, argument], capture_output=True, text=True, cwd=REPOSITORY)
+        assert done.stderr.endswith("[]")

@@ -1,0 +1,348 @@
+"""The loop against the paper, the source system's formulas, and itself after an interruption."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from byol_core import training
+from byol_core.losses import byol_loss
+from byol_core.networks import BYOL
+from byol_core.runtime import NonFiniteError, Runtime
+from byol_core.training import Progress, Step, train
+from tests.conftest import small_backbone
+
+
+def random_views(batches: int, rows: int = 4, size: int = 8, dtype: torch.dtype = torch.float32) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [tuple(torch.rand(rows, 3, size, size, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
+            for _ in range(batches)]  # type: ignore[misc]
+
+
+class Seekable:
+    """Batches that depend on the epoch and can start anywhere."""
+
+    def __init__(self, batches: int) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def epoch(self, epoch: int, start: int = 0):
+        generator = torch.Generator().manual_seed(100 + epoch)
+        views = [(torch.rand(4, 3, 8, 8, generator=generator), torch.rand(4, 3, 8, 8, generator=generator))
+                 for _ in range(self.batches)]
+        yield from views[start:]
+
+
+def test_ten_updates_equal_the_source_systems_formulas_in_float64(small_byol: BYOL) -> None:
+    """Adam, tau 0.9995 with cosine, rebinding average over parameters in order, loss of l2-normalised rows."""
+    model = small_byol.double()
+    student, predictor = nn.Sequential(copy.deepcopy(model.online.backbone), copy.deepcopy(model.online.projector)), \
+        copy.deepcopy(model.online.predictor)
+    teacher = nn.Sequential(copy.deepcopy(model.target.backbone), copy.deepcopy(model.target.projector))
+    views = random_views(10, dtype=torch.float64)
+
+    def regression(x: Tensor, y: Tensor) -> Tensor:
+        return (2 - 2 * (F.normalize(x, dim=1) * F.normalize(y, dim=1)).sum(1)).mean()
+
+    adam = torch.optim.Adam([*student.parameters(), *predictor.parameters()], lr=3e-4)
+    for step, (view1, view2) in enumerate(views):
+        p1, p2 = predictor(student(view1)), predictor(student(view2))
+        with torch.no_grad():
+            z1, z2 = teacher(view1), teacher(view2)
+        adam.zero_grad()
+        (regression(p1, z2) + regression(p2, z1)).backward()
+        adam.step()
+        tau = 1 - (1 - 0.9995) * (math.cos(math.pi * step / 10) + 1) / 2
+        for theirs, ours in zip(teacher.parameters(), student.parameters()):
+            theirs.data = tau * theirs.data + (1 - tau) * ours.data
+
+    progress = train(model, views, epochs=1)
+
+    assert progress.updates == 10
+    for ours, theirs in (((model.online.backbone, model.online.projector), student),
+                         ((model.target.backbone, model.target.projector), teacher)):
+        for own, reference in zip(nn.Sequential(*ours).state_dict().values(), theirs.state_dict().values()):
+            assert torch.allclose(own.double(), reference.double(), rtol=0, atol=1e-6)
+    moved = max(float((a - b).abs().max()) for a, b in zip(model.target.parameters(), teacher.parameters()))
+    assert moved < 1e-12  # far inside the bar: the comparison is not loose by accident
+
+
+def test_target_is_updated_after_the_optimizer_step_with_this_steps_tau(small_byol: BYOL, monkeypatch) -> None:
+    seen: list[tuple[float, Tensor]] = []
+
+    def spy(target: nn.Module, online: nn.Module, tau: float) -> None:
+        seen.append((tau, online.backbone[0].weight.detach().clone()))
+
+    monkeypatch.setattr(training, "ema_update", spy)
+    before = small_byol.online.backbone[0].weight.detach().clone()
+    optimizer = torch.optim.SGD(small_byol.online.parameters(), lr=0.1)
+    after_step = []
+    optimizer.register_step_post_hook(lambda o, a, k: after_step.append(small_byol.online.backbone[0].weight.detach().clone()))
+    train(small_byol, random_views(4), epochs=1, optimizer=optimizer, tau_base=0.9)
+
+    # by hand: 1 - 0.1 * (1 + cos(pi k / 4)) / 2
+    assert [tau for tau, _ in seen] == pytest.approx([0.9, 0.9146446609, 0.95, 0.9853553391], abs=1e-9)
+    for (_, at_average), at_step in zip(seen, after_step):
+        assert torch.equal(at_average, at_step)
+    assert not torch.equal(seen[0][1], before)
+
+
+def test_constant_tau_stays_at_its_base(small_byol: BYOL) -> None:
+    taus: list[float] = []
+    train(small_byol, random_views(3), epochs=2, tau_base=0.7, tau_schedule="constant",
+          after_step=lambda progress, step: taus.append(step.tau))
+    assert taus == [0.7] * 6
+
+
+def test_accumulation_counts_updates_not_micro_batches(small_byol: BYOL) -> None:
+    taus: list[float] = []
+    scheduled = []
+    optimizer = torch.optim.SGD(small_byol.online.parameters(), lr=1.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: scheduled.append(step) or 1.0)
+    progress = train(small_byol, random_views(9), epochs=1, accum_steps=4, tau_base=0.5, optimizer=optimizer,
+                     lr_scheduler=scheduler, lr_scheduler_interval="step",
+                     after_step=lambda progress, step: taus.append(step.tau))
+    assert progress.updates == 2  # the ninth micro-batch does not fill an update
+    assert taus == pytest.approx([0.5, 0.75])  # cosine over 2 updates, not 8
+    assert scheduled == [0, 1, 2]
+
+
+def test_accumulated_micro_batches_equal_one_batch_without_batch_norm() -> None:
+    def network() -> BYOL:
+        torch.manual_seed(0)
+        model = BYOL(nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 5)), 5, hidden_dim=8, out_dim=6).double()
+        for part in (model.online, model.target):
+            part.projector[1] = nn.Identity()
+        model.online.predictor[1] = nn.Identity()
+        return model
+
+    view1, view2 = (torch.cat(views) for views in zip(*random_views(4, dtype=torch.float64)))
+    whole, parts = network(), network()
+    for model, views, accum_steps in ((whole, [(view1, view2)], 1), (parts, list(zip(view1.split(4), view2.split(4))), 4)):
+        optimizer = torch.optim.SGD(model.online.parameters(), lr=0.5)
+        train(model, views, epochs=1, accum_steps=accum_steps, optimizer=optimizer)
+    for one, other in zip(whole.parameters(), parts.parameters()):
+        assert torch.allclose(one, other, rtol=0, atol=1e-12)
+
+
+def test_both_directions_pair_a_prediction_with_the_other_views_projection(small_byol: BYOL) -> None:
+    pairs = []
+
+    class Tagged(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.online, self.target = small_byol.online, small_byol.target
+
+        def forward(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, ...]:
+            outputs = small_byol(view1, view2)
+            for output, tag in zip(outputs, ("p1", "p2", "z1", "z2")):
+                output.tag = tag
+            return outputs
+
+    def criterion(prediction: Tensor, projection: Tensor) -> Tensor:
+        pairs.append((prediction.tag, projection.tag))
+        return byol_loss(prediction, projection)
+
+    train(Tagged(), random_views(1), epochs=1, criterion=criterion)  # type: ignore[arg-type]
+    assert pairs == [("p1", "z2"), ("p2", "z1")]
+
+
+def test_loss_is_the_sum_of_both_directions(small_byol: BYOL) -> None:
+    steps: list[Step] = []
+    train(small_byol, random_views(1), epochs=1, criterion=lambda p, z: (p * 0).sum() + 1.5,
+          after_step=lambda progress, step: steps.append(step))
+    assert float(steps[0].loss) == 3.0
+
+
+def test_the_target_gets_no_gradient(small_byol: BYOL) -> None:
+    p1, p2, z1, z2 = small_byol(*random_views(1)[0])
+    assert not z1.requires_grad and not z2.requires_grad
+    (byol_loss(p1, z2) + byol_loss(p2, z1)).backward()
+    assert all(parameter.grad is None for parameter in small_byol.target.parameters())
+    assert all(parameter.grad is not None for parameter in small_byol.online.parameters())
+
+
+def test_a_step_that_the_scaler_skips_moves_nothing() -> None:
+    torch.manual_seed(0)
+    model = BYOL(small_backbone(), 4, hidden_dim=8, out_dim=6)
+    calls = 0
+
+    def overflows_once(prediction: Tensor, projection: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return byol_loss(prediction, projection) * (math.inf if calls == 3 else 1)  # first direction of the second step
+
+    optimizer = torch.optim.SGD(model.online.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    history: list[tuple[bool, float, float, int, list[Tensor]]] = []
+
+    def remember(progress: Progress, step: Step) -> None:
+        history.append((step.applied, step.tau, step.lr, progress.updates,
+                        [p.detach().clone() for p in model.parameters()]))
+
+    runtime = Runtime("cpu", torch.float16)
+    runtime.scaler = torch.amp.GradScaler("cpu", init_scale=16.0)  # too low to overflow by itself
+    progress = train(model, random_views(4), epochs=1, optimizer=optimizer, lr_scheduler=scheduler,
+                     lr_scheduler_interval="step", tau_base=0.5, criterion=overflows_once, runtime=runtime,
+                     after_step=remember)
+    applied, taus, rates, updates, weights = zip(*history)
+    assert applied == (True, False, True, True)
+    assert updates == (1, 1, 2, 3) and progress.updates == 3
+    assert taus[1] == taus[2] and rates[1] == rates[2] == 0.05  # both schedules waited
+    assert all(torch.equal(a, b) for a, b in zip(weights[0], weights[1]))
+    assert not any(torch.isnan(p).any() for p in model.parameters())
+    assert not all(torch.equal(a, b) for a, b in zip(weights[1], weights[2]))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_never_reaches_the_weights(small_byol: BYOL, bad: float) -> None:
+    before = [p.detach().clone() for p in small_byol.parameters()]
+    with pytest.raises(NonFiniteError, match="not finite"):
+        train(small_byol, random_views(1), epochs=1, criterion=lambda p, z: byol_loss(p, z) * bad)
+    assert all(torch.equal(a, b) for a, b in zip(before, small_byol.parameters()))
+
+
+def test_endless_overflow_in_float16_stops_the_run(small_byol: BYOL) -> None:
+    with pytest.raises(NonFiniteError, match="20 steps in a row"):
+        train(small_byol, random_views(25), epochs=1, criterion=lambda p, z: byol_loss(p, z) * math.inf,
+              runtime=Runtime("cpu", torch.float16))
+
+
+def make_parts(kind: str) -> tuple[BYOL, torch.optim.Optimizer, training.Scheduler, str]:
+    torch.manual_seed(0)
+    backbone = nn.Sequential(small_backbone(), nn.Dropout(0.3))
+    model = BYOL(backbone, 4, hidden_dim=8, out_dim=6)
+    if kind == "sgd, cosine by step":
+        optimizer = torch.optim.SGD(model.online.parameters(), lr=0.1, momentum=0.9)
+        return model, optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 6), "step"
+    optimizer = torch.optim.AdamW(model.online.parameters(), lr=0.01)
+    return model, optimizer, torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=10.0), "epoch"
+
+
+class Interrupted(Exception):
+    pass
+
+
+def train_in_two_parts(kind: str, cut: int, tmp_path, forget: str = "") -> BYOL:
+    """6 updates, stopped after `cut` and continued by new objects from what was saved to a file."""
+    model, optimizer, scheduler, interval = make_parts(kind)
+
+    def stop(progress: Progress, step: Step) -> None:
+        if progress.updates == cut:
+            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(),
+                        "progress": progress.state_dict()}, tmp_path / "state.pt")
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        train(model, Seekable(2), 3, optimizer=optimizer, lr_scheduler=scheduler, lr_scheduler_interval=interval,
+              tau_base=0.6, after_step=stop)
+    saved = torch.load(tmp_path / "state.pt", weights_only=True)
+    torch.manual_seed(99)  # whatever else happened in the meantime
+    model, optimizer, scheduler, interval = make_parts(kind)
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    scheduler.load_state_dict(saved["scheduler"])
+    progress = Progress(**saved["progress"])
+    if forget:
+        setattr(progress, forget, 0)
+    train(model, Seekable(2), 3, optimizer=optimizer, lr_scheduler=scheduler, lr_scheduler_interval=interval, tau_base=0.6,
+          progress=progress)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["sgd, cosine by step", "adamw, plateau by epoch"])
+@pytest.mark.parametrize("cut", [1, 2, 3, 5, 6])
+def test_a_continued_run_equals_the_uninterrupted_one_bit_for_bit(kind: str, cut: int, tmp_path) -> None:
+    whole, optimizer, scheduler, interval = make_parts(kind)
+    train(whole, Seekable(2), 3, optimizer=optimizer, lr_scheduler=scheduler, lr_scheduler_interval=interval, tau_base=0.6)
+    parts = train_in_two_parts(kind, cut, tmp_path)
+    for (name, one), other in zip(whole.state_dict().items(), parts.state_dict().values()):
+        assert torch.equal(one, other), name
+
+
+@pytest.mark.parametrize("forget", ["updates", "batch"])
+def test_a_continued_run_that_forgets_its_place_differs(forget: str, tmp_path) -> None:
+    """The negative control: the comparison above can fail."""
+    kind = "sgd, cosine by step"
+    whole, optimizer, scheduler, interval = make_parts(kind)
+    train(whole, Seekable(2), 3, optimizer=optimizer, lr_scheduler=scheduler, lr_scheduler_interval=interval, tau_base=0.6)
+    parts = train_in_two_parts(kind, 3, tmp_path, forget)
+    assert not all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), parts.state_dict().values()))
+
+
+def test_plateau_scheduler_sees_the_mean_loss_of_the_epoch(small_byol: BYOL) -> None:
+    optimizer = torch.optim.SGD(small_byol.online.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+    losses = iter([1.0, 1.0, 2.0, 2.0])  # two directions a step: 2 and 4
+    train(small_byol, random_views(2), 1, optimizer=optimizer, lr_scheduler=scheduler,
+          criterion=lambda p, z: (p * 0).sum() + next(losses))
+    assert scheduler.best == 3.0
+
+
+def test_defaults_are_adam_over_everything_online_and_a_plateau(small_byol: BYOL, monkeypatch) -> None:
+    made = []
+    adam = torch.optim.Adam
+
+    def spy(parameters, **options):
+        made.append((list(parameters), options))
+        return adam(made[-1][0], **options)
+
+    monkeypatch.setattr(torch.optim, "Adam", spy)
+    before = [p.detach().clone() for p in small_byol.online.parameters()]
+    train(small_byol, random_views(1), 1)
+    (parameters, options), = made
+    assert {id(p) for p in parameters} == {id(p) for p in small_byol.online.parameters()} and options == {"lr": 3e-4}
+    unmoved = [a for a, b in zip(before, small_byol.online.parameters()) if torch.equal(a, b)]
+    assert not unmoved
+
+
+def test_batches_may_come_from_a_plain_loader_with_labels(small_byol: BYOL) -> None:
+    views = random_views(6)
+    samples = [((view1[0], view2[0]), 7) for view1, view2 in views]
+    loader = torch.utils.data.DataLoader(samples, batch_size=2)  # type: ignore[arg-type]
+    assert train(small_byol, loader, epochs=2).updates == 6
+
+
+def test_no_epochs_leave_the_model_as_it_is(small_byol: BYOL) -> None:
+    before = copy.deepcopy(small_byol.state_dict())
+    assert train(small_byol, random_views(2), 0) == Progress()
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), small_byol.state_dict().values()))
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"epochs": -1}, "epochs must be 0 or more, got -1"),
+    ({"accum_steps": 0}, r"accum_steps must be in 1..3.*got 0"),
+    ({"accum_steps": 4}, r"accum_steps must be in 1..3.*got 4"),
+    ({"lr_scheduler_interval": "batch"}, "'step' or 'epoch', got 'batch'"),
+    ({"tau_base": 1.5}, r"tau_base must be in \[0, 1\], got 1.5"),
+    ({"tau_base": math.nan}, "got nan"),
+    ({"tau_schedule": "linear"}, "'cosine' or 'constant', got 'linear'"),
+])
+def test_unusable_arguments_are_refused_by_name(small_byol: BYOL, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        train(small_byol, random_views(3), **{"epochs": 1, **options})
+
+
+def test_a_fused_optimizer_whose_first_steps_are_skipped_starts_from_clean_momentum() -> None:
+    torch.manual_seed(0)
+    model = BYOL(small_backbone(), 4, hidden_dim=8, out_dim=6)
+    calls = 0
+
+    def overflows_first(prediction: Tensor, projection: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return byol_loss(prediction, projection) * (math.inf if calls <= 2 else 1)
+
+    optimizer = torch.optim.SGD(model.online.parameters(), lr=0.1, momentum=0.9, fused=True)
+    runtime = Runtime("cpu", torch.float16)
+    runtime.scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+    progress = train(model, random_views(2), epochs=1, optimizer=optimizer, criterion=overflows_first, runtime=runtime)
+    assert progress.updates == 1
+    for parameter in model.online.parameters():
+        momentum = optimizer.state[parameter]["momentum_buffer"]
+        assert float(momentum.abs().max()) < 10 and torch.isfinite(parameter).all()

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -142,7 +143,7 @@ def _render(images: Tensor, params: ViewParams, recipe: ViewRecipe) -> Tensor:
 
 
 def _rows_of(params: ViewParams, rows: slice) -> ViewParams:
-    values = (getattr(params, field.name) for field in fields(params))
+    values: list[Any] = [getattr(params, field.name) for field in fields(params)]
     return ViewParams(*(None if value is None else value[rows] for value in values))
 
 

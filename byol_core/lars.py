@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, overload
+from typing import overload
 
 import torch
 from torch import Tensor, nn
@@ -30,13 +30,14 @@ def lars_update(params: list[Tensor], grads: list[Tensor], momentum_buffers: lis
 def _update(params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], lr: float, momentum: float,
             weight_decay: float, trust: float, adapt: bool) -> None:
     updates = torch._foreach_add(grads, params, alpha=weight_decay) if weight_decay else grads
-    torch._foreach_mul_(buffers, momentum)
     if adapt:
         param_norms = torch.stack(torch._foreach_norm(params))
         update_norms = torch.stack(torch._foreach_norm(updates))
         ratios = torch.where((param_norms > 0) & (update_norms > 0), trust * param_norms / update_norms, 1.0)
+        torch._foreach_mul_(buffers, momentum)
         torch._foreach_addcmul_(buffers, updates, ratios.unbind())
     else:
+        torch._foreach_mul_(buffers, momentum)
         torch._foreach_add_(buffers, updates)
     torch._foreach_add_(params, buffers, alpha=-lr)
 
@@ -58,15 +59,15 @@ class LARS(Optimizer):
     tensor([[3.0000, 3.7500]])
     """
 
-    def __init__(self, params: Iterable[Tensor] | Iterable[dict[str, Any]], lr: float, momentum: float = 0.9,
+    def __init__(self, params: Iterable[Tensor] | Iterable[dict[str, object]], lr: float, momentum: float = 0.9,
                  weight_decay: float = 0.0, trust: float = 1e-3) -> None:
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust, adapt=True))
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
+    def add_param_group(self, param_group: dict[str, object]) -> None:
         for key in ("lr", "momentum", "weight_decay", "trust"):
             value = param_group.get(key, self.defaults[key])
-            if not 0.0 <= value < math.inf:
-                raise ValueError(f"LARS: {key} must be finite and not negative, got {value}")
+            if not (isinstance(value, (int, float)) and 0.0 <= value < math.inf):
+                raise ValueError(f"LARS: {key} must be a finite number, not negative, got {value}")
         super().add_param_group(param_group)
 
     @overload
@@ -100,7 +101,7 @@ class LARS(Optimizer):
         return loss
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
     """Two groups for LARS: weights, decayed and adapted; biases and 1-D tensors, neither.
 
     Frozen parameters are left out, tied ones listed once. Either group may be empty. Also fits torch's optimizers,

@@ -69,8 +69,7 @@ def effective_rank(features: Tensor) -> Tensor:
         noise = torch.linalg.vector_norm(rows) * torch.finfo(rows.dtype).eps * max(rows.shape) ** 0.5
         values = torch.where(values > noise, values, 0.0)
         total = values.sum()
-        shares = values / total.clamp_min(torch.finfo(rows.dtype).tiny)
-        rank = torch.special.entr(shares).sum().exp()
+        rank = torch.special.entr(values / total).sum().exp()
         return torch.where(total > 0, rank, 0.0)
 
 
@@ -109,7 +108,7 @@ def uniformity(features: Tensor) -> Tensor:
     with torch.autocast(features.device.type, enabled=False):
         rows = _unit_rows(features)
         lengths = rows.square().sum(1)  # 1, or 0 for a zero row
-        distances = (lengths[:, None] + lengths[None, :] - 2.0 * rows @ rows.T).clamp_min(0.0)  # (B, B), squared
+        distances = lengths[:, None] + lengths[None, :] - 2.0 * rows @ rows.T  # (B, B), squared
         exponents = (-2.0 * distances).fill_diagonal_(-torch.inf)
         pairs = torch.tensor(float(rows.shape[0] * (rows.shape[0] - 1)), dtype=rows.dtype)
         return exponents.flatten().logsumexp(0) - pairs.log()

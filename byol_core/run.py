@@ -18,8 +18,8 @@ from byol_core.backbones import build_backbone, check_backbone
 from byol_core.checkpoint import (CheckpointError, State, export_backbone, newest_checkpoint, read_checkpoint, read_weights,
                                   save_checkpoint, write_json, write_text)
 from byol_core.config import TrainConfig
-from byol_core.data import DeviceBatches, ImageData, Order, TooManyBadFilesError, Views, WorkerBatches, choose_workers,
-                            load_images
+from byol_core.data import (DeviceBatches, ImageData, Order, TooManyBadFilesError, Views, WorkerBatches, choose_workers,
+                            load_images)
 from byol_core.evaluate import embed_data, load_classifier
 from byol_core.folder import ImageSet, scan
 from byol_core.metrics import RunLog

@@ -283,6 +283,32 @@ def test_both_pipelines_have_the_same_statistics(recipe: ViewRecipe, height: int
     assert ((ours.mean(0) - theirs.mean(0)).abs() / error).max() < 5  # the mean picture, pixel by pixel
 
 
+def test_both_pipelines_crop_alike() -> None:
+    x, y = torch.arange(100).expand(80, 100), torch.arange(80).view(80, 1).expand(80, 100)
+    ramps = torch.stack([2 * x, 2 * y, 0 * x]).to(torch.uint8)  # colours tell where a pixel came from
+    recipe = ViewRecipe(24, crop_scale=(0.1, 0.9), crop_ratio=(0.5, 1.5))
+    corners = [inverse_normalise(pipeline(recipe, ramps, 1500), recipe) * 127.5 for pipeline in (batched, reference)]
+    boxes = [torch.stack([v[:, 0, :, 0].mean(1), v[:, 0, :, -1].mean(1), v[:, 1, 0].mean(1), v[:, 1, -1].mean(1)])
+             for v in corners]
+    for measure in (lambda b: b[0], lambda b: b[2], lambda b: b[1] - b[0], lambda b: b[3] - b[2],
+                    lambda b: (b[1] - b[0]) / (b[3] - b[2]), lambda b: (b[1] - b[0]) * (b[3] - b[2])):
+        assert same_distribution(measure(boxes[0]), measure(boxes[1]))
+
+
+def test_both_pipelines_rotate_zoom_shear_and_shift_alike() -> None:
+    x = torch.arange(21).expand(21, 21)
+    ramps = torch.stack([10 * x, 10 * x.T, 0 * x]).to(torch.uint8)
+    recipe = ViewRecipe(21, rotate=20.0, zoom=(0.8, 1.2), shear=25.0, shift=0.1)
+
+    def inverse_matrix(pipeline: Pipeline) -> Tensor:
+        source = inverse_normalise(pipeline(recipe, ramps, 1500), recipe)[:, :2] * 25.5  # (1500, 2, 21, 21), in pixels
+        return torch.cat([source[..., 10, 14] - source[..., 10, 6], source[..., 14, 10] - source[..., 6, 10],
+                          (source[..., 10, 10] - 10)], dim=1)
+
+    for ours, theirs in zip(inverse_matrix(batched).unbind(1), inverse_matrix(reference).unbind(1)):
+        assert same_distribution(ours, theirs)
+
+
 @pytest.mark.parametrize("recipe", [paper_recipes(32)[0], digits_recipes(32)[0]])
 def test_identical_images_in_a_batch_get_different_views(recipe: ViewRecipe) -> None:
     views = torch.cat([batched(recipe, photograph(32, 32), 16), render(

@@ -25,6 +25,12 @@ def test_byol_loss_is_zero_for_equal_and_four_for_opposite_directions() -> None:
     assert byol_loss(rows, torch.tensor([[4.0, -3.0], [1.0, 0.0]])).item() == pytest.approx(2.0)
 
 
+def test_byol_loss_is_not_below_zero_by_rounding() -> None:
+    rows = torch.randn(1000, 64)
+    assert min(byol_loss(row[None], 3 * row[None]).item() for row in rows) >= 0.0
+    assert max(byol_loss(row[None], -3 * row[None]).item() for row in rows) <= 4.0
+
+
 def test_byol_loss_equals_values_worked_out_by_hand() -> None:
     # cosines 24/25 and 3/5, mean of 2 - 2 cos
     loss = byol_loss(torch.tensor([[3.0, 4.0], [1.0, 0.0]]), torch.tensor([[4.0, 3.0], [6.0, 8.0]]))
@@ -196,8 +202,9 @@ def test_alignment_equals_values_worked_out_by_hand() -> None:
 
 
 def test_alignment_equals_byol_loss_on_ordinary_rows() -> None:
-    a, b = torch.randn(16, 8), torch.randn(16, 8)
+    a, b = torch.randn(16, 8, requires_grad=True), torch.randn(16, 8)
     assert alignment(a, b).item() == pytest.approx(byol_loss(a, b).item(), rel=1e-5)
+    assert not alignment(a, b).requires_grad
 
 
 def test_uniformity_equals_the_published_code() -> None:

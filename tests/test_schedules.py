@@ -45,6 +45,11 @@ def test_cosine_tau_runs_from_base_to_one(base: float) -> None:
     assert all(base <= tau <= 1.0 for tau in taus)
 
 
+def test_cosine_tau_is_never_below_base_by_rounding() -> None:
+    assert 1.0 - (1.0 - 0.1) < 0.1
+    assert cosine_tau(1, 10 ** 9, 0.1) == 0.1
+
+
 def test_cosine_tau_of_a_single_step_still_moves_the_target() -> None:
     assert cosine_tau(0, 1, 0.99) == 0.99
 

@@ -28,7 +28,7 @@ def lightly(groups: Groups) -> torch.optim.Optimizer:
 ROWS: list[tuple[str, str, Callable[[Groups], torch.optim.Optimizer]]] = [
     ("**LARS**", "torch", lambda groups: LARS(groups, lr=LR)),
     ("torch SGD, foreach (no adaptation)", "torch", lambda groups: torch.optim.SGD(groups, LR, 0.9, foreach=True)),
-    ("torch SGD, single tensor (no adaptation)", "torch", lambda groups: torch.optim.SGD(groups, LR, 0.9, foreach=False)),
+    ("torch SGD, tensor by tensor (same)", "torch", lambda groups: torch.optim.SGD(groups, LR, 0.9, foreach=False)),
     ("timm Lars", "timm", timm),
     ("lightly LARS", "lightly", lightly),
 ]

@@ -51,11 +51,13 @@ def environment(device: str, *packages: str) -> str:
     if device.startswith("cuda"):
         name = torch.cuda.get_device_name(device)
     else:
-        lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+        cpuinfo = Path("/proc/cpuinfo")
+        lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
         models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
         name = f"{models[0] if models else platform.machine()}, {torch.get_num_threads()} thread(s)"
     versions = [f"{package} {importlib.metadata.version(package)}" for package in ("torch", *packages)]
-    return f"{datetime.date.today()}, commit {commit}, {name}, Python {platform.python_version()}, {', '.join(versions)}"
+    python = f"Python {platform.python_version()}"
+    return ", ".join((str(datetime.date.today()), f"commit {commit}", name, python, *versions))
 
 
 def markdown(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

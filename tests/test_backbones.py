@@ -1,0 +1,91 @@
+"""torchvision models as feature extractors, the small-image stem, and what is refused."""
+
+import pytest
+import torch
+from torch import nn
+from torchvision import models
+
+from byol_core.backbones import build_backbone, check_backbone
+
+# The input width of each model's classifier, from torchvision's own definitions.
+DIMENSIONS = {"resnet18": 512, "resnet50": 2048, "mobilenet_v3_small": 1024, "efficientnet_b0": 1280, "convnext_tiny": 768,
+              "densenet121": 1024, "vgg11": 4096, "regnet_y_400mf": 440, "shufflenet_v2_x0_5": 1024, "mnasnet0_5": 1280}
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5"])
+def test_features_are_the_classifiers_input(name: str) -> None:
+    backbone, dimension = build_backbone(name)
+    assert dimension == DIMENSIONS[name]
+    assert backbone.eval()(torch.rand(2, 3, 64, 64)).shape == (2, dimension)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(models.list_models(module=models)))
+def test_every_torchvision_model_is_served_or_refused_by_name(name: str) -> None:
+    size = 96 if name.startswith("inception") else 224 if name in ("maxvit_t", "vit_h_14") else 64
+    if name in ("regnet_x_32gf", "regnet_y_32gf", "regnet_y_128gf"):
+        pytest.skip("as its smaller siblings, but gigabytes of weights")
+    with torch.device("cpu" if name.startswith("regnet") else "meta"):  # RegNets compute their widths with tensors
+        try:
+            backbone, dimension = build_backbone(name, image_size=size)
+        except ValueError as error:
+            assert name.startswith("squeezenet") and f"arch '{name}' does not end in a linear layer" in str(error)
+            return
+        features = backbone.eval()(torch.empty(2, 3, size, size))
+    assert features.shape == (2, dimension) and dimension == DIMENSIONS.get(name, dimension)
+
+
+def test_weights_keep_torchvisions_names() -> None:
+    backbone, _ = build_backbone("resnet18")
+    missing, unexpected = models.resnet18().load_state_dict(backbone.state_dict(), strict=False)
+    assert missing == ["fc.weight", "fc.bias"] and unexpected == []
+
+
+def test_small_stem_keeps_height_and_width() -> None:
+    backbone, _ = build_backbone("resnet18", small_images=True)
+    stem = nn.Sequential(backbone.conv1, backbone.bn1, backbone.relu, backbone.maxpool)
+    assert stem(torch.rand(1, 3, 32, 32)).shape == (1, 64, 32, 32)
+    assert backbone.conv1.weight.shape == (64, 3, 3, 3)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (("resnet19",), "unknown arch 'resnet19' - did you mean resnet18?"),
+    (("fcn_resnet50",), "unknown arch 'fcn_resnet50'"),  # a segmentation model
+    (("squeezenet1_1",), "arch 'squeezenet1_1' does not end in a linear layer"),
+    (("vgg11", True), "--small-stem is for ResNets, not for vgg11"),
+])
+def test_what_cannot_be_served_is_refused_by_name(arguments: tuple, message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        build_backbone(*arguments)
+    assert message in str(error.value)
+
+
+def test_conv6_is_six_convolutions_and_takes_8_pixels() -> None:
+    backbone, dimension = build_backbone("conv6")
+    assert sum(isinstance(layer, nn.Conv2d) for layer in backbone.modules()) == 6
+    check_backbone(backbone, dimension, 8)
+
+
+def test_check_backbone_leaves_mode_and_statistics_alone() -> None:
+    backbone, dimension = build_backbone("conv6")
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    check_backbone(backbone, dimension, 8)
+    assert backbone.training
+    assert all(torch.equal(value, backbone.state_dict()[name]) for name, value in before.items())
+
+
+@pytest.mark.parametrize("backbone, dimension, size, message", [
+    (nn.Flatten(), 5, 8, "returns (192,) numbers an image, not (5,)"),
+    (nn.Conv2d(3, 4, 9), 4, 8, "cannot take 8-pixel images"),
+    (nn.Conv2d(1, 4, 3), 4, 8, "cannot take 8-pixel images"),
+])
+def test_a_backbone_that_does_not_fit_is_refused(backbone: nn.Module, dimension: int, size: int, message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        check_backbone(backbone, dimension, size)
+    assert message in str(error.value)
+
+
+def test_vision_transformer_is_built_for_its_image_size() -> None:
+    with torch.device("meta"):
+        backbone, dimension = build_backbone("vit_b_16", image_size=32)
+        assert backbone.eval()(torch.empty(1, 3, 32, 32)).shape == (1, 768) and dimension == 768

@@ -1,0 +1,205 @@
+"""Files are whole or absent, damage is noticed, and nothing in a file is ever run."""
+
+import itertools
+import multiprocessing
+import os
+import pickle
+import random
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable
+from multiprocessing.synchronize import Event as EventType
+from pathlib import Path
+
+import pytest
+import torch
+
+from byol_core.checkpoint import (CheckpointError, atomic_write, newest_checkpoint, read_checkpoint, read_weights,
+                                  remove_leftovers, save_checkpoint, write_json)
+
+
+def save(folder: Path, number: int) -> None:
+    save_checkpoint(folder, {"number": number, "tensor": torch.full((1000,), float(number))})
+
+
+def test_last_and_the_one_before_are_kept(tmp_path: Path) -> None:
+    for number in (1, 2, 3):
+        save(tmp_path, number)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "previous.pt"]
+    assert read_checkpoint(tmp_path / "last.pt")["number"] == 3
+    assert read_checkpoint(tmp_path / "previous.pt")["number"] == 2
+
+
+def test_save_interrupted_before_replace_leaves_the_old_file_loadable(tmp_path: Path) -> None:
+    script = ("import os, sys\nfrom pathlib import Path\nfrom tests.test_checkpoint import save\n"
+              "folder = Path(sys.argv[1])\nsave(folder, 1)\n"
+              "real = os.replace\nos.replace = lambda a, b: os._exit(9) if str(b).endswith('last.pt') else real(a, b)\n"
+              "save(folder, 2)\n")
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=Path(__file__).parent.parent)
+    assert done.returncode == 9
+    assert read_checkpoint(tmp_path / "last.pt")["number"] == 1
+    assert list(tmp_path.glob(".*.tmp"))
+    remove_leftovers(tmp_path)
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def save_for_ever(folder: Path, saved: EventType, writer: Callable[[Path, int], None]) -> None:
+    for number in itertools.count():
+        writer(folder, number)
+        saved.set()
+
+
+def write_in_place(folder: Path, number: int) -> None:
+    """What `save` must not be."""
+    torch.save({"format": 1, "number": number, "tensor": torch.full((1000,), float(number))}, folder / "last.pt")
+
+
+def unreadable_after_kills(folder: Path, writer: Callable[[Path, int], None], kills: int) -> int:
+    """How often last.pt is absent or damaged after a process that saves all the time was killed."""
+    processes = multiprocessing.get_context("fork")
+    generator, unreadable = random.Random(0), 0
+    for _ in range(kills):
+        saved = processes.Event()
+        child = processes.Process(target=save_for_ever, args=(folder, saved, writer))
+        child.start()
+        assert saved.wait(30)
+        time.sleep(generator.uniform(0.0, 0.02))
+        child.kill()
+        child.join()
+        try:
+            state = read_checkpoint(folder / "last.pt")
+            assert bool((state["tensor"] == state["number"]).all())
+        except CheckpointError:
+            unreadable += 1
+    return unreadable
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_hundred_kills_during_saves_leave_a_hundred_good_files(tmp_path: Path) -> None:
+    assert unreadable_after_kills(tmp_path, save, 100) == 0
+    assert newest_checkpoint(tmp_path)[1] == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_writer_in_place_does_not_survive_the_same_kills(tmp_path: Path) -> None:
+    assert unreadable_after_kills(tmp_path, write_in_place, 40) > 0
+
+
+@pytest.mark.parametrize("damage", [
+    lambda data: b"", lambda data: bytes(len(data)), lambda data: data[:-1], lambda data: data[:len(data) // 2],
+    lambda data: b"<html>404</html>",
+])
+def test_a_damaged_file_is_noticed_and_the_one_before_used(tmp_path: Path, damage) -> None:
+    for number in (2, 3):
+        save(tmp_path, number)
+    path = tmp_path / "last.pt"
+    path.write_bytes(damage(path.read_bytes()))
+    state, lines = newest_checkpoint(tmp_path)
+    assert state is not None and state["number"] == 2
+    assert len(lines) == 1 and "last.pt is " in lines[0]
+
+
+def test_one_flipped_byte_is_noticed_though_torch_does_not(tmp_path: Path) -> None:
+    save(tmp_path, 2)
+    save(tmp_path, 3)
+    path = tmp_path / "last.pt"
+    data = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        member = next(info for info in archive.infolist() if info.filename.endswith("data/0"))
+    data[member.header_offset + 2000] ^= 1
+    path.write_bytes(data)
+    assert not bool((torch.load(path, weights_only=True)["tensor"] == 3.0).all())  # wrong, silently
+    with pytest.raises(CheckpointError, match="checksum mismatch in .*data/0"):
+        read_checkpoint(path)
+    assert newest_checkpoint(tmp_path)[0]["number"] == 2
+
+
+def test_all_checkpoints_damaged_is_an_error_and_never_a_fresh_start(tmp_path: Path) -> None:
+    for number in (2, 3):
+        save(tmp_path, number)
+    for path in tmp_path.iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="last.pt is empty.*previous.pt is empty"):
+        newest_checkpoint(tmp_path)
+
+
+def test_an_empty_folder_has_no_checkpoint(tmp_path: Path) -> None:
+    assert newest_checkpoint(tmp_path) == (None, [])
+
+
+class Payload:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.marker,)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_a_file_is_refused_and_not_run(tmp_path: Path, zipped: bool) -> None:
+    marker, path = tmp_path / "marker", tmp_path / "evil.pt"
+    if zipped:
+        torch.save({"format": 1, "payload": Payload(marker)}, path)
+    else:
+        path.write_bytes(pickle.dumps(Payload(marker)))
+    with pytest.raises(CheckpointError) as error:
+        read_checkpoint(path)
+    assert not marker.exists() and "weights_only" not in str(error.value)
+
+
+def test_other_files_are_named_for_what_they_are(tmp_path: Path) -> None:
+    torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "weights.pt")
+    with pytest.raises(CheckpointError, match="holds weights only - use --init-from"):
+        read_checkpoint(tmp_path / "weights.pt")
+    assert list(read_weights(tmp_path / "weights.pt")) == ["conv1.weight"]
+    torch.save({"format": 2}, tmp_path / "newer.pt")
+    with pytest.raises(CheckpointError, match="format 2, this version reads up to 1 - upgrade"):
+        read_checkpoint(tmp_path / "newer.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(CheckpointError, match="is not a byol_core checkpoint"):
+        read_checkpoint(tmp_path / "list.pt")
+    with pytest.raises(CheckpointError, match="no such file"):
+        read_checkpoint(tmp_path / "none.pt")
+    with pytest.raises(CheckpointError, match="not a checkpoint"):
+        read_checkpoint(tmp_path)
+    save(tmp_path, 1)
+    with pytest.raises(CheckpointError, match="does not hold a network's weights"):
+        read_weights(tmp_path / "last.pt")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no resource limits there")
+def test_full_disk_keeps_the_old_file_and_leaves_no_other(tmp_path: Path) -> None:
+    script = ("import resource, signal, sys, torch\nfrom pathlib import Path\n"
+              "from byol_core.checkpoint import save_checkpoint\nfrom tests.test_checkpoint import save\n"
+              "folder = Path(sys.argv[1])\nsave(folder, 1)\n"
+              "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
+              "try:\n    save_checkpoint(folder, {'tensor': torch.zeros(100_000)})\n"
+              "except OSError as error:\n    print(error)\n")
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=Path(__file__).parent.parent, text=True,
+                          capture_output=True)
+    assert "cannot write" in done.stdout and "last.pt" in done.stdout and "MB free" in done.stdout, done.stderr
+    assert read_checkpoint(tmp_path / "last.pt")["number"] == 1
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_numbers_that_are_not_json_are_never_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError):
+        write_json(tmp_path / "x.json", {"loss": float("nan")})
+    assert not (tmp_path / "x.json").exists()
+
+
+def test_atomic_write_replaces_whole_files(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    atomic_write(path, lambda file: file.write(b"old"))
+
+    def fail(file) -> None:
+        file.write(b"half of the new")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="cannot write .*file: No space left on device"):
+        atomic_write(path, fail)
+    assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["file"]

@@ -1,0 +1,130 @@
+"""Order, replacement of bad files, and the two interchangeable sources of views."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from byol_core.data import (BadFiles, DeviceBatches, ImageData, Order, TooManyBadFilesError, WorkerBatches, load_images,
+                            plain_batches)
+from byol_core.folder import scan
+from byol_core.views import ViewRecipe, inverse_normalise, paper_recipes
+
+CPU = torch.device("cpu")
+PLAIN = ViewRecipe(16)  # no augmentation: a view is the image
+
+
+def load(root: Path, where: str) -> ImageData:
+    return load_images(scan(root), where, CPU, lambda line: None)[0]
+
+
+def sources(root: Path, recipes: tuple[ViewRecipe, ViewRecipe], order: Order, workers: int = 0):
+    return (DeviceBatches(load(root, "device"), recipes, order), WorkerBatches(load(root, "cpu"), recipes, order, workers))
+
+
+def test_an_epoch_uses_every_image_once_but_for_an_incomplete_batch() -> None:
+    rows = Order(images=11, batch_size=4, seed=3).epoch(0)
+    assert rows.shape == (2, 4) and len(set(rows.flatten().tolist())) == 8 and rows.max() < 11
+
+
+def test_order_depends_on_seed_and_epoch_alone() -> None:
+    order = Order(50, 10, seed=3)
+    torch.manual_seed(1)
+    first = order.epoch(2)
+    torch.rand(5)
+    assert torch.equal(order.epoch(2), first)
+    assert not torch.equal(order.epoch(3), first)
+    assert not torch.equal(Order(50, 10, seed=4).epoch(2), first)
+
+
+def test_micro_batches_and_ranks_share_one_permutation() -> None:
+    whole = Order(24, 12, seed=1).epoch(5)  # (2, 12)
+    halves = Order(24, 12, accum_steps=2, seed=1).epoch(5)  # (4, 6)
+    assert torch.equal(halves.flatten(), whole.flatten())
+    ranks = [Order(24, 12, accum_steps=2, seed=1, rank=rank, world_size=3).epoch(5) for rank in range(3)]
+    assert all(part.shape == (4, 2) for part in ranks)
+    assert torch.equal(torch.cat(ranks, dim=1), halves)
+
+
+def test_both_sources_give_the_same_images_in_the_same_order(image_folder: Callable[..., Path]) -> None:
+    root = image_folder(classes=0, per_class=10)
+    device, worker = sources(root, (PLAIN, PLAIN), Order(10, 4, seed=1))
+    assert len(device) == len(worker) == 2
+    for (a1, a2), (b1, b2) in zip(device.epoch(1), worker.epoch(1), strict=True):
+        assert torch.allclose(a1, b1, atol=1e-5) and torch.allclose(a2, b2, atol=1e-5)
+
+
+def test_bad_files_are_replaced_the_same_way_and_move_nothing_else(image_folder: Callable[..., Path]) -> None:
+    root = image_folder(classes=0, per_class=20)
+    order = Order(20, 20, seed=1)
+    (clean, _), = sources(root, (PLAIN, PLAIN), order)[0].epoch(0)
+    (root / "007.png").write_bytes(b"")
+    device, worker = sources(root, (PLAIN, PLAIN), order)
+    (from_device, _), (from_worker, _) = next(device.epoch(0)), next(worker.epoch(0))
+    assert torch.allclose(from_device, from_worker, atol=1e-5)
+    changed = [row for row in range(20) if not torch.allclose(clean[row], from_device[row], atol=1e-5)]
+    assert changed == [order.epoch(0)[0].tolist().index(7)]
+    assert list(worker.bad.reasons) == list(device.bad.reasons) == [7]
+
+
+@pytest.mark.parametrize("path", [0, 1])
+def test_views_depend_on_seed_epoch_index_and_view_not_on_the_start(image_folder: Callable[..., Path], path: int) -> None:
+    root = image_folder(classes=0, per_class=12)
+    batches = sources(root, paper_recipes(16), Order(12, 4, seed=1))[path]
+    whole = list(batches.epoch(3))
+    for (a1, a2), (b1, b2) in zip(whole[1:], batches.epoch(3, start=1), strict=True):
+        assert torch.equal(a1, b1) and torch.equal(a2, b2)
+    assert not torch.equal(whole[0][0], whole[0][1])  # two views of one image differ
+    assert not torch.equal(next(batches.epoch(4))[0], whole[0][0])
+
+
+@pytest.mark.slow
+def test_workers_change_nothing_and_survive_an_abandoned_epoch(image_folder: Callable[..., Path]) -> None:
+    root = image_folder(classes=0, per_class=12)
+    alone = sources(root, paper_recipes(16), Order(12, 4, seed=1))[1]
+    shared = sources(root, paper_recipes(16), Order(12, 4, seed=1), workers=2)[1]
+    next(shared.epoch(0))
+    for (a1, a2), (b1, b2) in zip(alone.epoch(1, start=1), shared.epoch(1, start=1), strict=True):
+        assert torch.equal(a1, b1) and torch.equal(a2, b2)
+
+
+def test_each_bad_file_is_reported_once_and_too_many_stop(image_folder: Callable[..., Path]) -> None:
+    lines: list[str] = []
+    bad = BadFiles(scan(image_folder(classes=0, per_class=20)), lines.append)
+    bad.add(3, "torn")
+    bad.add(3, "torn")
+    bad.add(1, "empty")
+    assert lines == ["skipped 003.png: torn", "skipped 001.png: empty"]
+    assert bad.listing() == "001.png\tempty\n003.png\ttorn\n"
+    with pytest.raises(TooManyBadFilesError, match="3 of 20 images cannot be read, more than 10%"):
+        bad.add(2, "empty")
+
+
+def test_sets_of_one_size_are_held_in_memory_and_others_are_not(image_folder: Callable[..., Path]) -> None:
+    same, mixed = image_folder("same"), image_folder("mixed")
+    image_folder("mixed", classes=1, per_class=1, size=(20, 10))
+    data, reason = load_images(scan(same), "auto", CPU, print)
+    assert data.pixels is not None and data.pixels.shape == (16, 3, 16, 16) and "16 images of 16x16 in memory" in reason
+    data, reason = load_images(scan(mixed), "auto", CPU, print)
+    assert data.pixels is None and "different sizes" in reason
+    with pytest.raises(ValueError, match="--views device needs images of one size"):
+        load_images(scan(mixed), "device", CPU, print)
+
+
+def test_a_set_over_the_memory_budget_is_not_held(image_folder: Callable[..., Path], monkeypatch) -> None:
+    monkeypatch.setattr("byol_core.data.MEMORY_BUDGET", 1000)
+    data, reason = load_images(scan(image_folder()), "auto", CPU, print)
+    assert data.pixels is None and "over the budget" in reason
+
+
+@pytest.mark.parametrize("where", ["device", "cpu"])
+def test_plain_batches_are_the_images_in_order_without_the_bad_ones(image_folder: Callable[..., Path], where: str) -> None:
+    root = image_folder(classes=0, per_class=12)
+    (root / "002.png").write_bytes(b"")
+    data = load(root, where)
+    found, images = zip(*plain_batches(data, PLAIN, torch.arange(12), batch_size=5))
+    assert torch.cat(found).tolist() == [0, 1, *range(3, 12)]
+    shown = inverse_normalise(torch.cat(images)[2], PLAIN) * 255
+    expected = torch.from_numpy(__import__("numpy").array(data.image(3))).permute(2, 0, 1)
+    assert torch.allclose(shown, expected.float(), atol=1e-2)

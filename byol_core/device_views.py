@@ -143,8 +143,9 @@ def _render(images: Tensor, params: ViewParams, recipe: ViewRecipe) -> Tensor:
 
 
 def _rows_of(params: ViewParams, rows: slice) -> ViewParams:
-    values: list[Any] = [getattr(params, field.name) for field in fields(params)]
-    return ViewParams(*(None if value is None else value[rows] for value in values))
+    values = (getattr(params, field.name) for field in fields(params))
+    parts: list[Any] = [None if value is None else value[rows] for value in values]
+    return ViewParams(*parts)
 
 
 def _mirror(images: Tensor) -> Tensor:

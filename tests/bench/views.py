@@ -21,8 +21,9 @@ import torchvision
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional as F
 
-from byol_core.device_views import draw, render
+from byol_core.device_views import draw, draw_boxes, render
 from byol_core.views import ViewRecipe, cpu_view, paper_recipes
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
@@ -75,10 +76,10 @@ def compare(title: str, paths: list[Path], recipes: Recipes, device: torch.devic
     pipelines = per_image_pipelines(recipes)
     rows: dict[str, Work] = {}
     for name, views in pipelines.items():
-        rows[f"{name}"] = lambda views=views: [view(image) for image in images for view in views]  # type: ignore[misc]
+        rows[name] = lambda views=views: [view(image) for image in images for view in views]  # type: ignore[misc]
     sizes = {image.size for image in images}
     if len(sizes) == 1:
-        resident = torch.stack([v2.functional.pil_to_tensor(image) for image in images]).to(device)
+        resident = torch.stack([F.pil_to_tensor(image) for image in images]).to(device)
         kornia = kornia_work(resident, recipes)
         if kornia is not None:
             rows["kornia, whole batch"] = kornia
@@ -177,15 +178,14 @@ def resident_views(images: Tensor, recipes: Recipes) -> list[Tensor]:
 
 def crop(images: list[Image.Image], recipes: Recipes) -> list[Tensor]:
     """Both views' crops of images of any size, as bytes: what a worker sends."""
-    crops = []
     widths, heights = torch.tensor([image.size for image in images]).unbind(1)
+    tensors = [F.pil_to_tensor(image) for image in images]
+    crops = []
     for view, recipe in enumerate(recipes):
-        boxes = draw(recipe, 0, 0, torch.arange(len(images)), view, heights, widths).boxes
-        assert boxes is not None
-        size = (recipe.size, recipe.size)
-        crops.append(torch.stack([v2.functional.pil_to_tensor(
-            image.crop((left, top, left + width, top + height)).resize(size, Image.Resampling.BICUBIC))
-            for image, (top, left, height, width) in zip(images, boxes.tolist())]))
+        boxes = draw_boxes(recipe, 0, 0, torch.arange(len(images)), view, heights, widths)
+        size, mode = [recipe.size, recipe.size], InterpolationMode(recipe.interpolation)
+        crops.append(torch.stack([F.resized_crop(image, *box, size, mode, antialias=True)
+                                  for image, box in zip(tensors, boxes.tolist())]))
     return crops
 
 

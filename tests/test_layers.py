@@ -1,0 +1,105 @@
+"""Who may import whom, what importing costs, and habits that the whole package keeps."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "byol_core"
+GROUND = {"ema", "schedules", "losses", "lars", "image_ops", "seeds"}
+# Each module and what it may import from the package; layer by layer, from the ground up.
+MAY_IMPORT: dict[str, set[str]] = {
+    **{name: set() for name in GROUND},
+    "backbones": set(), "views": set(), "runtime": set(), "checkpoint": set(), "folder": set(), "config": set(),
+    "sample": {"config"},
+    "run_folder": {"checkpoint", "config"},
+    "networks": {"ema"},
+    "device_views": {"image_ops", "views", "seeds"},
+    "report": {"checkpoint"},
+    "plan": {"config", "schedules", "views"},
+    "optim": {"plan", "lars", "schedules"},
+    "data": {"device_views", "folder", "plan", "runtime", "seeds", "views"},
+    "training": {"ema", "losses", "networks", "optim", "runtime", "schedules", "seeds"},
+    "metrics": {"checkpoint", "losses", "schedules", "training"},
+    "evaluate": {"data", "runtime", "views"},
+    "pictures": {"checkpoint", "data", "folder", "views"},
+    "scoring": {"data", "evaluate", "runtime", "views"},
+    "run": {"backbones", "checkpoint", "config", "data", "evaluate", "folder", "metrics", "networks", "optim", "pictures", "plan",
+            "report", "runtime", "scoring", "seeds", "training"},
+}
+STANDARD_LIBRARY_ONLY = {"schedules", "seeds", "config"}
+TORCH_ONLY = {"ema", "losses", "lars", "image_ops", "networks"}
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file imports, at its top or inside a function."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" if node.module == "byol_core" else node.module for alias in node.names}
+    return found
+
+
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_module_imports_only_what_its_layer_allows(module: str) -> None:
+    own = {name.split(".")[1] for name in imports(PACKAGE / f"{module}.py") if name.startswith("byol_core.")} - {"__version__"}
+    assert module in MAY_IMPORT, f"{module} has no place in the table"
+    assert own <= MAY_IMPORT[module]
+
+
+def test_the_table_has_no_cycle_and_no_stale_row() -> None:
+    assert sorted(MAY_IMPORT) == MODULES
+    settled: set[str] = set()
+    while settled != set(MAY_IMPORT):
+        ready = {name for name, needed in MAY_IMPORT.items() if needed <= settled} - settled
+        assert ready, f"a cycle among {set(MAY_IMPORT) - settled}"
+        settled |= ready
+
+
+@pytest.mark.parametrize("module", sorted(STANDARD_LIBRARY_ONLY | TORCH_ONLY))
+def test_ground_modules_need_nothing_else_installed(module: str) -> None:
+    foreign = {name.split(".")[0] for name in imports(PACKAGE / f"{module}.py")} - set(sys.stdlib_module_names) - {"byol_core"}
+    assert foreign <= ({"torch"} if module in TORCH_ONLY else set())
+
+
+def loaded_after(statement: str) -> set[str]:
+    script = f"{statement}\nimport sys\nprint(*{{'torch', 'torchvision', 'sklearn', 'PIL'}} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
+    return set(done.stdout.split())
+
+
+def test_importing_the_package_loads_neither_torch_nor_torchvision_nor_sklearn() -> None:
+    assert loaded_after("import byol_core") == set()
+    assert loaded_after("from byol_core import ema_update, byol_loss, LARS, BYOL") == {"torch"}
+    assert loaded_after("from byol_core import cosine_tau") == set()
+
+
+def test_public_names_are_where_the_readme_says() -> None:
+    import byol_core
+    for name in byol_core.__all__:
+        assert getattr(byol_core, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        byol_core.nonsense
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_module_has_no_print_exit_or_mutable_default(module: str) -> None:
+    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id not in ("print", "exit", "quit"), f"line {node.lineno}"
+        if isinstance(node, ast.FunctionDef):
+            assert not any(isinstance(default, (ast.List, ast.Dict, ast.Set)) for default in node.args.defaults), node.name
+
+
+def test_the_loop_fits_on_a_screen() -> None:
+    tree = ast.parse((PACKAGE / "training.py").read_text())
+    train = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "train")
+    first_statement = train.body[1]  # after the docstring
+    assert train.end_lineno - first_statement.lineno < 50

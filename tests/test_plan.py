@@ -1,0 +1,108 @@
+"""What the recipes choose, against the published numbers, and that flags win."""
+
+import dataclasses
+
+import pytest
+
+from byol_core.config import TrainConfig, build_parser, parse_config
+from byol_core.plan import Facts, Plan, half_life_tau, make_plan
+
+CIFAR, PHOTOS = Facts(50_000, 32, True), Facts(1_281_167, 375, False)
+
+
+def plan(facts: Facts = CIFAR, **options: object) -> Plan:
+    return make_plan(TrainConfig(**options), facts)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("epochs, lr, weight_decay, tau", [
+    (40, 0.45, 1e-6, 0.97), (100, 0.45, 1e-6, 0.99), (300, 0.3, 1e-6, 0.99), (1000, 0.2, 1.5e-6, 0.996), (250, 0.3, 1e-6, 0.99),
+])
+def test_paper_recipe_is_the_published_preset_nearest_in_epochs(epochs: int, lr: float, weight_decay: float, tau: float) -> None:
+    chosen = plan(PHOTOS, recipe="paper", epochs=epochs, batch_size=4096)
+    assert (chosen.optimizer, chosen.weight_decay, chosen.tau_base) == ("lars", weight_decay, tau)
+    assert chosen.lr == pytest.approx(lr * 4096 / 256)
+    assert (chosen.hidden_dim, chosen.projection_dim, chosen.warmup_epochs, chosen.image_size) == (4096, 256, 10, 224)
+    view1, view2 = chosen.views
+    assert (view1.blur, view2.blur, view1.solarize, view2.solarize) == (1.0, 0.1, 0.0, 0.2)
+
+
+def test_quadra_recipe_is_the_source_systems_defaults() -> None:
+    chosen = plan(PHOTOS, recipe="quadra")
+    assert (chosen.optimizer, chosen.lr, chosen.weight_decay) == ("adam", 3e-4, 0.0)
+    assert (chosen.scheduler, chosen.scheduler_interval, chosen.tau_base, chosen.tau_schedule) == (
+        "plateau", "epoch", 0.9995, "cosine")
+    assert chosen.views[0].interpolation == "bilinear"
+
+
+def test_small_images_get_the_small_stem_and_no_blur() -> None:
+    chosen = plan()
+    assert chosen.small_stem and chosen.image_size == 32 and chosen.views[0].blur == chosen.views[1].blur == 0
+    assert chosen.lr == pytest.approx(0.06 * 2)  # 0.06 per 128 images
+    assert not plan(PHOTOS).small_stem and not plan(arch="vgg11").small_stem
+
+
+@pytest.mark.parametrize("facts, size", [(Facts(999, 8, True), 8), (Facts(999, 32, True), 32), (Facts(999, 96, True), 96),
+                                         (Facts(999, 160, False), 128), (PHOTOS, 224)])
+def test_image_size_follows_the_images(facts: Facts, size: int) -> None:
+    assert plan(facts).image_size == size
+
+
+def test_flags_win_over_the_recipe() -> None:
+    chosen = plan(optimizer="lars", lr=0.2, tau_base=0.5, small_stem=False, image_size=64, weight_decay=0.0)
+    assert (chosen.optimizer, chosen.tau_base, chosen.small_stem, chosen.image_size) == ("lars", 0.5, False, 64)
+    assert chosen.lr == pytest.approx(0.2) and chosen.weight_decay == 0.0
+    reasons = {choice.name: choice.reason for choice in chosen.choices}
+    assert reasons["lr"] == "as asked" and reasons["warmup_epochs"] != "as asked"
+
+
+def test_every_choice_has_a_reason() -> None:
+    for recipe in ("auto", "paper", "quadra", "digits"):
+        assert all(choice.reason for choice in plan(recipe=recipe).choices)
+
+
+def test_learning_rate_scales_with_the_batch() -> None:
+    assert plan(lr=0.4, batch_size=512).lr == pytest.approx(0.8)
+
+
+def test_updates_are_whole_batches() -> None:
+    chosen = plan(Facts(1000, 32, True), batch_size=96, accum_steps=3, epochs=7)
+    assert (chosen.updates_per_epoch, chosen.total_updates, chosen.micro_batch) == (10, 70, 32)
+
+
+@pytest.mark.parametrize("updates", [1, 10, 100, 1_000, 10_000, 1_000_000])
+def test_the_target_forgets_its_start_in_runs_of_any_length(updates: int) -> None:
+    tau = half_life_tau(updates)
+    assert 0 < tau <= 0.5 ** (1 / 173) and (updates < 1000 or tau > 0.97)
+    assert tau ** (updates / 2) < 0.01 or updates < 20  # under a cosine, the mean exponent is half
+
+
+def test_half_life_is_three_percent_of_the_run_up_to_the_papers() -> None:
+    assert half_life_tau(1000) ** 30 == pytest.approx(0.5)
+    assert half_life_tau(10**7) == pytest.approx(0.996, abs=1e-5)
+
+
+@pytest.mark.parametrize("images, options, message", [
+    (100, {}, "100 images < --batch-size 256 - use --batch-size 100 or less"),
+    (1, {"batch_size": 2}, "1 image is not enough"),
+    (100, {"batch_size": 10, "accum_steps": 4}, "use a multiple of 4"),
+    (100, {"batch_size": 4, "accum_steps": 4}, "use 8 or more"),
+])
+def test_batches_that_do_not_fit_are_refused(images: int, options: dict, message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        plan(Facts(images, 32, True), **options)
+    assert message in str(error.value)
+
+
+def test_every_option_has_one_flag_and_every_flag_one_option() -> None:
+    parsed = vars(build_parser().parse_args([]))
+    assert parsed == {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+    assert parse_config([]) == TrainConfig()
+
+
+def test_optimizer_auto_leaves_the_choice_to_the_recipe() -> None:
+    assert parse_config(["--optimizer", "auto"]).optimizer is None
+
+
+@pytest.mark.parametrize("flag, value", [("--image-size", "auto"), ("--workers", "auto")])
+def test_auto_reads_as_unset(flag: str, value: str) -> None:
+    assert parse_config([flag, value]) == TrainConfig()

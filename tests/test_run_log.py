@@ -1,0 +1,104 @@
+"""metrics.jsonl, the progress line and the collapse warning."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from byol_core.metrics import RunLog
+from byol_core.training import Progress, Step
+
+
+def step(loss: float = 1.0, spread: float = 1.0, applied: bool = True) -> Step:
+    generator = torch.Generator().manual_seed(0)
+    rows = 1.0 + spread * 1000 * torch.randn(64, 8, generator=generator) if spread else torch.ones(64, 8)
+    return Step(torch.tensor(loss), rows, tau=0.99, lr=0.1, applied=applied)
+
+
+def train_log(folder: Path, updates: int, losses: list[float], per_epoch: int = 25, **options: float) -> RunLog:
+    log = RunLog(folder, epochs=2, updates_per_epoch=per_epoch, batch_size=4)
+    progress = Progress()
+    log.start(progress)
+    for number in range(updates):
+        progress.updates += 1
+        progress.batch += 1
+        if progress.batch == per_epoch:
+            progress.start_epoch(progress.epoch + 1)
+        log.step(progress, step(losses[number % len(losses)], **options), waited=0.0)
+    log.close()
+    return log
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_records_come_every_ten_updates_and_at_the_end_of_an_epoch(tmp_path: Path) -> None:
+    train_log(tmp_path, 50, [1.0])
+    assert [record["update"] for record in records(tmp_path)] == [10, 20, 25, 30, 40, 50]
+    assert [record["epoch"] for record in records(tmp_path)] == [0.4, 0.8, 1.0, 1.2, 1.6, 2.0]
+
+
+def test_loss_is_the_mean_since_the_last_record(tmp_path: Path) -> None:
+    train_log(tmp_path, 25, [float(number) for number in range(25)])
+    assert [record["loss"] for record in records(tmp_path)] == [4.5, 14.5, 22.0]
+
+
+def test_resumed_log_drops_what_will_be_done_again_and_goes_on(tmp_path: Path) -> None:
+    log = train_log(tmp_path, 23, [1.0])
+    state = log.state_dict()
+    assert state["loss_count"] == 3  # updates 21 to 23 wait for their record
+    train = RunLog(tmp_path, 2, 25, 4)
+    train.resume({**state, "loss_sum": 6.0}, Progress(epoch=0, batch=13, updates=13))
+    assert [record["update"] for record in records(tmp_path)] == [10]
+    assert train.loss_count == 3 and train.loss_sum == 6.0
+
+
+def test_a_torn_last_line_is_dropped(tmp_path: Path) -> None:
+    train_log(tmp_path, 10, [1.0])
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"update": 1')
+    RunLog(tmp_path, 2, 25, 4).resume(RunLog(tmp_path, 2, 25, 4).state_dict(), Progress(updates=20))
+    assert [record["update"] for record in records(tmp_path)] == [10]
+
+
+def test_collapse_is_said_once(tmp_path: Path, capsys) -> None:
+    train_log(tmp_path, 30, [1e-7], spread=0.0)
+    assert capsys.readouterr().out.count("features are collapsing: spread 0.000") == 1
+
+
+def test_no_false_alarm_on_healthy_features(tmp_path: Path, capsys) -> None:
+    train_log(tmp_path, 30, [1.0])
+    assert "collapsing" not in capsys.readouterr().out
+
+
+def test_skipped_steps_are_counted_and_do_not_enter_the_loss(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, 1, 10, 4)
+    progress = Progress()
+    log.start(progress)
+    log.step(progress, step(float("nan"), applied=False), 0.0)
+    for _ in range(10):
+        progress.updates += 1
+        progress.batch += 1
+        log.step(progress, step(2.0), 0.0)
+    record, = records(tmp_path)
+    assert record["skipped"] == 1 and record["loss"] == 2.0
+
+
+def test_a_log_that_cannot_be_written_is_said_once_and_stops_nothing(tmp_path: Path, capsys) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()
+    train_log(tmp_path, 30, [1.0])
+    assert capsys.readouterr().err.count("the run goes on") == 1
+
+
+def test_progress_line_has_the_agreed_form(tmp_path: Path, capsys) -> None:
+    train_log(tmp_path, 50, [0.4123])
+    line = capsys.readouterr().err.splitlines()[-1]
+    pattern = r"epoch 2/2  loss 0\.4123  spread \d\.\d\d  tau 0\.9900  lr 0\.1  \d+ img/s  wait 0%  eta 0:00:00"
+    assert __import__("re").fullmatch(pattern, line), line
+
+
+def test_numbers_that_are_not_json_do_not_reach_the_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError):
+        RunLog(tmp_path, 1, 1, 1).record(Progress(), loss=float("nan"))

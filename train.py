@@ -36,7 +36,7 @@ def prepare(config: TrainConfig, stack: contextlib.ExitStack) -> "Run":
     from byol_core.data import look_at  # only now is torch loaded: --help and a mistyped flag need not wait
     from byol_core.folder import scan
     from byol_core.plan import make_plan
-    from byol_core.run import Run, install_handlers
+    from byol_core.run import Run
     from byol_core.run_folder import choose_out, open_run_folder
     from byol_core.runtime import refuse_several_processes
     from byol_core.sample import with_sample
@@ -49,12 +49,12 @@ def prepare(config: TrainConfig, stack: contextlib.ExitStack) -> "Run":
     run = Run(config, plan, files, folder)
     if config.resume is not None:
         run.resume()
-    install_handlers(run.on_signal)
+    run.stop.listen()
     return run
 
 
 def carry_out(run: "Run") -> int:
-    from byol_core.run import Stopped
+    from byol_core.signals import Stopped
 
     try:
         if run.complete:

@@ -98,3 +98,19 @@ def check_backbone(backbone: nn.Module, feature_dim: int, image_size: int, chann
     if features.shape != (1, feature_dim):
         raise ValueError(f"the network returns {tuple(features.shape)[1:]} numbers an image, not ({feature_dim},) - "
                          "choose another --arch")
+
+
+def load_weights(backbone: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Load a weights file's tensors into `backbone`; a classifier's, which it does not have, are left out.
+
+    Raises: ValueError naming the first tensor that is missing, unknown or misshapen, with nothing changed.
+    """
+    own = backbone.state_dict()
+    weights = {name: tensor for name, tensor in weights.items()
+               if name in own or not name.startswith(("fc.", "classifier.", "head.", "heads."))}
+    for name in sorted(own.keys() | weights.keys()):
+        if name not in weights or name not in own:
+            raise ValueError(f"'{name}' is {'missing' if name in own else 'unknown'}")
+        if weights[name].shape != own[name].shape:
+            raise ValueError(f"'{name}' has shape {tuple(weights[name].shape)}, the network's {tuple(own[name].shape)}")
+    backbone.load_state_dict(weights)

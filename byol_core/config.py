@@ -4,7 +4,7 @@ import argparse
 import difflib
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, NoReturn
 
@@ -139,7 +139,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_config(arguments: list[str] | None = None) -> TrainConfig:
+def parse_config(arguments: Sequence[str] | None = None) -> TrainConfig:
     """The options on the command line; exits with code 2 and one line when one of them is wrong."""
     values = vars(build_parser().parse_args(sys.argv[1:] if arguments is None else arguments))
     if values["optimizer"] == "auto":

@@ -2,6 +2,7 @@
 
 import itertools
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -255,6 +256,29 @@ def _ignore_signals(worker: int) -> None:
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+class TimedBatches:
+    """Batches whose consumer's waiting time is added up."""
+
+    def __init__(self, batches: DeviceBatches | WorkerBatches) -> None:
+        self.batches = batches
+        self.waited = 0.0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Views]:
+        views = self.batches.epoch(epoch, start)
+        while True:
+            began = time.monotonic()
+            try:
+                batch = next(views)
+            except StopIteration:
+                return
+            finally:
+                self.waited += time.monotonic() - began
+            yield batch
 
 
 def choose_workers(asked: int | None) -> int:

@@ -22,20 +22,22 @@ _ANGLE, _ZOOM, _SHEAR, _SHIFT_X, _SHIFT_Y, _SIGMA = range(5, 11)
 _FACTORS, _ORDER = slice(11, 15), slice(15, 19)
 _TOP, _LEFT = 19, 20
 _AREA, _LOG_RATIO = slice(21, 21 + _TRIES), slice(21 + _TRIES, 21 + 2 * _TRIES)
-_NOISE = _COLUMNS = 21 + 2 * _TRIES
+_COLUMNS = 21 + 2 * _TRIES
+_NOISE, _ELASTIC = _COLUMNS, _COLUMNS + 1  # keys of streams of their own
 
 
 @dataclass(frozen=True)
 class ViewParams:
     """All random numbers of one view of a batch, one row per image, on the CPU.
 
-    affine: (B, 2, 3) float32 as `image_ops.affine` takes it, or None. boxes: (B, 4) int64 top, left, height, width, or
+    affine: (B, 2, 3) and displacements: (B, 2, 3, 3), float32, as `image_ops.affine` takes them, or None. boxes: (B, 4) int64 top, left, height, width, or
     None where images of the view's size are taken whole. flip, jitter, grey, solarize: (B,) bool.
     factors: (B, 4) float32 and order: (B, 4) int64, as `image_ops.jitter` takes them. sigma: (B,) float32, 0 where the
     image is not blurred. noise_keys: (B,) int64.
     """
 
     affine: Tensor | None
+    displacements: Tensor | None
     boxes: Tensor | None
     flip: Tensor
     jitter: Tensor
@@ -61,8 +63,8 @@ def draw(recipe: ViewRecipe, seed: int, epoch: int, indices: Tensor, view: int, 
     heights = torch.as_tensor(heights).expand(len(indices))
     widths = torch.as_tensor(widths).expand(len(indices))
     same_size = bool((heights == heights[:1]).all() and (widths == widths[:1]).all())
-    if recipe.has_affine and not same_size:
-        raise ValueError("draw: a recipe that rotates, zooms, shears or shifts needs images of one size in a batch")
+    if recipe.warps and not same_size:
+        raise ValueError("draw: a recipe that rotates, zooms, shears, shifts or bends needs images of one size in a batch")
     bits, uniform = _stream(seed, epoch, indices, view)
     low, span = _ranges(recipe)
     number = uniform * span + low  # (B, columns)
@@ -75,8 +77,11 @@ def draw(recipe: ViewRecipe, seed: int, epoch: int, indices: Tensor, view: int, 
         boxes = torch.stack([torch.zeros_like(heights), torch.zeros_like(widths), heights, widths], dim=1)
     else:
         boxes = None
-    affine = _affine_matrices(number, heights, widths) if recipe.has_affine else None
-    return ViewParams(affine, boxes, flip, jitter, factors=number[:, _FACTORS].float(),
+    affine = _affine_matrices(number, heights, widths) if recipe.warps else None
+    displacements = None
+    if recipe.elastic > 0:
+        displacements = recipe.elastic * image_ops.hashed_normals(bits[:, _ELASTIC], 18).view(-1, 2, 3, 3)
+    return ViewParams(affine, displacements, boxes, flip, jitter, factors=number[:, _FACTORS].float(),
                       order=uniform[:, _ORDER].argsort(1), grey=grey, sigma=(number[:, _SIGMA] * blur).float(),
                       solarize=solarize, noise_keys=bits[:, _NOISE])
 
@@ -128,7 +133,7 @@ def _render(images: Tensor, params: ViewParams, recipe: ViewRecipe) -> Tensor:
     unit = 1 / 255 if images.dtype == torch.uint8 else 1.0
     images = images.to(torch.float32, copy=True).mul_(unit)
     if params.affine is not None:
-        images = image_ops.affine(images, params.affine)
+        images = image_ops.affine(images, params.affine, params.displacements)
     if params.boxes is not None:
         images = image_ops.crop_resize(images, params.boxes, recipe.size, params.flip, recipe.interpolation)
     else:
@@ -153,9 +158,9 @@ def _mirror(images: Tensor) -> Tensor:
 
 
 def _stream(seed: int, epoch: int, indices: Tensor, view: int) -> tuple[Tensor, Tensor]:
-    """(B, columns + 1) int64 random bits of each image's view, and all but the last as float64 in [0, 1)."""
+    """(B, columns + 2) int64 random bits of each image's view, and all but the last two as float64 in [0, 1)."""
     keys = image_ops.mix(indices + seed_from(seed, "views", epoch, view))
-    bits = image_ops.hashed_bits(keys, _COLUMNS + 1)
+    bits = image_ops.hashed_bits(keys, _COLUMNS + 2)
     return bits, ((bits[:, :_COLUMNS] >> 11) & ((1 << 53) - 1)).double().mul_(2.0**-53)
 
 

@@ -73,18 +73,30 @@ def _cubic(distance: Tensor) -> Tensor:
     return weights.addcmul_(far - 1, far.sub_(2).square_(), value=-0.5)
 
 
-def affine(images: Tensor, matrices: Tensor) -> Tensor:
+def affine(images: Tensor, matrices: Tensor, displacements: Tensor | None = None) -> Tensor:
     """Fetch every pixel from matrices @ (x, y, 1), bilinearly; what lies outside the image is black.
 
     matrices: (B, 2, 3), from output to input position in pixels, both measured from the centre of the image.
-    Source: torchvision `affine` on float tensors with bilinear interpolation and fill 0; equal within 1e-3.
+    displacements: (B, 2, h, w), by how much (x, y) is moved first, as a fraction of the sides, on a coarse grid whose
+    corners are the image's; interpolated in between.
+    Source: torchvision `affine` and, for displacements, `elastic`, on float tensors with bilinear interpolation and
+    fill 0; equal within 1e-3.
     """
     height, width = images.shape[-2:]
     side = torch.tensor([[width], [height]])
     unit = torch.tensor([width, height, 2])  # positions count in half sides, as grid_sample wants them
     (theta,) = _beside(images, (matrices * unit / side).to(images.dtype))
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    if displacements is not None:
+        moved = smooth_field(_beside(images, displacements)[0], height, width)  # (B, H, W, 2)
+        grid = grid + moved @ theta[:, :, :2].transpose(1, 2).unsqueeze(1)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def smooth_field(displacements: Tensor, height: int, width: int) -> Tensor:
+    """(B, 2, h, w) fractions of the sides on a coarse grid -> (B, height, width, 2) in half sides, bicubic in between."""
+    field = F.interpolate(2 * displacements, (height, width), mode="bicubic", align_corners=True)
+    return field.permute(0, 2, 3, 1)
 
 
 def grey(images: Tensor) -> Tensor:
@@ -191,15 +203,22 @@ def add_noise(images: Tensor, std: float, keys: Tensor) -> Tensor:
     """image + std * standard normal noise, clipped; an image's noise is a function of its key alone.
 
     std: standard deviation, at least 0. keys: (B,) int64, one per image.
-    Source: the Box-Muller transform of counter-based bits.
     """
     count = images[0].numel() if len(images) else 0
-    bits = hashed_bits(_beside(images, keys)[0], (count + 1) // 2)
-    high, low = (bits >> 40) & 0xFFFFFF, bits & 0xFFFFFF  # 24 bits each, as many as float32 holds
-    radius = (high + 1).to(images.dtype).mul_(2.0**-24).log_().mul_(-2).sqrt_()
-    angle = low.to(images.dtype).mul_(2 * math.pi * 2.0**-24)
-    normal = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)[:, :count]
+    normal = hashed_normals(_beside(images, keys)[0], count).to(images.dtype)
     return images.add(normal.reshape(images.shape), alpha=std).clamp_(0, 1)
+
+
+def hashed_normals(keys: Tensor, count: int) -> Tensor:
+    """(B, count) float32 standard normal numbers, a pure function of each key and the column; keys: (B,) int64.
+
+    Source: the Box-Muller transform of counter-based bits.
+    """
+    bits = hashed_bits(keys, (count + 1) // 2)
+    high, low = (bits >> 40) & 0xFFFFFF, bits & 0xFFFFFF  # 24 bits each, as many as float32 holds
+    radius = (high + 1).float().mul_(2.0**-24).log_().mul_(-2).sqrt_()
+    angle = low.float().mul_(2 * math.pi * 2.0**-24)
+    return torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)[:, :count]
 
 
 def hashed_bits(keys: Tensor, count: int) -> Tensor:

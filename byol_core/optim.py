@@ -1,18 +1,21 @@
 """The optimizer and the learning-rate scheduler that a plan names, as torch's own objects."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
-from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from byol_core.lars import LARS, parameter_groups
+from byol_core.networks import OnlineNetwork
 from byol_core.plan import Plan
 from byol_core.schedules import warmup_cosine
 
 
-def build_optimizer(network: nn.Module, plan: Plan) -> Optimizer:
+def build_optimizer(network: OnlineNetwork, plan: Plan) -> Optimizer:
     """The plan's optimizer over all of `network`'s trainable parameters; biases and 1-D tensors do not decay."""
-    groups = parameter_groups(network, plan.weight_decay)
+    groups = list(_groups(network, plan))
     if plan.optimizer == "lars":
         return LARS(groups, lr=plan.lr, momentum=0.9)
     fused = next(network.parameters()).device.type in ("cpu", "cuda")
@@ -22,6 +25,15 @@ def build_optimizer(network: nn.Module, plan: Plan) -> Optimizer:
         return torch.optim.Adam(groups, lr=plan.lr, fused=fused)
     assert plan.optimizer == "adamw", plan.optimizer
     return torch.optim.AdamW(groups, lr=plan.lr, fused=fused)
+
+
+def _groups(network: OnlineNetwork, plan: Plan) -> Iterator[dict[str, Any]]:
+    """`parameter_groups`, each in two: the predictor has a learning rate of its own."""
+    predictor = {id(parameter) for parameter in network.predictor.parameters()}
+    for group in parameter_groups(network, plan.weight_decay):
+        for in_predictor, factor in ((False, 1.0), (True, plan.predictor_lr)):
+            chosen = [parameter for parameter in group["params"] if (id(parameter) in predictor) == in_predictor]
+            yield {**group, "params": chosen, "lr": plan.lr * factor}
 
 
 def build_scheduler(optimizer: Optimizer, plan: Plan) -> LRScheduler | ReduceLROnPlateau:

@@ -22,7 +22,7 @@ def tile(image: Tensor | Image.Image) -> Image.Image:
     if isinstance(image, Tensor):
         image = Image.fromarray((image.cpu() * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
     scale = TILE / max(image.size)
-    size = tuple(max(1, round(side * scale)) for side in image.size)
+    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     square = Image.new("RGB", (TILE, TILE), "white")
     resized = image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
     square.paste(resized, ((TILE - size[0]) // 2, (TILE - size[1]) // 2))

@@ -30,7 +30,11 @@ class Choice:
 
 @dataclass(frozen=True)
 class Plan:
-    """The resolved numbers of a run. lr is the peak rate after scaling; micro_batch is per process and backward pass."""
+    """The resolved numbers of a run.
+
+    lr: the peak rate after scaling by the batch. predictor_lr: the predictor's, as a multiple of it. micro_batch: images
+    per process and backward pass.
+    """
 
     arch: str
     image_size: int
@@ -44,6 +48,7 @@ class Plan:
     updates_per_epoch: int
     optimizer: str
     lr: float
+    predictor_lr: float
     weight_decay: float
     warmup_epochs: float
     scheduler: str
@@ -82,12 +87,13 @@ def make_plan(config: TrainConfig, facts: Facts, world_size: int = 1) -> Plan:
     chosen = {
         "arch": Choice("arch", arch, "a small network for tiny images" if digits else "the usual small backbone"),
         "image_size": Choice("image_size", size, f"images are about {facts.side} pixels"),
+        "predictor_lr": Choice("predictor_lr", 1.0, "as the rest"),
         "small_stem": Choice("small_stem", small and "resnet" in arch, f"3x3 stem for ResNets below {SMALL_STEM_BELOW} px"),
     }
     recipe = {"auto": _auto, "paper": _paper, "quadra": _quadra, "digits": _digits}[config.recipe]
     chosen |= {choice.name: choice for choice in recipe(facts, config.epochs, updates * config.epochs)}
     for name in chosen:
-        asked = getattr(config, name)
+        asked = getattr(config, name, None)
         if asked is not None:
             chosen[name] = Choice(name, asked, "as asked")
 
@@ -123,7 +129,10 @@ def _image_size(facts: Facts) -> int:
 
 def _digits(facts: Facts, epochs: int, total: int) -> list[Choice]:
     return [Choice("optimizer", "adamw", "best on the sample"), Choice("lr", 8e-3, "2e-3 at batch 64"),
-            Choice("weight_decay", 1e-4, "mild, for a small network"), *_cosine_step(), *_by_length(epochs, total),
+            Choice("predictor_lr", 10.0, "a fast predictor keeps the rank of the features up"),
+            Choice("weight_decay", 0.01, "mild, for a small network"), *_cosine_step(),
+            Choice("warmup_epochs", 0.3 * epochs, "a long warm-up keeps the rank of the features up"),
+            Choice("tau_base", half_life_tau(total), f"half-life of 3 % of {total} updates, at most 173 updates"),
             Choice("hidden_dim", 512, "in proportion to the network"),
             Choice("projection_dim", 128, "in proportion to the network")]
 

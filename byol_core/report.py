@@ -10,9 +10,12 @@ from typing import Any
 from byol_core.checkpoint import write_text
 
 STYLE = """
-:root { color-scheme: light dark } body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
-table { border-collapse: collapse; margin: 1rem 0 } td, th { padding: .2rem .8rem; text-align: left; border-bottom: 1px solid #8884 }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums } img { max-width: 100%; image-rendering: pixelated; background: #fff }
+:root { color-scheme: light dark }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+table { border-collapse: collapse; margin: 1rem 0 }
+td, th { padding: .2rem .8rem; text-align: left; border-bottom: 1px solid #8884 }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
+img { max-width: 100%; image-rendering: pixelated; background: #fff }
 figure { margin: 1rem 0 } figcaption { color: #888 } svg { width: 100%; height: auto } pre { overflow-x: auto }
 .curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: 1rem }
 """
@@ -61,8 +64,10 @@ def _scores(summary: dict[str, Any]) -> str:
     columns = [("", "trained"), ("_untrained", "untrained"), ("_pixels", "raw pixels")]
     columns = [(suffix, title) for suffix, title in columns if summary.get("knn" + suffix) is not None]
     head = "".join(f'<th class="n">{title}</th>' for _, title in columns)
-    rows = "".join(f"<tr><td>{SCORES[key]}</td>" + "".join(f'<td class="n">{_percent(summary.get(key + suffix))}</td>'
-                                                          for suffix, _ in columns) + "</tr>" for key in found)
+    rows = ""
+    for key in found:
+        cells = "".join(f'<td class="n">{_percent(summary.get(key + suffix))}</td>' for suffix, _ in columns)
+        rows += f"<tr><td>{SCORES[key]}</td>{cells}</tr>"
     return f"<table><tr><th>accuracy on {html.escape(summary['measured_on'])}</th>{head}</tr>{rows}</table>"
 
 

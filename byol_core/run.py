@@ -1,12 +1,9 @@
 """One run from plan to report: the parts built, resumed, measured, trained and written out."""
 
 import json
-import signal
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 
 import sklearn
 import torch
@@ -14,12 +11,12 @@ import torchvision
 from torch import nn
 
 from byol_core import __version__
-from byol_core.backbones import build_backbone, check_backbone
+from byol_core.backbones import build_backbone, check_backbone, load_weights
 from byol_core.checkpoint import (CheckpointError, State, export_backbone, newest_checkpoint, read_checkpoint, read_weights,
                                   save_checkpoint, write_json, write_text)
 from byol_core.config import TrainConfig
-from byol_core.data import (DeviceBatches, ImageData, Order, TooManyBadFilesError, Views, WorkerBatches, choose_workers,
-                            load_images)
+from byol_core.data import (DeviceBatches, ImageData, Order, TimedBatches, TooManyBadFilesError, WorkerBatches,
+                            choose_workers, load_images)
 from byol_core.evaluate import embed_data, load_classifier
 from byol_core.folder import ImageSet, scan
 from byol_core.metrics import RunLog
@@ -31,43 +28,13 @@ from byol_core.report import write_report
 from byol_core.runtime import NonFiniteError, Runtime, choose_device, choose_precision
 from byol_core.scoring import Scorer, Scores, some_indices
 from byol_core.seeds import seed_from
+from byol_core.signals import Stopped, StopRequest
 from byol_core.training import Progress, Step, train
 
 PICTURED_AT_MOST = 2_000  # images among which neighbours are looked for
 PIXELS_UP_TO = 16  # image size up to which raw pixels are a baseline
 CHECK_STEPS = 5
 EXACT = "cannot resume exactly"
-
-
-class Stopped(Exception):
-    """A signal asked the run to stop, and what it had is saved."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.code = 130 if number == signal.SIGINT else 143
-
-
-class TimedBatches:
-    """Batches whose consumer's waiting time is added up."""
-
-    def __init__(self, batches: DeviceBatches | WorkerBatches) -> None:
-        self.batches = batches
-        self.waited = 0.0
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Views]:
-        views = self.batches.epoch(epoch, start)
-        while True:
-            began = time.monotonic()
-            try:
-                batch = next(views)
-            except StopIteration:
-                return
-            finally:
-                self.waited += time.monotonic() - began
-            yield batch
 
 
 def new_model(config: TrainConfig, plan: Plan) -> BYOL:
@@ -77,19 +44,13 @@ def new_model(config: TrainConfig, plan: Plan) -> BYOL:
         backbone, feature_dim = build_backbone(plan.arch, plan.small_stem, plan.image_size)
         check_backbone(backbone, feature_dim, plan.image_size)
         if config.init_from is not None:
-            _load_backbone(backbone, Path(config.init_from))
+            weights = read_weights(Path(config.init_from))
+            try:
+                load_weights(backbone, weights)
+            except ValueError as error:
+                raise ValueError(f"--init-from {config.init_from} does not fit this network: {error} - give the --arch, "
+                                 "--small-stem and --image-size it was trained with") from error
         return BYOL(backbone, feature_dim, plan.hidden_dim, plan.projection_dim)
-
-
-def _load_backbone(backbone: nn.Module, path: Path) -> None:
-    weights = {name: value for name, value in read_weights(path).items() if not name.startswith(("fc.", "classifier."))}
-    own = backbone.state_dict()
-    for name in sorted(own.keys() | weights.keys()):
-        if name not in weights or name not in own or weights[name].shape != own[name].shape:
-            raise ValueError(f"--init-from {path} does not fit this network: '{name}' is "
-                             f"{'missing' if name not in weights else 'unknown' if name not in own else 'misshapen'} - "
-                             "give the --arch, --small-stem and --image-size it was trained with")
-    backbone.load_state_dict(weights)
 
 
 class Run:
@@ -99,7 +60,7 @@ class Run:
         self.config, self.plan, self.folder = config, plan, folder
         device, self.device_reason = choose_device(config.device)
         amp_dtype, self.amp_reason = choose_precision(config.amp, device, tiny=plan.arch == "conv6")
-        self.runtime = Runtime(device, amp_dtype, channels_last=device.type == "cuda")
+        self.runtime = Runtime(device, amp_dtype, channels_last=device.type == "cuda" or plan.arch == "conv6")
         self.log = RunLog(folder, plan.epochs, plan.updates_per_epoch, plan.batch_size)
         self.model = self._new_model()
         self.optimizer = build_optimizer(self.model.online, plan)
@@ -111,8 +72,7 @@ class Run:
         self.batches = TimedBatches(self._new_batches())
         self.scores: dict[str, Scores] = {}
         self.status = "started"
-        self.stop_signal: int | None = None
-        self.training = False
+        self.stop = StopRequest()
 
     def _new_model(self) -> BYOL:
         model = new_model(self.config, self.plan)
@@ -221,8 +181,8 @@ class Run:
         for folder in files.skipped_folders:
             self.log.say(f"warning: cannot list {folder}")
         self.log.say(f"data: {len(files)} images in {files.root} ({kinds})")
-        self.log.say(f"network: {weights / 1e6:.1f} M parameters; {plan.updates_per_epoch} updates of {plan.batch_size} images "
-                     f"per epoch, {plan.total_updates} in all")
+        self.log.say(f"network: {weights / 1e6:.1f} M parameters; {plan.updates_per_epoch} updates of {plan.batch_size} "
+                     f"images per epoch, {plan.total_updates} in all")
         for choice in plan.choices:
             shown = f"{choice.value:.6g}" if isinstance(choice.value, float) else str(choice.value)
             if choice.name == "lr":
@@ -239,8 +199,8 @@ class Run:
             "plan": {key: value for key, value in asdict(self.plan).items() if key != "choices"},
             "data": {"images": len(self.data), "classes": list(self.data.files.classes),
                      "image_names": self.data.files.fingerprint()},
-            "versions": {"byol_core": __version__, "torch": torch.__version__, "torchvision": torchvision.__version__,
-                         "scikit-learn": sklearn.__version__}})
+            "versions": {"byol_core": __version__, "torch": str(torch.__version__),
+                         "torchvision": torchvision.__version__, "scikit-learn": sklearn.__version__}})
         if self.plan.epochs and not (self.folder / "views.png").exists():
             order = self.batches.batches.order
             save_views(self.folder / "views.png", self.data, self.plan.views, order.epoch(0)[0],
@@ -270,9 +230,9 @@ class Run:
 
         Raises: Stopped after a signal, NonFiniteError with where it happened; the last good state is saved.
         """
-        self.training = True
         self.log.start(self.progress)
         try:
+            self.stop.waits_for_a_step = True
             train(self.model, self.batches, self.plan.epochs, optimizer=self.optimizer, lr_scheduler=self.scheduler,
                   lr_scheduler_interval=self.plan.scheduler_interval, tau_base=self.plan.tau_base,
                   tau_schedule=self.plan.tau_schedule, accum_steps=self.plan.accum_steps, seed=self.config.seed,
@@ -283,7 +243,7 @@ class Run:
                 f"{self.optimizer.param_groups[0]['lr']:.3g}, precision {self.runtime.amp_dtype or torch.float32}); "
                 f"{self.folder / 'last.pt'} has the last good weights - lower --lr, or use --amp off") from error
         finally:
-            self.training = False
+            self.stop.waits_for_a_step = False
             self.log.close()
         if self.plan.epochs == 0:
             self.save()
@@ -295,15 +255,15 @@ class Run:
         if ended_epoch and self.scorer and self.config.eval_every and progress.epoch % self.config.eval_every == 0:
             self.log.record(progress, knn=self.scorer.knn(self.model.online.backbone))
             self.log.start(progress)
-        if self.stop_signal is not None:
+        if self.stop.signal is not None:
             self.save()
-            raise Stopped(self.stop_signal)
+            raise Stopped(self.stop.signal)
         if ended_epoch and (progress.epoch % self.config.save_every == 0 or progress.epoch == self.plan.epochs):
             self.save()
 
     def finish(self) -> None:
         """Everything that is made of a trained network: export, scores, pictures, summary, report."""
-        backbone, untrained = self.model.online.backbone, self.runtime.place_model(new_model(self.config, self.plan)).online.backbone
+        backbone, untrained = self.model.online.backbone, self._new_model().online.backbone
         export_backbone(self.folder, backbone.state_dict(), self._about_backbone())
         self.measure("trained", backbone)
         if self.config.eval:
@@ -330,7 +290,8 @@ class Run:
             "epochs": self.progress.epoch, "updates": self.progress.updates, "seconds": round(log.seconds, 3),
             "images_per_second": round(self.progress.updates * self.plan.batch_size / max(log.seconds, 1e-9), 2),
             "wait_fraction": round(log.waited / max(log.seconds, 1e-9), 4),
-            "loss": last.get("loss"), "spread": last.get("spread"), **scores, "measured_on": self.scorer.measured_on if self.scorer else None,
+            "loss": last.get("loss"), "spread": last.get("spread"), **scores,
+            "measured_on": self.scorer.measured_on if self.scorer else None,
             "world_size": 1, "device": str(self.runtime.device),
             "amp": str(self.runtime.amp_dtype or torch.float32).removeprefix("torch.")})
         if self.data.bad.reasons:
@@ -354,7 +315,8 @@ class Run:
         seconds = (time.monotonic() - began) / CHECK_STEPS
         state = sum(t.numel() * t.element_size() for t in self.model.state_dict().values())
         self.log.say(f"check: {seconds:.2f} s per update, about {seconds * self.plan.total_updates / 3600:.2f} h in all; "
-                     f"{len(self.data.bad.reasons)} bad files so far; about {state * 4 / 1e6:.0f} MB of disk; nothing was kept")
+                     f"{len(self.data.bad.reasons)} bad files so far; about {state * 4 / 1e6:.0f} MB of disk; "
+                     "nothing was kept")
 
     def summarise(self) -> None:
         """The closing lines: what was reached, and how to use it."""
@@ -371,16 +333,3 @@ class Run:
                      f"  backbone, dim = build_backbone({plan.arch!r}, small_images={plan.small_stem}, "
                      f"image_size={plan.image_size})\n"
                      f"  backbone.load_state_dict(torch.load({str(self.folder / 'backbone.pt')!r}, weights_only=True))")
-
-    def on_signal(self, number: int, frame: FrameType | None) -> None:
-        """Stop after the current step; at once if nothing is being trained, or when asked twice."""
-        if not self.training or self.stop_signal is not None:
-            raise Stopped(number)
-        self.stop_signal = number
-
-
-def install_handlers(handler: Callable[[int, FrameType | None], None]) -> None:
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), handler)
-

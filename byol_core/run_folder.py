@@ -27,7 +27,8 @@ def open_run_folder(folder: Path, may_be_used: bool) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "a+", encoding="utf-8")
     except OSError as error:
-        raise ValueError(f"cannot write to {folder}: {(error.strerror or str(error)).lower()} - choose another --out") from None
+        reason = (error.strerror or str(error)).lower()
+        raise ValueError(f"cannot write to {folder}: {reason} - choose another --out") from None
     with lock:
         _lock(lock.fileno(), folder)
         lock.truncate(0)

@@ -89,8 +89,11 @@ class Runtime:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp_dtype == torch.float16)
         self.skipped_in_a_row = 0
 
-    def place_model(self, model: nn.Module) -> nn.Module:
-        return model.to(self.device, memory_format=torch.channels_last if self.channels_last else torch.preserve_format)
+    def place_model(self, model: nn.Module) -> None:
+        """Move `model` to the device, in the run's memory layout."""
+        model.to(self.device)
+        if self.channels_last:
+            model.to(memory_format=torch.channels_last)
 
     def place(self, view: Tensor) -> Tensor:
         memory_format = torch.channels_last if self.channels_last and view.dim() == 4 else torch.preserve_format

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ class PlainBatches(Protocol):
     """Any loader with a length that yields (view1, view2) or ((view1, view2), label), such as a DataLoader."""
 
     def __len__(self) -> int: ...
-    def __iter__(self) -> Iterator[object]: ...
+    def __iter__(self) -> Iterator[Any]: ...
 
 
 @runtime_checkable
@@ -154,8 +154,8 @@ def _views_of_epoch(batches: SeekableBatches | PlainBatches, epoch: int, start: 
         yield from batches.epoch(epoch, start)
         return
     for batch in islice(batches, start, None):
-        first, second = batch  # type: ignore[misc]
-        yield (first, second) if isinstance(first, Tensor) else tuple(first)  # the rest of (views, label) is not used
+        views = batch if isinstance(batch[0], Tensor) else batch[0]  # or ((view1, view2), label)
+        yield views[0], views[1]
 
 
 def _advance(scheduler: Scheduler, loss: float | Tensor) -> None:

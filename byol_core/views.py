@@ -15,7 +15,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _PROBABILITIES = ("flip", "jitter", "grey", "blur", "solarize")
-_NON_NEGATIVE = ("brightness", "contrast", "saturation", "rotate", "shear", "noise")
+_NON_NEGATIVE = ("brightness", "contrast", "saturation", "rotate", "shear", "elastic", "noise")
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class ViewRecipe:
 
     size: edge of the square view in pixels.
     rotate, shear: largest angle in degrees, drawn from [-x, x]; zoom: lowest and highest factor; shift: largest
-        displacement as a fraction of each side, in whole pixels. What moves in from outside the image is black.
+        displacement as a fraction of each side, in whole pixels. elastic: standard deviation, as a fraction of each side,
+        of the displacements on a 3x3 grid that bend the image. What moves in from outside the image is black.
     crop_scale: lowest and highest share of the image's area; None takes the whole image, resized if it differs.
     crop_ratio: lowest and highest width / height, drawn log-uniformly. interpolation: always antialiased.
     flip, jitter, grey, blur, solarize: probabilities in [0, 1].
@@ -45,6 +46,7 @@ class ViewRecipe:
     zoom: tuple[float, float] = (1.0, 1.0)
     shear: float = 0.0
     shift: float = 0.0
+    elastic: float = 0.0
     crop_scale: tuple[float, float] | None = None
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
@@ -95,9 +97,9 @@ class ViewRecipe:
         require(len(self.std) == 3 and all(0 < x < math.inf for x in self.std), "std", "give three positive numbers")
 
     @property
-    def has_affine(self) -> bool:
-        """True if the view rotates, zooms, shears or shifts."""
-        return self.rotate > 0 or self.shear > 0 or self.shift > 0 or self.zoom != (1.0, 1.0)
+    def warps(self) -> bool:
+        """True if the view rotates, zooms, shears, shifts or bends."""
+        return self.rotate > 0 or self.shear > 0 or self.shift > 0 or self.zoom != (1.0, 1.0) or self.elastic > 0
 
 
 def paper_recipes(size: int, *, blur: tuple[float, float] | None = None) -> tuple[ViewRecipe, ViewRecipe]:
@@ -120,8 +122,9 @@ def digits_recipes(size: int = 8) -> tuple[ViewRecipe, ViewRecipe]:
 
     size: edge of the view in pixels.
     """
-    recipe = ViewRecipe(size, rotate=20.0, zoom=(0.75, 1.25), shear=10.0, shift=0.25, interpolation="bilinear",
-                        jitter=1.0, brightness=0.4, noise=0.05, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    recipe = ViewRecipe(size, rotate=20.0, zoom=(0.75, 1.25), shear=6.0, shift=0.1, interpolation="bilinear", jitter=1.0,
+                        brightness=0.4, contrast=0.4, blur=1.0, blur_sigma=(0.1, 0.8), blur_kernel=3, noise=0.05,
+                        mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     return recipe, recipe
 
 
@@ -137,10 +140,12 @@ def cpu_view(recipe: ViewRecipe) -> Callable[[Image.Image], Tensor]:
     from torchvision.transforms import InterpolationMode, v2
 
     steps: list[Callable[..., Tensor]] = [v2.PILToTensor()]
-    if recipe.has_affine:
+    if recipe.warps:
         # fill=None is black too; fill=0 would darken the border pixels twice, by the padding and by a mask.
         steps.append(v2.RandomAffine(recipe.rotate, (recipe.shift, recipe.shift), recipe.zoom,
                                      (-recipe.shear, recipe.shear), InterpolationMode.BILINEAR, fill=None))
+    if recipe.elastic > 0:
+        steps.append(partial(_bend, std=recipe.elastic))
     size, interpolation = [recipe.size, recipe.size], InterpolationMode(recipe.interpolation)
     if recipe.crop_scale is None:
         steps.append(v2.Resize(size, interpolation, antialias=True))
@@ -190,6 +195,17 @@ def _channel_constants(images: Tensor, recipe: ViewRecipe) -> Tensor:
 
     constants = torch.tensor((recipe.mean, recipe.std), dtype=images.dtype).view(2, 3, 1, 1)
     return constants.to(images.device, non_blocking=images.is_cuda)
+
+
+def _bend(image: Tensor, std: float) -> Tensor:
+    import torch
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms.v2 import functional as F
+
+    from byol_core.image_ops import smooth_field
+
+    field = smooth_field(std * torch.randn(1, 2, 3, 3), image.shape[-2], image.shape[-1])
+    return F.elastic(image, field, InterpolationMode.BILINEAR)
 
 
 def _add_noise(image: Tensor, std: float) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from PIL import Image
 from scipy import stats
 from torch import Tensor
 from torchvision import transforms
@@ -19,6 +20,8 @@ from byol_core.views import ViewRecipe, cpu_view, digits_recipes, inverse_normal
 
 BUSY = dataclasses.replace(paper_recipes(32)[1], rotate=20.0, zoom=(0.8, 1.2), shear=10.0, shift=0.2, noise=0.05,
                            blur=0.5)
+DRAWN = ViewRecipe(8, rotate=20.0, zoom=(0.75, 1.25), shear=10.0, shift=0.25, interpolation="bilinear", jitter=1.0,
+                   brightness=0.4, noise=0.05, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
 
 def rows_of(params: ViewParams, rows: Tensor) -> dict[str, Tensor]:
@@ -152,7 +155,7 @@ def test_each_order_of_the_jitter_is_equally_likely() -> None:
 
 def test_affine_matrices_have_torchvisions_distribution() -> None:
     torch.manual_seed(0)
-    matrices = draw(digits_recipes(16)[0], 0, 0, torch.arange(3000), 0, 16, 16).affine
+    matrices = draw(DRAWN, 0, 0, torch.arange(3000), 0, 16, 16).affine
     assert matrices is not None
     forward = matrices[:, :, :2].double().inverse()
     zoom = torch.linalg.det(forward).sqrt()
@@ -190,7 +193,7 @@ def test_the_numbers_of_a_view_are_independent() -> None:
 
 def test_draw_refuses_an_affine_recipe_for_images_of_different_sizes() -> None:
     with pytest.raises(ValueError, match="images of one size"):
-        draw(digits_recipes(8)[0], 0, 0, torch.arange(2), 0, torch.tensor([8, 9]), torch.tensor([8, 8]))
+        draw(DRAWN, 0, 0, torch.arange(2), 0, torch.tensor([8, 9]), torch.tensor([8, 8]))
 
 
 # What is rendered
@@ -228,8 +231,8 @@ def by_torchvision(image: Tensor, params: ViewParams, row: int, recipe: ViewReci
     (paper_recipes(32)[0], 32, 32), (paper_recipes(32)[1], 48, 40), (paper_recipes(32)[0], 1, 40),
     (dataclasses.replace(paper_recipes(96)[1], interpolation="bilinear", blur=0.5), 120, 90),
     (paper_recipes(9)[1], 33, 17),
-    (dataclasses.replace(BUSY, noise=0.0), 32, 32), (dataclasses.replace(digits_recipes(8)[0], noise=0.0), 8, 8),
-    (dataclasses.replace(digits_recipes(8)[0], noise=0.0, flip=0.5), 13, 10)])
+    (dataclasses.replace(BUSY, noise=0.0), 32, 32), (dataclasses.replace(DRAWN, noise=0.0), 8, 8),
+    (dataclasses.replace(DRAWN, noise=0.0, flip=0.5), 13, 10)])
 def test_render_matches_torchvision_on_the_same_parameters(recipe: ViewRecipe, height: int, width: int) -> None:
     count = 40
     generator = torch.Generator().manual_seed(0)
@@ -271,7 +274,7 @@ def test_each_operation_is_applied_at_the_stated_rate(field: str, probability: f
 
 
 @pytest.mark.parametrize("recipe, height, width", [(paper_recipes(16)[0], 20, 28), (paper_recipes(32)[1], 32, 32),
-                                                   (digits_recipes(8)[0], 8, 8)])
+                                                   (DRAWN, 8, 8), (digits_recipes(8)[0], 8, 8)])
 def test_both_pipelines_have_the_same_statistics(recipe: ViewRecipe, height: int, width: int) -> None:
     count, image = 1200, photograph(height, width)
     ours, theirs = batched(recipe, image, count), reference(recipe, image, count)
@@ -343,7 +346,7 @@ def test_normalisation_comes_last() -> None:
 @pytest.mark.parametrize("height, width", [(8, 8), (32, 32), (224, 224), (33, 17), (1, 1), (1, 50), (50, 1), (5000, 1)])
 @pytest.mark.parametrize("size", [1, 8, 31])
 def test_render_takes_images_of_any_shape(height: int, width: int, size: int) -> None:
-    for recipe in (*paper_recipes(size), digits_recipes(size)[0]):
+    for recipe in (*paper_recipes(size), dataclasses.replace(DRAWN, size=size)):
         views = batched(recipe, photograph(height, width), 3)
         assert views.shape == (3, 3, size, size) and views.dtype == torch.float32 and views.isfinite().all()
 
@@ -390,3 +393,44 @@ def test_a_gpu_renders_what_the_cpu_renders(recipe: ViewRecipe) -> None:
     params = draw(recipe, 0, 0, torch.arange(64), 0, 48, 40)
     apart = (render(images.cuda(), params, recipe).cpu() - render(images, params, recipe)).abs()
     assert apart.quantile(0.999) < 1e-2 and apart.mean() < 1e-4
+
+
+def test_bending_agrees_with_torchvisions_elastic_on_the_same_displacements() -> None:
+    images = torch.rand(3, 3, 12, 9)
+    displacements = 0.1 * torch.randn(3, 2, 3, 3)
+    identity = torch.eye(2, 3).expand(3, 2, 3)
+    ours = image_ops.affine(images, identity, displacements)
+    field = torch.nn.functional.interpolate(2 * displacements, (12, 9), mode="bicubic", align_corners=True)
+    for image, own, moved in zip(images, ours, field):
+        expected = F.elastic(image, moved.permute(1, 2, 0).unsqueeze(0), InterpolationMode.BILINEAR)
+        inside = (slice(None), slice(3, -3), slice(3, -3))  # at the border torchvision's fill darkens twice
+        assert torch.allclose(own[inside], expected[inside], atol=1e-3)
+    assert not torch.allclose(ours, images, atol=0.05)
+
+
+@pytest.mark.parametrize("linear", [[[0.0, -1.0], [1.0, 0.0]], [[0.5, 0.0], [0.0, 0.5]]])
+def test_bending_happens_before_the_affine_map_is_applied(linear: list[list[float]]) -> None:
+    """A constant displacement by one pixel along x moves the fetched position by the first column of the map."""
+    image = torch.rand(1, 3, 8, 8)
+    matrix = torch.tensor([[linear[0] + [0.0], linear[1] + [0.0]]])
+    shifted = matrix.clone()
+    shifted[0, :, 2] = matrix[0, :, 0]
+    displacement = torch.zeros(1, 2, 3, 3)
+    displacement[:, 0] = 1 / 8
+    assert torch.allclose(image_ops.affine(image, matrix, displacement), image_ops.affine(image, shifted), atol=1e-5)
+
+
+def test_displacements_have_the_stated_spread_in_both_pipelines() -> None:
+    recipe = ViewRecipe(8, elastic=0.06)
+    drawn = draw(recipe, 0, 0, torch.arange(4000), 0, 8, 8).displacements
+    assert drawn is not None and float(drawn.std()) == pytest.approx(0.06, rel=0.02)
+    assert float(drawn.mean()) == pytest.approx(0, abs=0.002)
+    ramp = torch.arange(8.0).view(1, 1, 8).expand(3, 8, 8).mul(30).to(torch.uint8)
+    picture = Image.fromarray(ramp.permute(1, 2, 0).contiguous().numpy())
+    torch.manual_seed(0)
+    view = cpu_view(recipe)
+    one_by_one = torch.stack([view(picture) for _ in range(600)])
+    params = draw(recipe, 0, 0, torch.arange(600), 0, 8, 8)
+    batched = render(ramp.expand(600, 3, 8, 8), params, recipe)
+    centre = (slice(None), 0, slice(3, 5), slice(3, 5))
+    assert float(one_by_one[centre].std()) == pytest.approx(float(batched[centre].std()), rel=0.1)

@@ -398,10 +398,12 @@ def test_ema_update_averages_floating_buffers_and_copies_the_others() -> None:
     assert target.count.item() == 1000 and target.mask.tolist() == [False, True]
 
 
-def test_ema_update_copies_buffers_whatever_tau() -> None:
+@pytest.mark.parametrize(("tau", "weight"), [(0.0, 0.0), (0.5, 2.0), (1.0, 4.0)])
+def test_ema_update_copies_buffers_whatever_tau(tau: float, weight: float) -> None:
     target, online = buffered(mean=torch.zeros(2)), buffered(mean=torch.ones(2))
-    ema_update(target, online, 1.0, buffers="copy")
-    assert target.mean.tolist() == [1.0, 1.0]
+    target.weight.data.fill_(4.0)
+    ema_update(target, online, tau, buffers="copy")
+    assert target.mean.tolist() == [1.0, 1.0] and target.weight.item() == weight
 
 
 def test_ema_update_copies_16_bit_buffers_but_does_not_average_them() -> None:
@@ -498,7 +500,7 @@ def test_ema_update_names_the_first_shared_tensor() -> None:
 
 def test_ema_update_serves_empty_and_zero_dimensional_tensors() -> None:
     target = holder(a=torch.zeros(0, 3), b=torch.zeros(0, 3), c=torch.tensor(0.0))
-    ema_update(target, holder(a=torch.ones(0, 3), b=torch.ones(0, 3), c=torch.tensor(1.0)), 0.75)
+    ema_update(target, holder(a=torch.ones(1, 3)[:0], b=torch.ones(1, 3)[:0], c=torch.tensor(1.0)), 0.75)
     assert target.c.item() == 0.25
 
 
@@ -512,6 +514,11 @@ def test_ema_update_refuses_a_predictor_that_is_the_targets_projector() -> None:
     target = nn.ModuleDict({"projector": nn.Linear(2, 2)})
     online = nn.ModuleDict({"projector": nn.Linear(2, 2), "predictor": target["projector"]})
     assert_refused(target, online, "share parameter 'projector.weight'")
+
+
+def test_ema_update_refuses_an_extra_online_parameter_in_the_targets_memory() -> None:
+    target = holder(weight=torch.zeros(2))
+    assert_refused(target, holder(weight=torch.ones(2), extra=target.weight.detach()), "share parameter 'weight'")
 
 
 def test_ema_update_refuses_overlapping_views_of_one_storage() -> None:
@@ -548,9 +555,12 @@ def test_ema_update_refuses_integer_parameters() -> None:
                    "parameter 'index' is torch.int64, and integers cannot be averaged")
 
 
-def test_ema_update_refuses_sparse_parameters() -> None:
-    with pytest.raises(ValueError, match="parameter 'weight' has layout torch.sparse_coo"):
-        ema_update(holder(weight=torch.eye(2).to_sparse()), holder(weight=torch.eye(2).to_sparse()), 0.5)
+@pytest.mark.parametrize("side", ["target", "online"])
+def test_ema_update_refuses_sparse_parameters(side: str) -> None:
+    modules = {"target": holder(weight=torch.eye(2)), "online": holder(weight=torch.eye(2))}
+    modules[side] = holder(weight=torch.eye(2).to_sparse())
+    with pytest.raises(ValueError, match="parameter 'weight' has layout torch.*sparse_coo"):
+        ema_update(modules["target"], modules["online"], 0.5)
 
 
 @pytest.mark.parametrize("empty", [nn.Identity(), nn.ReLU(), nn.Sequential()])

@@ -31,5 +31,5 @@ def test_top_level_holds_what_was_agreed() -> None:
     if listed.returncode:
         return  # not a checkout
     tops = {line.split("/")[0] for line in listed.stdout.splitlines()}
-    assert tops <= {"setup.cfg", "byol_core", "tests", "train.py", "README.md", "requirements.txt", "pyproject.toml", "LICENSE",
-                    ".gitignore", ".ci"}
+    assert tops <= {"setup.cfg", "byol_core", "tests", "train.py", "README.md", "requirements.txt", "pyproject.toml",
+                    "LICENSE", ".gitignore", ".ci"}

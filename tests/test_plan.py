@@ -15,9 +15,11 @@ def plan(facts: Facts = CIFAR, **options: object) -> Plan:
 
 
 @pytest.mark.parametrize("epochs, lr, weight_decay, tau", [
-    (40, 0.45, 1e-6, 0.97), (100, 0.45, 1e-6, 0.99), (300, 0.3, 1e-6, 0.99), (1000, 0.2, 1.5e-6, 0.996), (250, 0.3, 1e-6, 0.99),
+    (40, 0.45, 1e-6, 0.97), (100, 0.45, 1e-6, 0.99), (300, 0.3, 1e-6, 0.99), (1000, 0.2, 1.5e-6, 0.996),
+    (250, 0.3, 1e-6, 0.99),
 ])
-def test_paper_recipe_is_the_published_preset_nearest_in_epochs(epochs: int, lr: float, weight_decay: float, tau: float) -> None:
+def test_paper_recipe_is_the_published_preset_nearest_in_epochs(epochs: int, lr: float, weight_decay: float,
+                                                                tau: float) -> None:
     chosen = plan(PHOTOS, recipe="paper", epochs=epochs, batch_size=4096)
     assert (chosen.optimizer, chosen.weight_decay, chosen.tau_base) == ("lars", weight_decay, tau)
     assert chosen.lr == pytest.approx(lr * 4096 / 256)

@@ -20,8 +20,8 @@ SMALL = ["--arch", "conv6", "--hidden-dim", "16", "--projection-dim", "8", "--im
          "--workers", "0", "--device", "cpu"]
 FILES = {"config.json", "metrics.jsonl", "train.log", "last.pt", "previous.pt", "backbone.pt", "backbone.json", "views.png",
          "neighbours.png", "report.html", "summary.json"}
-KEYS = {"images", "classes", "bad_files", "epochs", "updates", "seconds", "images_per_second", "wait_fraction", "loss", "spread",
-        "knn", "linear", "knn_untrained", "linear_untrained", "world_size", "device", "amp", "status"}
+KEYS = {"images", "classes", "bad_files", "epochs", "updates", "seconds", "images_per_second", "wait_fraction", "loss",
+        "spread", "knn", "linear", "knn_untrained", "linear_untrained", "world_size", "device", "amp", "status"}
 
 
 @pytest.fixture(autouse=True)

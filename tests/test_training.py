@@ -16,10 +16,10 @@ from byol_core.training import Progress, Step, train
 from tests.conftest import small_backbone
 
 
-def random_views(batches: int, rows: int = 4, size: int = 8, dtype: torch.dtype = torch.float32) -> list[tuple[Tensor, Tensor]]:
+def random_views(batches: int, dtype: torch.dtype = torch.float32) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(1)
-    return [tuple(torch.rand(rows, 3, size, size, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
-            for _ in range(batches)]  # type: ignore[misc]
+    views = torch.rand(batches, 2, 4, 3, 8, 8, generator=generator, dtype=torch.float64).to(dtype)
+    return [(view1, view2) for view1, view2 in views]
 
 
 class Seekable:

@@ -36,7 +36,7 @@ def test_paper_recipes_are_the_papers_table() -> None:
         assert (recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue) == (0.4, 0.4, 0.2, 0.1)
         assert (recipe.blur_sigma, recipe.blur_kernel, recipe.solarize_threshold) == ((0.1, 2.0), 23, 0.5)
         assert (recipe.mean, recipe.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-        assert not recipe.has_affine and recipe.noise == 0
+        assert not recipe.warps and recipe.noise == 0
     assert (first.blur, first.solarize) == (1.0, 0.0)
     assert (second.blur, second.solarize) == (0.1, 0.2)
 
@@ -53,7 +53,7 @@ def test_paper_blur_can_be_set_for_both_views() -> None:
 def test_digits_recipes_keep_what_is_drawn() -> None:
     for recipe in digits_recipes():
         assert (recipe.size, recipe.crop_scale, recipe.flip, recipe.hue, recipe.solarize) == (8, None, 0, 0, 0)
-        assert recipe.has_affine and recipe.rotate < 45
+        assert recipe.warps and recipe.rotate < 45
 
 
 @pytest.mark.parametrize("field, value", [

@@ -1,0 +1,34 @@
+"""Ctrl-C, SIGTERM and SIGUSR1 as a request that a run answers when its state is whole."""
+
+import signal
+from types import FrameType
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop, and what it had is saved. code: the process's exit code."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.code = 130 if number == signal.SIGINT else 143
+
+
+class StopRequest:
+    """Remembers a signal for whoever asks between two steps; outside of steps, or asked twice, it raises Stopped at once.
+
+    signal: the number of the signal that came, or None. waits_for_a_step: whether somebody will ask.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self.waits_for_a_step = False
+
+    def listen(self) -> None:
+        """Handle the signals of this process from now on; for the entry point alone."""
+        for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if not self.waits_for_a_step or self.signal is not None:
+            raise Stopped(number)
+        self.signal = number

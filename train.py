@@ -28,6 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return complain(config, error, 2)
         except (OSError, RuntimeError) as error:
             return complain(config, error, 1)
+        except KeyboardInterrupt:
+            return 130
         return carry_out(run)
 
 
@@ -73,7 +75,8 @@ def carry_out(run: "Run") -> int:
         return 0
     except Stopped as stopped:
         run.write_end("stopped")
-        run.log.say(f"{stopped}: saved at epoch {run.progress.epoch}, update {run.progress.updates}; continue with --resume")
+        run.log.say(f"{stopped}: stopped at epoch {run.progress.epoch}, update {run.progress.updates}; "
+                    "the same command with --resume goes on")
         return stopped.code
     except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
         run.log.note(traceback.format_exc())

@@ -30,8 +30,9 @@ _NOISE, _ELASTIC = _COLUMNS, _COLUMNS + 1  # keys of streams of their own
 class ViewParams:
     """All random numbers of one view of a batch, one row per image, on the CPU.
 
-    affine: (B, 2, 3) and displacements: (B, 2, 3, 3), float32, as `image_ops.affine` takes them, or None. boxes: (B, 4) int64 top, left, height, width, or
-    None where images of the view's size are taken whole. flip, jitter, grey, solarize: (B,) bool.
+    affine: (B, 2, 3) and displacements: (B, 2, 3, 3), float32, as `image_ops.affine` takes them, or None. boxes: (B, 4)
+    int64 top, left, height, width, or None where images of the view's size are taken whole. flip, jitter, grey,
+    solarize: (B,) bool.
     factors: (B, 4) float32 and order: (B, 4) int64, as `image_ops.jitter` takes them. sigma: (B,) float32, 0 where the
     image is not blurred. noise_keys: (B,) int64.
     """

@@ -122,19 +122,23 @@ def _walk(target: nn.Module, online: nn.Module,
     def descend(target: nn.Module, online: nn.Module, prefix: str) -> None:
         own, partners = getattr(target, tensors), getattr(online, tensors)
         for name, tensor in own.items():
+            partner = partners[name] if name in partners else None
             if tensor is not None:
-                found.append((prefix + name, tensor, partners[name] if name in partners else None))
-        for name, tensor in partners.items():
-            if tensor is not None and (name not in own or own[name] is None):
-                left_over.append(tensor)
+                found.append((prefix + name, tensor, partner))
+            elif partner is not None:
+                left_over.append(partner)
+        if partners.keys() != own.keys():
+            left_over.extend(partners[name] for name in partners.keys() if name not in own and partners[name] is not None)
+
         own, partners = target._modules, online._modules
         for name, child in own.items():
             if child is not None:
                 partner = partners[name] if name in partners else None
                 descend(unwrap(child), _NO_MODULE if partner is None else unwrap(partner), f"{prefix}{name}.")
-        for name, child in partners.items():
-            if child is not None and (name not in own or own[name] is None):
-                left_over.extend(child.parameters() if tensors == "_parameters" else child.buffers())
+        if partners.keys() != own.keys():
+            for name, child in partners.items():
+                if child is not None and name not in own:
+                    left_over.extend(child.parameters() if tensors == "_parameters" else child.buffers())
 
     target, online = unwrap(target), unwrap(online)
     if target is online:
@@ -171,14 +175,14 @@ def _refusal(target: Tensor, online: Tensor, average: bool) -> str:
     """Why this pair cannot be averaged or copied, '' if it can; follows the label of target's tensor."""
     if is_lazy(target) or is_lazy(online):
         return "is not initialized, or online's is not; run one batch through both networks first"
-    if target.is_meta or online.is_meta:
-        return "is on the meta device and holds no values, or online's does; load both networks first"
-    if target.layout is not torch.strided or online.layout is not torch.strided:
-        return f"has layout {target.layout}, online's {online.layout}; only dense tensors can be averaged"
     if target.shape != online.shape:
         return f"has shape {tuple(target.shape)}, online's {tuple(online.shape)}"
     if target.device != online.device:
         return f"is on {target.device}, online's on {online.device}; move one of the networks"
+    if target.is_meta:
+        return "is on the meta device and holds no values; load both networks first"
+    if target.layout is not torch.strided or online.layout is not torch.strided:
+        return f"has layout {target.layout}, online's {online.layout}; only dense tensors can be averaged"
     dtype = target.dtype
     if average and dtype not in _AVERAGED:
         if not _is_inexact(target):
@@ -201,7 +205,8 @@ def _is_inexact(tensor: Tensor) -> bool:
 def _distinct(averaged: list[_Pair], copied: list[_Pair],
               unpaired: list[Tensor]) -> tuple[list[_Pair], list[_Pair]]:
     """The pairs with tied tensors once; every byte of target is written once, and none of them belongs to online."""
-    everything = unpaired + [tensor for pair in averaged + copied for tensor in pair[1:]]
+    pairs = averaged + copied
+    everything = unpaired + [mine for _, mine, _ in pairs] + [theirs for _, _, theirs in pairs]
     if len({tensor.untyped_storage().data_ptr() for tensor in everything}) == len(everything):
         return averaged, copied
 

@@ -1,9 +1,10 @@
 """The optimizer and the learning-rate scheduler that a plan names, as torch's own objects."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
@@ -32,7 +33,7 @@ def _groups(network: OnlineNetwork, plan: Plan) -> Iterator[dict[str, Any]]:
     predictor = {id(parameter) for parameter in network.predictor.parameters()}
     for group in parameter_groups(network, plan.weight_decay):
         for in_predictor, factor in ((False, 1.0), (True, plan.predictor_lr)):
-            chosen = [parameter for parameter in group["params"] if (id(parameter) in predictor) == in_predictor]
+            chosen = [p for p in cast(list[Tensor], group["params"]) if (id(p) in predictor) == in_predictor]
             yield {**group, "params": chosen, "lr": plan.lr * factor}
 
 

@@ -61,6 +61,7 @@ class Run:
         device, self.device_reason = choose_device(config.device)
         amp_dtype, self.amp_reason = choose_precision(config.amp, device, tiny=plan.arch == "conv6")
         self.runtime = Runtime(device, amp_dtype, channels_last=device.type == "cuda" or plan.arch == "conv6")
+        self.classifier = load_classifier(config.classifier)
         self.log = RunLog(folder, plan.epochs, plan.updates_per_epoch, plan.batch_size)
         self.model = self._new_model()
         self.optimizer = build_optimizer(self.model.online, plan)
@@ -71,7 +72,6 @@ class Run:
         self.scorer = self._new_scorer()
         self.batches = TimedBatches(self._new_batches())
         self.scores: dict[str, Scores] = {}
-        self.status = "started"
         self.stop = StopRequest()
 
     def _new_model(self) -> BYOL:
@@ -101,8 +101,7 @@ class Run:
                 if found.labels is None:
                     raise ValueError(f"{flag} {folder} has no class sub-folders, so --eval-data cannot be measured on")
             eval_data = self._load(files, "auto")[0]
-        return Scorer(self.data, eval_data, self.plan.views[0], self.runtime, self.workers,
-                      load_classifier(config.classifier))
+        return Scorer(self.data, eval_data, self.plan.views[0], self.runtime, self.workers, self.classifier)
 
     def _new_batches(self) -> DeviceBatches | WorkerBatches:
         plan = self.plan
@@ -110,8 +109,6 @@ class Run:
         if self.data.pixels is not None:
             return DeviceBatches(self.data, plan.views, order)
         return WorkerBatches(self.data, plan.views, order, self.workers, pin_memory=self.runtime.device.type == "cuda")
-
-    # ---- where the run stands -------------------------------------------------------------------------------------
 
     def identity(self) -> dict[str, object]:
         """What must be equal for a resumed run to be the same run."""
@@ -169,9 +166,9 @@ class Run:
 
     @property
     def complete(self) -> bool:
-        return self.progress.epoch >= self.plan.epochs and (self.folder / "summary.json").exists()
-
-    # ---- what happens in it ---------------------------------------------------------------------------------------
+        summary = self.folder / "summary.json"
+        return (self.progress.epoch >= self.plan.epochs and summary.exists()
+                and json.loads(summary.read_text("utf-8"))["status"] == "finished")
 
     def describe(self) -> None:
         plan, files = self.plan, self.data.files

@@ -31,12 +31,12 @@ class Scorer:
 
     def knn(self, backbone: nn.Module) -> float:
         """Accuracy of weighted kNN alone, for measuring on the way."""
-        fit, test = self._features(backbone)
+        fit, test = self.features(backbone)
         return knn_accuracy(fit.x, fit.y, test.x, test.y)
 
     def measure(self, backbone: nn.Module) -> Scores:
         """All accuracies. Raises: ValueError when the labels do not allow any."""
-        fit, test = self._features(backbone)
+        fit, test = self.features(backbone)
         classifier = None if self.classifier is None else clone(self.classifier, safe=False)
         scores = {"knn": knn_accuracy(fit.x, fit.y, test.x, test.y),
                   "linear": classifier_accuracy(fit.x, fit.y, test.x, test.y, classifier)}
@@ -46,7 +46,8 @@ class Scorer:
                        if count <= per_class.min()}
         return scores
 
-    def _features(self, backbone: nn.Module) -> tuple[Features, Features]:
+    def features(self, backbone: nn.Module) -> tuple[Features, Features]:
+        """(features to fit on, features to measure on)."""
         features = self._embed(backbone, self.data)
         if self.eval_data is None:
             fit, test = split(features)

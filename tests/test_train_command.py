@@ -195,6 +195,23 @@ def test_resuming_a_finished_run_touches_nothing(image_folder: Callable[..., Pat
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+def test_a_run_stopped_while_it_is_measured_is_finished_by_resuming(image_folder: Callable[..., Path], monkeypatch) -> None:
+    arguments = ["--data", image_folder(per_class=10), "--epochs", 1, "--out", "out", *SMALL]
+    original = Run.measure
+
+    def interrupt(self: Run, name: str, backbone) -> None:
+        if name == "trained":
+            os.kill(os.getpid(), signal.SIGINT)
+        original(self, name, backbone)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "measure", interrupt)
+        assert run(*arguments) == 130
+    assert summary("out")["status"] == "stopped" and summary("out")["knn"] is None
+    assert run(*arguments, "--resume") == 0
+    assert summary("out")["status"] == "finished" and summary("out")["knn"] is not None
+
+
 def test_check_trains_nothing(image_folder: Callable[..., Path], capsys) -> None:
     arguments = ["--data", image_folder(per_class=20), "--epochs", 3, "--out", "out", *SMALL]
     assert run(*arguments, "--check") == 0

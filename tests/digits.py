@@ -1,0 +1,150 @@
+"""A short training on the embedded digits, as it is or with one part of the method broken."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from byol_core import training
+from byol_core.config import TrainConfig
+from byol_core.data import DeviceBatches, Order, load_images
+from byol_core.ema import ema_update
+from byol_core.folder import scan
+from byol_core.losses import byol_loss, effective_rank, spread
+from byol_core.networks import BYOL
+from byol_core.optim import build_optimizer, build_scheduler
+from byol_core.plan import Facts, Plan, make_plan
+from byol_core.run import new_model
+from byol_core.runtime import Runtime
+from byol_core.sample import write_digits
+from byol_core.scoring import Scorer, Scores
+
+
+@dataclass
+class Setup:
+    """The parts of a run, for a variation to break."""
+
+    plan: Plan
+    model: BYOL
+    criterion: Callable[[Tensor, Tensor], Tensor] = byol_loss
+    ema_before_optimizer: bool = False
+
+
+class ConcatenatedViews(BYOL):
+    def forward(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        both = torch.cat([view1, view2])
+        return *self.online(both).chunk(2), *self.target(both).chunk(2)
+
+
+class TargetInTheGraph(BYOL):
+    """The online network is its own target, and gradients flow through it."""
+
+    def forward(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        z1, z2 = (self.online.projector(self.online.backbone(view)) for view in (view1, view2))
+        return self.online.predictor(z1), self.online.predictor(z2), z1, z2
+
+
+def loss_without_stop_gradient(prediction: Tensor, projection: Tensor) -> Tensor:
+    return (2 - 2 * nn.functional.cosine_similarity(prediction, projection, dim=1)).mean()
+
+
+def halved_loss(prediction: Tensor, projection: Tensor) -> Tensor:
+    return byol_loss(prediction, projection) / 2
+
+
+def _no_predictor(setup: Setup) -> None:
+    setup.model.online.predictor = nn.Identity()
+
+
+def _tau(value: float) -> Callable[[Setup], None]:
+    def change(setup: Setup) -> None:
+        setup.plan = replace(setup.plan, tau_base=value, tau_schedule="constant")
+    return change
+
+
+def _class(kind: type[BYOL], criterion: Callable[[Tensor, Tensor], Tensor] = byol_loss) -> Callable[[Setup], None]:
+    def change(setup: Setup) -> None:
+        setup.model.__class__ = kind
+        setup.criterion = criterion
+    return change
+
+
+def _lars(criterion: Callable[[Tensor, Tensor], Tensor] = byol_loss) -> Callable[[Setup], None]:
+    def change(setup: Setup) -> None:
+        setup.plan = replace(setup.plan, optimizer="lars", lr=2.0, weight_decay=1e-6)
+        setup.criterion = criterion
+    return change
+
+
+def _loss_halved(setup: Setup) -> None:
+    setup.criterion = halved_loss
+
+
+def _views(**changes: object) -> Callable[[Setup], None]:
+    def change(setup: Setup) -> None:
+        view1, view2 = (replace(view, **changes) for view in setup.plan.views)  # type: ignore[arg-type]
+        setup.plan = replace(setup.plan, views=(view1, view2))
+    return change
+
+
+def _ema_first(setup: Setup) -> None:
+    setup.ema_before_optimizer = True
+
+
+def _slow_predictor(setup: Setup) -> None:
+    setup.plan = replace(setup.plan, predictor_lr=1.0)
+
+
+VARIATIONS: dict[str, Callable[[Setup], None]] = {
+    "as it is": lambda setup: None,
+    "no predictor": _no_predictor,
+    "no moving average (tau 0)": _tau(0.0),
+    "frozen target (tau 1)": _tau(1.0),
+    "views concatenated": _class(ConcatenatedViews),
+    "target in the graph": _class(TargetInTheGraph, loss_without_stop_gradient),
+    "moving average before the optimizer": _ema_first,
+    "colour, blur and noise off": _views(jitter=0.0, blur=0.0, noise=0.0),
+    "geometry off": _views(rotate=0.0, zoom=(1.0, 1.0), shear=0.0, shift=0.0, elastic=0.0),
+    "bending off": _views(elastic=0.0),
+    "predictor no faster than the rest": _slow_predictor,
+    "loss halved": _loss_halved,
+    "LARS": _lars(),
+    "LARS, loss halved": _lars(halved_loss),
+}
+
+
+def train_digits(root: Path, seed: int = 0, epochs: int = 25, variation: str = "as it is") -> Scores:
+    """Scores after training: accuracies in [0, 1], and the last batch's loss, spread and effective rank."""
+    train_files, test_files = map(scan, write_digits(root))
+    runtime = Runtime("cpu", channels_last=True)
+    data, held_out = (load_images(files, "device", runtime.device, lambda line: None)[0] for files in (train_files, test_files))
+    config = TrainConfig(recipe="digits", epochs=epochs, seed=seed)
+    plan = make_plan(config, Facts(len(data), 8, True))
+    setup = Setup(plan, new_model(config, plan))
+    VARIATIONS[variation](setup)
+    plan, model = setup.plan, setup.model
+    runtime.place_model(model)
+    optimizer = build_optimizer(model.online, plan)
+    last: Scores = {}
+
+    def remember(progress: training.Progress, step: training.Step) -> None:
+        if progress.updates == plan.total_updates:
+            last.update(loss=float(step.loss), spread=float(spread(step.projection)))
+
+    with ExitStack() as patches:
+        if setup.ema_before_optimizer:
+            patches.enter_context(mock.patch.object(training, "ema_update", lambda target, online, tau: None))
+            steps = iter(range(plan.total_updates))
+            optimizer.register_step_pre_hook(lambda *_: ema_update(
+                model.target, model.online, training.cosine_tau(next(steps), plan.total_updates, plan.tau_base)))
+        training.train(model, DeviceBatches(data, plan.views, Order(len(data), plan.batch_size, seed=seed)), epochs,
+                       optimizer=optimizer, lr_scheduler=build_scheduler(optimizer, plan), lr_scheduler_interval="step",
+                       criterion=setup.criterion, tau_base=plan.tau_base, tau_schedule=plan.tau_schedule, seed=seed,
+                       runtime=runtime, after_step=remember)
+    scorer = Scorer(data, held_out, plan.views[0], runtime, workers=0)
+    features = scorer.features(model.online.backbone)[1].x
+    return {**scorer.measure(model.online.backbone), **last, "rank": float(effective_rank(features))}

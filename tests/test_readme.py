@@ -1,0 +1,72 @@
+"""The README's commands parse, its Python runs, and its names exist."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from byol_core.config import build_parser
+from tests.test_train_command import FILES
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+SHELL_BLOCKS = re.findall(r"```\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_quick_start_is_two_commands_that_set_themselves_up() -> None:
+    section = README.split("## Quick start")[1].split("\n## ")[0]
+    commands = [line for line in section.splitlines() if line.startswith("python3 -m venv .venv && ")]
+    assert len(commands) == 2
+    assert "train.py" in commands[0] and commands[1].endswith("-m tests")
+
+
+def test_every_training_command_parses() -> None:
+    commands = [line for block in SHELL_BLOCKS for line in block.splitlines() if "train.py" in line]
+    assert len(commands) >= 2
+    for line in commands:
+        build_parser().parse_args(shlex.split(line.split("train.py", 1)[1]))
+
+
+def test_every_flag_that_is_mentioned_exists() -> None:
+    flags = {flag for action in build_parser()._actions for flag in action.option_strings}
+    mentioned = set(re.findall(r"`(--[a-z-]+)", README)) | set(re.findall(r" (--[a-z]+-[a-z]+) ", README))
+    assert mentioned - flags <= {"--fast"}
+
+
+def test_every_file_of_a_run_is_explained() -> None:
+    section = README.split("## What the run folder holds")[1].split("\n## ")[0]
+    assert FILES | {"bad_files.txt"} == set(re.findall(r"`([a-z_]+\.[a-z]+)`", section.split("Exit codes")[0]))
+
+
+def test_the_lines_of_the_loop_are_those_of_the_code() -> None:
+    section = README.split("## The loop")[1].split("\n## ")[0]
+    code = (ROOT / "byol_core" / "training.py").read_text()
+    lines = [line.split("  #")[0].strip() for line in re.search(r"```python\n(.*?)```", section, re.DOTALL)[1].splitlines()]
+    assert len(lines) > 5 and all(line in code for line in lines)
+
+
+RUNNABLE = [block for block in PYTHON_BLOCKS if "import " in block and "runs/imgs" not in block and "(online" not in block]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", RUNNABLE, ids=range(len(RUNNABLE)))
+def test_python_runs_as_printed(block: str, tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True,
+                          env={**__import__("os").environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+
+
+def test_continuous_integration_runs_the_readmes_test_command() -> None:
+    script = (ROOT / ".ci" / "run").read_text()
+    pattern = re.search(r"grep -m1 -- '(.*?)' README.md", script)
+    assert pattern is not None
+    found = [line for line in README.splitlines() if re.search(pattern[1], line)]
+    assert found and found[0].startswith("python3 -m venv .venv && ")
+
+
+def test_nothing_in_the_readme_is_left_open() -> None:
+    assert not re.search(r"@[A-Z]+@|TODO|FIXME", README)

@@ -1,0 +1,38 @@
+"""A signal is answered between steps; outside of them, or the second time, at once."""
+
+import os
+import signal
+
+import pytest
+
+from byol_core.signals import Stopped, StopRequest
+
+CASES = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 143)]
+
+
+@pytest.mark.parametrize("number, code", CASES)
+def test_a_signal_between_steps_waits_to_be_asked_for(number: int, code: int) -> None:
+    request = StopRequest()
+    request.listen()
+    request.waits_for_a_step = True
+    os.kill(os.getpid(), number)
+    assert request.signal == number and Stopped(number).code == code
+
+
+@pytest.mark.parametrize("number, code", CASES)
+def test_a_second_signal_stops_at_once(number: int, code: int) -> None:
+    request = StopRequest()
+    request.listen()
+    request.waits_for_a_step = True
+    os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(Stopped) as stopped:
+        os.kill(os.getpid(), number)
+    assert stopped.value.code == code
+
+
+def test_a_signal_outside_of_training_stops_at_once() -> None:
+    request = StopRequest()
+    request.listen()
+    with pytest.raises(Stopped, match="SIGTERM"):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert request.signal is None

@@ -103,23 +103,28 @@ def _walk(target: nn.Module, online: nn.Module,
     """(name, target's tensor, online's or None) down both module trees at once, and the tensors of online left over."""
     wrappers = {kind: segment for path, name, segment in _WRAPPERS for kind in _loaded(path, name)}
     fsdp = _loaded("torch.distributed.fsdp", "FSDPModule")
-    segments: dict[type[Any], str] = {}  # of the module types met; asking each module by isinstance is slow
+    plain: set[type] = set()  # the types met that are none of these, as asking every module is slow
     found: list[tuple[str, Tensor, Tensor | None]] = []
     left_over: list[Tensor] = []
 
     def unwrap(module: nn.Module) -> nn.Module:
-        while True:
-            kind = type(module)
-            if kind not in segments:
-                segments[kind] = next((wrappers[wrapper] for wrapper in wrappers if issubclass(kind, wrapper)), "")
-            if not segments[kind]:
-                break
-            module = getattr(module, segments[kind])
+        for wrapper, segment in wrappers.items():
+            if isinstance(module, wrapper):
+                return unwrap(getattr(module, segment))
         if isinstance(module, fsdp):
             module.reshard()  # gathered parameters are copies: writing to them has no effect
+        else:
+            plain.add(type(module))
         return module
 
     def descend(target: nn.Module, online: nn.Module, prefix: str) -> None:
+        if type(target) not in plain:
+            target = unwrap(target)
+        if type(online) not in plain:
+            online = unwrap(online)
+        if target is online:
+            raise ValueError(f"ema_update: target and online share the module '{prefix[:-1]}'; make target with "
+                             "copy.deepcopy(online)")
         own, partners = getattr(target, tensors), getattr(online, tensors)
         for name, tensor in own.items():
             partner = partners[name] if name in partners else None
@@ -134,15 +139,12 @@ def _walk(target: nn.Module, online: nn.Module,
         for name, child in own.items():
             if child is not None:
                 partner = partners[name] if name in partners else None
-                descend(unwrap(child), _NO_MODULE if partner is None else unwrap(partner), f"{prefix}{name}.")
+                descend(child, _NO_MODULE if partner is None else partner, f"{prefix}{name}.")
         if partners.keys() != own.keys():
             for name, child in partners.items():
                 if child is not None and name not in own:
                     left_over.extend(child.parameters() if tensors == "_parameters" else child.buffers())
 
-    target, online = unwrap(target), unwrap(online)
-    if target is online:
-        raise ValueError("ema_update: target and online are the same module; make target with copy.deepcopy(online)")
     descend(target, online, "")
     return found, left_over
 

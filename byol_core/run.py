@@ -1,5 +1,6 @@
 """One run from plan to report: the parts built, resumed, measured, trained and written out."""
 
+import contextlib
 import json
 import time
 from dataclasses import asdict
@@ -296,24 +297,27 @@ class Run:
         write_report(self.folder)
 
     def check(self) -> None:
-        """Time a few steps and say what the whole run would take; nothing of it is kept."""
-        began = time.monotonic()
-
-        def stop_early(progress: Progress, step: Step) -> None:
-            if progress.updates >= CHECK_STEPS:
-                raise StopIteration
-
-        try:
-            train(self.model, self.batches, self.plan.epochs, optimizer=self.optimizer, lr_scheduler=self.scheduler,
-                  lr_scheduler_interval="step", accum_steps=self.plan.accum_steps, runtime=self.runtime,
-                  after_step=stop_early)
-        except StopIteration:
-            pass
-        seconds = (time.monotonic() - began) / CHECK_STEPS
+        """Say what the whole run would take; nothing is kept."""
+        seconds = self.seconds_per_update()
         state = sum(t.numel() * t.element_size() for t in self.model.state_dict().values())
         self.log.say(f"check: {seconds:.2f} s per update, about {seconds * self.plan.total_updates / 3600:.2f} h in all; "
                      f"{len(self.data.bad.reasons)} bad files so far; about {state * 4 / 1e6:.0f} MB of disk; "
                      "nothing was kept")
+
+    def seconds_per_update(self) -> float:
+        """Measured on a few updates, which change the networks: for a run that will not be trained."""
+        times: list[float] = []
+
+        def stop_early(progress: Progress, step: Step) -> None:
+            times.append(time.monotonic())
+            if len(times) > CHECK_STEPS:
+                raise StopIteration
+
+        with contextlib.suppress(StopIteration):
+            train(self.model, self.batches, self.plan.epochs, optimizer=self.optimizer, lr_scheduler=self.scheduler,
+                  lr_scheduler_interval="step", accum_steps=self.plan.accum_steps, runtime=self.runtime,
+                  after_step=stop_early)
+        return (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 0.0
 
     def summarise(self) -> None:
         """The closing lines: what was reached, and how to use it."""

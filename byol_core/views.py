@@ -122,9 +122,9 @@ def digits_recipes(size: int = 8) -> tuple[ViewRecipe, ViewRecipe]:
 
     size: edge of the view in pixels.
     """
-    recipe = ViewRecipe(size, rotate=20.0, zoom=(0.75, 1.25), shear=6.0, shift=0.1, elastic=0.06,
-                        interpolation="bilinear", jitter=1.0, brightness=0.4, contrast=0.4, blur=1.0, blur_sigma=(0.1, 0.8), blur_kernel=3, noise=0.05,
-                        mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    recipe = ViewRecipe(size, rotate=20.0, zoom=(0.75, 1.25), shear=6.0, shift=0.1, elastic=0.06, jitter=1.0,
+                        brightness=0.4, contrast=0.4, blur=1.0, blur_sigma=(0.1, 0.8), blur_kernel=3, noise=0.05,
+                        interpolation="bilinear", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     return recipe, recipe
 
 

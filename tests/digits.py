@@ -121,7 +121,8 @@ def train_digits(root: Path, seed: int = 0, epochs: int = 25, variation: str = "
     """Scores after training: accuracies in [0, 1], and the last batch's loss, spread and effective rank."""
     train_files, test_files = map(scan, write_digits(root))
     runtime = Runtime("cpu", channels_last=True)
-    data, held_out = (load_images(files, "device", runtime.device, lambda line: None)[0] for files in (train_files, test_files))
+    data, held_out = (load_images(files, "device", runtime.device, lambda line: None)[0]
+                      for files in (train_files, test_files))
     config = TrainConfig(recipe="digits", epochs=epochs, seed=seed)
     plan = make_plan(config, Facts(len(data), 8, True))
     setup = Setup(plan, new_model(config, plan))

@@ -78,7 +78,10 @@ def draw(recipe: ViewRecipe, seed: int, epoch: int, indices: Tensor, view: int, 
         boxes = torch.stack([torch.zeros_like(heights), torch.zeros_like(widths), heights, widths], dim=1)
     else:
         boxes = None
-    affine = _affine_matrices(number, heights, widths) if recipe.warps else None
+    affine = None
+    if recipe.warps:
+        shift = torch.stack([number[:, _SHIFT_X] * widths, number[:, _SHIFT_Y] * heights], dim=1).round()  # whole pixels
+        affine = image_ops.affine_matrices(number[:, _ANGLE], number[:, _ZOOM], number[:, _SHEAR], shift).float()
     displacements = None
     if recipe.elastic > 0:
         displacements = recipe.elastic * image_ops.hashed_normals(bits[:, _ELASTIC], 18).view(-1, 2, 3, 3)
@@ -180,15 +183,6 @@ def _ranges(recipe: ViewRecipe) -> tuple[Tensor, Tensor]:
     ranges[_LOG_RATIO] = [(math.log(recipe.crop_ratio[0]), math.log(recipe.crop_ratio[1]))] * _TRIES
     low, high = torch.tensor(ranges, dtype=torch.float64).unbind(1)
     return low, high - low
-
-
-def _affine_matrices(number: Tensor, heights: Tensor, widths: Tensor) -> Tensor:
-    """(B, 2, 3) float32 from output to input: the inverse of shearing along x, rotating, zooming, then shifting."""
-    cos, sin, tan = number[:, _ANGLE].cos(), number[:, _ANGLE].sin(), number[:, _SHEAR].tan()
-    linear = torch.stack([cos - sin * tan, sin + cos * tan, -sin, cos], dim=1) / number[:, _ZOOM:_ZOOM + 1]
-    linear = linear.view(-1, 2, 2)
-    shift = torch.stack([number[:, _SHIFT_X] * widths, number[:, _SHIFT_Y] * heights], dim=1).round()  # whole pixels
-    return torch.cat([linear, -(linear @ shift.unsqueeze(2))], dim=2).float()
 
 
 def _crop_boxes(recipe: ViewRecipe, number: Tensor, heights: Tensor, widths: Tensor) -> Tensor:

@@ -122,9 +122,6 @@ def _walk(target: nn.Module, online: nn.Module,
             target = unwrap(target)
         if type(online) not in plain:
             online = unwrap(online)
-        if target is online:
-            raise ValueError(f"ema_update: target and online share the module '{prefix[:-1]}'; make target with "
-                             "copy.deepcopy(online)")
         own, partners = getattr(target, tensors), getattr(online, tensors)
         for name, tensor in own.items():
             partner = partners[name] if name in partners else None
@@ -133,7 +130,7 @@ def _walk(target: nn.Module, online: nn.Module,
             elif partner is not None:
                 left_over.append(partner)
         if partners.keys() != own.keys():
-            left_over.extend(partners[name] for name in partners.keys() if name not in own and partners[name] is not None)
+            left_over.extend(tensor for name, tensor in partners.items() if name not in own and tensor is not None)
 
         own, partners = target._modules, online._modules
         for name, child in own.items():
@@ -145,6 +142,9 @@ def _walk(target: nn.Module, online: nn.Module,
                 if child is not None and name not in own:
                     left_over.extend(child.parameters() if tensors == "_parameters" else child.buffers())
 
+    target, online = unwrap(target), unwrap(online)
+    if target is online:
+        raise ValueError("ema_update: target and online are the same module; make target with copy.deepcopy(online)")
     descend(target, online, "")
     return found, left_over
 

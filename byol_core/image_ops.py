@@ -73,6 +73,18 @@ def _cubic(distance: Tensor) -> Tensor:
     return weights.addcmul_(far - 1, far.sub_(2).square_(), value=-0.5)
 
 
+def affine_matrices(angle: Tensor, zoom: Tensor, shear: Tensor, shift: Tensor) -> Tensor:
+    """(B, 2, 3) from output to input position: the inverse of shearing along x, rotating, zooming, then shifting.
+
+    angle, shear: (B,) radians. zoom: (B,) factor above 0. shift: (B, 2) pixels along x and y.
+    Source: torchvision `affine`, whose conventions these are.
+    """
+    cos, sin, tan = angle.cos(), angle.sin(), shear.tan()
+    linear = torch.stack([cos - sin * tan, sin + cos * tan, -sin, cos], dim=1) / zoom.unsqueeze(1)
+    linear = linear.view(-1, 2, 2)
+    return torch.cat([linear, -(linear @ shift.unsqueeze(2))], dim=2)
+
+
 def affine(images: Tensor, matrices: Tensor, displacements: Tensor | None = None) -> Tensor:
     """Fetch every pixel from matrices @ (x, y, 1), bilinearly; what lies outside the image is black.
 

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from collections import deque
 from datetime import datetime
 from pathlib import Path
 
@@ -10,13 +11,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from byol_core.checkpoint import write_text
-from byol_core.losses import spread
+from byol_core.health import RECENT, find_collapse, measure
 from byol_core.schedules import due
 from byol_core.training import Progress, Step
 
 RECORD_EVERY = 10  # updates; each record reads a few numbers back from the device
 TERMINAL_EVERY, PLAIN_EVERY = 0.5, 30.0  # seconds between progress lines on a terminal and in a file
-COLLAPSED_BELOW = 0.1  # spread; a healthy run stays well above 0.5
 
 Value = int | float | str | None
 
@@ -40,6 +40,8 @@ class RunLog:
         self._printed = self._marked = time.monotonic()
         self._recorded = (0.0, 0.0, 0)  # seconds, waited, updates at the last record
         self._warned = False
+        self._projections: tuple[Tensor, Tensor] | None = None
+        self._recent: deque[dict[str, float]] = deque(maxlen=RECENT)  # measures of the latest records
         self._collapse_reported = False
 
     def say(self, text: str) -> None:
@@ -73,11 +75,12 @@ class RunLog:
         if step.applied:
             self.loss_sum = self.loss_sum + step.loss
             self.loss_count += 1
+            self._projections = step.projection1, step.projection2  # those of a skipped step need not be finite
         else:
             self.skipped += 1
         ends_epoch = progress.batch == 0
-        if self.loss_count and (due(progress.updates, RECORD_EVERY, self.total_updates) or ends_epoch):
-            self._measure(progress, step)
+        if self._projections and self.loss_count and (due(progress.updates, RECORD_EVERY, self.total_updates) or ends_epoch):
+            self._measure(progress, step, *self._projections)
             self.record(progress, **self.last)
             self.loss_sum, self.loss_count = 0.0, 0
             self._recorded = (self.seconds, self.waited, progress.updates)
@@ -86,19 +89,20 @@ class RunLog:
             self._printed = now
             self._print(self._line(progress))
 
-    def _measure(self, progress: Progress, step: Step) -> None:
+    def _measure(self, progress: Progress, step: Step, projection1: Tensor, projection2: Tensor) -> None:
         seconds, waited, updates = self._recorded
         elapsed = max(self.seconds - seconds, 1e-9)
+        health = measure(projection1, projection2)
         self.last = {
-            "loss": round(float(self.loss_sum) / self.loss_count, 7), "spread": round(float(spread(step.projection)), 7),
-            "tau": step.tau, "lr": step.lr,
+            "loss": round(float(self.loss_sum) / self.loss_count, 7), **health, "tau": step.tau, "lr": step.lr,
             "images_per_second": round((progress.updates - updates) * self.batch_size / elapsed, 1),
             "wait": round((self.waited - waited) / elapsed, 4), "skipped": self.skipped,
         }
-        if float(self.last["spread"] or 0) < COLLAPSED_BELOW and not self._collapse_reported:
+        self._recent.append(health)
+        collapse = find_collapse(list(self._recent), {"batch_size": self.batch_size})
+        if collapse is not None and not self._collapse_reported:
             self._collapse_reported = True
-            self.say(f"warning: features are collapsing: spread {self.last['spread']:.3f}, a healthy run stays near 1 - "
-                     "lower --lr, use a lower --tau-base, or a larger --batch-size")
+            self.say(f"warning: features are collapsing: {collapse.why} - {collapse.advice}")
 
     def _line(self, progress: Progress) -> str:
         done = max(progress.updates, 1)

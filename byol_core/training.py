@@ -66,12 +66,13 @@ class Progress:
 class Step:
     """What one optimizer step did.
 
-    loss: mean over its micro-batches, in 0..8, on the device. projection: the target's output for view 1 of the last one.
-    tau, lr: what it used. applied: False when the float16 scaler skipped it, and nothing moved.
+    loss: mean over its micro-batches, in 0..8, on the device. projection1, projection2: the target's outputs for the two
+    views of the last one. tau, lr: what it used. applied: False when the float16 scaler skipped it, and nothing moved.
     """
 
     loss: Tensor
-    projection: Tensor
+    projection1: Tensor
+    projection2: Tensor
     tau: float
     lr: float
     applied: bool
@@ -131,7 +132,7 @@ def train(model: BYOL, batches: SeekableBatches | PlainBatches, epochs: int, *, 
                     _advance(lr_scheduler, progress.loss_sum / progress.loss_count)
                 progress.start_epoch(epoch + 1)
             if after_step:
-                after_step(progress, Step(loss, z1, tau, lr, applied))
+                after_step(progress, Step(loss, z1, z2, tau, lr, applied))
     return progress
 
 

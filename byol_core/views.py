@@ -140,12 +140,12 @@ def cpu_view(recipe: ViewRecipe) -> Callable[[Image.Image], Tensor]:
     from torchvision.transforms import InterpolationMode, v2
 
     steps: list[Callable[..., Tensor]] = [v2.PILToTensor()]
-    if recipe.warps:
+    if recipe.elastic > 0:
+        steps.append(partial(_warp, recipe=recipe))  # torchvision would have to resample twice
+    elif recipe.warps:
         # fill=None is black too; fill=0 would darken the border pixels twice, by the padding and by a mask.
         steps.append(v2.RandomAffine(recipe.rotate, (recipe.shift, recipe.shift), recipe.zoom,
                                      (-recipe.shear, recipe.shear), InterpolationMode.BILINEAR, fill=None))
-    if recipe.elastic > 0:
-        steps.append(partial(_bend, std=recipe.elastic))
     size, interpolation = [recipe.size, recipe.size], InterpolationMode(recipe.interpolation)
     if recipe.crop_scale is None:
         steps.append(v2.Resize(size, interpolation, antialias=True))
@@ -197,15 +197,18 @@ def _channel_constants(images: Tensor, recipe: ViewRecipe) -> Tensor:
     return constants.to(images.device, non_blocking=images.is_cuda)
 
 
-def _bend(image: Tensor, std: float) -> Tensor:
+def _warp(image: Tensor, recipe: ViewRecipe) -> Tensor:
+    """Rotate, zoom, shear, shift and bend a (3, H, W) uint8 image in one resampling; float32 in [0, 1]."""
     import torch
-    from torchvision.transforms import InterpolationMode
-    from torchvision.transforms.v2 import functional as F
 
-    from byol_core.image_ops import smooth_field
+    from byol_core import image_ops
 
-    field = smooth_field(std * torch.randn(1, 2, 3, 3), image.shape[-2], image.shape[-1])
-    return F.elastic(image, field, InterpolationMode.BILINEAR)
+    angle, shear = (math.radians(limit) * torch.empty(1).uniform_(-1, 1) for limit in (recipe.rotate, recipe.shear))
+    sides = torch.tensor([image.shape[-1], image.shape[-2]])
+    shift = (torch.empty(1, 2).uniform_(-recipe.shift, recipe.shift) * sides).round()
+    matrix = image_ops.affine_matrices(angle, torch.empty(1).uniform_(*recipe.zoom), shear, shift)
+    displacements = recipe.elastic * torch.randn(1, 2, 3, 3)
+    return image_ops.affine(image.unsqueeze(0) / 255, matrix, displacements).squeeze(0)
 
 
 def _add_noise(image: Tensor, std: float) -> Tensor:

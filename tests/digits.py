@@ -134,7 +134,7 @@ def train_digits(root: Path, seed: int = 0, epochs: int = 25, variation: str = "
 
     def remember(progress: training.Progress, step: training.Step) -> None:
         if progress.updates == plan.total_updates:
-            last.update(loss=float(step.loss), spread=float(spread(step.projection)))
+            last.update(loss=float(step.loss), spread=float(spread(step.projection1)))
 
     with ExitStack() as patches:
         if setup.ema_before_optimizer:

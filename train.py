@@ -7,6 +7,7 @@
 """
 
 import contextlib
+import io
 import sys
 import traceback
 from collections.abc import Sequence
@@ -21,12 +22,15 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit codes: 0 finished, 1 failed while running, 2 wrong input, 130 and 143 stopped by a signal after saving."""
     config = parse_config(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file name that the terminal cannot show stops nothing
     with contextlib.ExitStack() as stack:
         try:
             run = prepare(config, stack)
         except ValueError as error:
             return complain(config, error, 2)
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, ArithmeticError) as error:
             return complain(config, error, 1)
         except KeyboardInterrupt:
             return 130
@@ -39,14 +43,14 @@ def prepare(config: TrainConfig, stack: contextlib.ExitStack) -> "Run":
     from byol_core.folder import scan
     from byol_core.plan import make_plan
     from byol_core.run import Run
-    from byol_core.run_folder import choose_out, open_run_folder
+    from byol_core.run_folder import RUNS, choose_out, goes_on_in_its_folder, open_run_folder
     from byol_core.runtime import refuse_several_processes
     from byol_core.sample import with_sample
 
     refuse_several_processes()
-    folder = stack.enter_context(open_run_folder(choose_out(config), config.resume is not None or config.check))
+    folder = stack.enter_context(open_run_folder(choose_out(config), goes_on_in_its_folder(config)))
     config = with_sample(config)
-    files = scan(config.data)
+    files = scan(config.data, leave_out=(folder, RUNS))
     plan = make_plan(config, look_at(files))
     run = Run(config, plan, files, folder)
     if config.resume is not None:
@@ -74,13 +78,14 @@ def carry_out(run: "Run") -> int:
             run.summarise()
         return 0
     except Stopped as stopped:
-        run.write_end("stopped")
+        run.stop.ignore()
+        run.write_end("stopped", str(stopped))
         run.log.say(f"{stopped}: stopped at epoch {run.progress.epoch}, update {run.progress.updates}; "
                     "the same command with --resume goes on")
         return stopped.code
     except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
         run.log.note(traceback.format_exc())
-        run.write_end("failed")
+        run.write_end("failed", str(error))
         return complain(run.config, error, 1)
 
 

@@ -19,6 +19,8 @@ def build_backbone(name: str, small_images: bool = False, image_size: int | None
     Raises: ValueError for an unknown name, a model that has no final nn.Linear, or a small stem on anything but a ResNet.
     """
     if name == "conv6":
+        if small_images:
+            raise ValueError("--small-stem is for ResNets, and conv6 is made for small images - leave it out")
         return _conv6(), 128
     from torchvision import models
 
@@ -91,7 +93,8 @@ def check_backbone(backbone: nn.Module, feature_dim: int, image_size: int, chann
     try:
         features: Tensor = backbone(torch.zeros(1, channels, image_size, image_size)).flatten(1)
     except (RuntimeError, AssertionError, ValueError) as error:
-        raise ValueError(f"the network cannot take {image_size}-pixel images ({error}) - "
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the network cannot take {image_size}-pixel images ({reason}) - "
                          "use a larger --image-size or another --arch") from error
     finally:
         backbone.train(was_training)
@@ -103,9 +106,12 @@ def check_backbone(backbone: nn.Module, feature_dim: int, image_size: int, chann
 def load_weights(backbone: nn.Module, weights: dict[str, Tensor]) -> None:
     """Load a weights file's tensors into `backbone`; a classifier's, which it does not have, are left out.
 
+    Batch norm's counters, which torchvision's older files lack, start at 0 where they are missing.
     Raises: ValueError naming the first tensor that is missing, unknown or misshapen, with nothing changed.
     """
     own = backbone.state_dict()
+    counters = {name: torch.zeros_like(tensor) for name, tensor in own.items() if name.endswith("num_batches_tracked")}
+    weights = counters | weights
     weights = {name: tensor for name, tensor in weights.items()
                if name in own or not name.startswith(("fc.", "classifier.", "head.", "heads."))}
     for name in sorted(own.keys() | weights.keys()):

@@ -1,6 +1,7 @@
 """Files that are either whole or absent: atomic writes, verified checkpoints, the exported backbone."""
 
 import contextlib
+import hashlib
 import json
 import os
 import pickle
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 FORMAT = 1
+KEYS = {"identity", "progress", "model", "optimizer", "scheduler", "scaler", "precision", "log", "scores"}
 LAST, PREVIOUS = "last.pt", "previous.pt"
 
 # What a checkpoint holds: tensors and plain types only, so that weights_only=True loads it.
@@ -41,8 +43,9 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
         with contextlib.suppress(OSError):
             beside.unlink()
         free = shutil.disk_usage(path.parent).free / 1e6
-        raise OSError(f"cannot write {path}: {getattr(error, 'strerror', None) or error} ({free:.0f} MB free) - "
-                      "the file before it is kept") from error
+        reason = getattr(error, "strerror", None) or "not all of it could be written, as on a full disk"
+        kept = " - the file before it is kept" if path.exists() else ""
+        raise OSError(f"cannot write {path}: {reason} ({free:.0f} MB free){kept}") from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -96,6 +99,9 @@ def read_checkpoint(path: Path) -> State:
     if not isinstance(state["format"], int) or state["format"] > FORMAT:
         raise CheckpointError(f"{path} has checkpoint format {state['format']}, this version reads up to {FORMAT} - "
                               "upgrade byol_core")
+    missing = KEYS - state.keys()
+    if missing:
+        raise CheckpointError(f"{path} is not a whole checkpoint: {', '.join(sorted(missing))} missing")
     return state
 
 
@@ -145,7 +151,15 @@ def newest_checkpoint(folder: Path) -> tuple[State | None, list[str]]:
 
 
 def export_backbone(folder: Path, weights: Mapping[str, Tensor], about: Mapping[str, object]) -> None:
-    """Write backbone.pt, bare tensors under torchvision's own names, and backbone.json, how to use them."""
+    """Write backbone.pt, bare tensors under torchvision's own names, and backbone.json, how to use them and their sha256."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     atomic_write(folder / "backbone.pt", lambda file: torch.save(plain, file))
-    write_json(folder / "backbone.json", dict(about))
+    write_json(folder / "backbone.json", {**about, "sha256": sha256(folder / "backbone.pt")})
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()

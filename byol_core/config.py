@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import math
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import Field, dataclass, field, fields
@@ -104,7 +105,7 @@ class TrainConfig:
     debug: bool = option(False, "run folder", "show the traceback of an error", action="store_true")
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """argparse whose complaints are one line, with the nearest flag where one was mistyped."""
 
     def error(self, message: str) -> NoReturn:
@@ -126,9 +127,9 @@ def _flag(option_field: "Field[Any]") -> tuple[str, dict[str, Any]]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="train.py", allow_abbrev=False,
-                     description="Train BYOL on a folder of images, without labels.",
-                     epilog="example: python train.py --data ./imgs --epochs 100")
+    parser = Parser(prog="train.py", allow_abbrev=False,
+                    description="Train BYOL on a folder of images, without labels.",
+                    epilog="example: python train.py --data ./imgs --epochs 100")
     groups: dict[str, argparse._ArgumentGroup] = {}
     for option_field in fields(TrainConfig):
         title = option_field.metadata["group"]
@@ -145,3 +146,17 @@ def parse_config(arguments: Sequence[str] | None = None) -> TrainConfig:
     if values["optimizer"] == "auto":
         values["optimizer"] = None
     return TrainConfig(**values)
+
+
+def command_line(config: TrainConfig) -> str:
+    """The command that asks for `config`; with --resume added, the one that goes on with it."""
+    words = ["python", "train.py"]
+    for option_field in fields(TrainConfig):
+        value, flag = getattr(config, option_field.name), _flag(option_field)[0]
+        if value == option_field.default or option_field.name in ("resume", "check", "debug"):
+            continue
+        if isinstance(value, bool):
+            words.append(flag if value or flag.startswith("--no-") else "--no-" + flag.removeprefix("--"))
+        else:
+            words += [f"{flag}={value}"] if str(value).startswith("-") else [flag, str(value)]
+    return shlex.join(words)

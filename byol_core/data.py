@@ -40,6 +40,9 @@ class BadFiles:
     report: Callable[[str], None]
     reasons: dict[int, str] = field(default_factory=dict)
 
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "report": None}  # workers report nothing; a console cannot be sent to them
+
     def add(self, index: int, reason: str) -> None:
         if index in self.reasons:
             return
@@ -48,7 +51,8 @@ class BadFiles:
         if len(self.reasons) > BAD_LIMIT * len(self.files):
             raise TooManyBadFilesError(
                 f"{len(self.reasons)} of {len(self.files)} images cannot be read, more than {BAD_LIMIT:.0%} "
-                f"(the last: {printable(self.files.name(index))}: {printable(reason)}) - see bad_files.txt", self.listing())
+                f"(the last: {printable(self.files.name(index))}: {printable(reason)}) - all of them are named above",
+                self.listing())
 
     def listing(self) -> str:
         return "".join(f"{printable(self.files.name(index))}\t{printable(reason)}\n"

@@ -1,8 +1,15 @@
-"""What frozen features are worth: embeddings, weighted kNN, and any scikit-learn classifier."""
+"""What frozen features are worth: embeddings, weighted kNN, any scikit-learn classifier; `python -m byol_core.evaluate`."""
+
+if __name__ == "__main__":  # the command stands in a module of its own; before the imports, so that --help need not wait
+    import sys
+
+    from byol_core.evaluate_command import main
+
+    sys.exit(main())
 
 import importlib
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,6 +24,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from byol_core.data import ImageData, plain_batches
+from byol_core.folder import printable
 from byol_core.runtime import Runtime
 from byol_core.views import ViewRecipe
 
@@ -52,37 +60,49 @@ def embed(backbone: nn.Module, batches: Iterable[Tensor | Sequence[Tensor]], run
     Raises: ValueError when there are no images or a feature is not finite, naming the first row.
     """
     runtime = runtime or Runtime(next(backbone.parameters()).device)
-    was_training = backbone.training
-    backbone.eval()
-    parts = []
-    try:
-        with torch.no_grad(), runtime.autocast():
-            for batch in batches:
-                images = batch if isinstance(batch, Tensor) else batch[0]
-                parts.append(backbone(runtime.place(images)).flatten(1).float().cpu())
-    finally:
-        backbone.train(was_training)
-    if not parts:
-        raise ValueError("embed: there are no images")
-    features = torch.cat(parts)
-    bad = (~torch.isfinite(features).all(1)).nonzero().flatten()
-    if len(bad):
-        raise ValueError(f"embed: {len(bad)} of {len(features)} embeddings are not finite (first: row {int(bad[0])})")
-    return features
+    images = (batch if isinstance(batch, Tensor) else batch[0] for batch in batches)
+    return _joined([_features(backbone, batch, runtime) for batch in images], "embed: ", "row {}".format)
+
+
+def embed_batches(backbone: nn.Module, data: ImageData, recipe: ViewRecipe, indices: Tensor, runtime: Runtime,
+                  workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    """(indices (b,), features (b, d) float32 on the CPU) of those images that could be read, batch by batch, in order."""
+    for found, images in plain_batches(data, recipe, indices, workers):
+        yield found, _features(backbone, images, runtime)
 
 
 def embed_data(backbone: nn.Module, data: ImageData, recipe: ViewRecipe, indices: Tensor, runtime: Runtime,
                workers: int = 0) -> tuple[Tensor, Tensor]:
-    """(indices, features) of those images that could be read."""
-    rows = []
+    """(indices, features) of those images that could be read.
 
-    def images() -> Iterable[Tensor]:
-        for found, batch in plain_batches(data, recipe, indices, workers):
-            rows.append(found)
-            yield batch
+    Raises: ValueError when there are none or a feature is not finite, naming the first file.
+    """
+    rows, parts = [], []
+    for found, features in embed_batches(backbone, data, recipe, indices, runtime, workers):
+        rows.append(found)
+        parts.append(features)
+    indices = torch.cat(rows or [indices[:0]])
+    return indices, _joined(parts, "", lambda row: printable(data.files.name(int(indices[row]))))
 
-    features = embed(backbone, images(), runtime)
-    return torch.cat(rows), features
+
+def _features(backbone: nn.Module, images: Tensor, runtime: Runtime) -> Tensor:
+    was_training = backbone.training
+    backbone.eval()
+    try:
+        with torch.no_grad(), runtime.autocast():
+            return backbone(runtime.place(images)).flatten(1).float().cpu()
+    finally:
+        backbone.train(was_training)
+
+
+def _joined(parts: list[Tensor], prefix: str, name: Callable[[int], str]) -> Tensor:
+    if not parts:
+        raise ValueError(f"{prefix}there are no images")
+    features = torch.cat(parts)
+    bad = (~torch.isfinite(features).all(1)).nonzero().flatten()
+    if len(bad):
+        raise ValueError(f"{prefix}{len(bad)} of {len(features)} embeddings are not finite (first: {name(int(bad[0]))})")
+    return features
 
 
 def split(features: Features, seed: int = 42) -> tuple[np.ndarray, np.ndarray]:
@@ -177,6 +197,15 @@ def load_classifier(name: str) -> Classifier | None:
     if not (hasattr(classifier, "fit") and hasattr(classifier, "predict")):
         raise ValueError(f"--classifier {name} has no fit and predict")
     return classifier
+
+
+def unconverged(classifier: Classifier) -> str | None:
+    """A remark when the fitted classifier, or the last step of a fitted pipeline, used up all its iterations; else None."""
+    last = getattr(classifier, "steps", [("", classifier)])[-1][1]
+    used, allowed = getattr(last, "n_iter_", None), getattr(last, "max_iter", None)
+    if used is None or allowed is None or np.max(used) < allowed:
+        return None
+    return f"{type(last).__name__} did not converge within max_iter={allowed}; more may change its accuracy"
 
 
 def _array(values: Tensor) -> np.ndarray:

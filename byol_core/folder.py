@@ -3,9 +3,10 @@
 import difflib
 import hashlib
 import os
+import stat
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -59,17 +60,21 @@ def printable(name: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in name)
 
 
-def scan(root: str | Path, flag: str = "--data") -> ImageSet:
-    """Find the images under `root`, at any depth, following links to folders once; hidden files and folders are left out.
+def scan(root: str | Path, flag: str = "--data", leave_out: Sequence[Path] = ()) -> ImageSet:
+    """Find the images under `root`, at any depth, following links to folders once.
+
+    Hidden files and folders are left out, and the folders in leave_out, where they are below `root`.
 
     Labels are the first-level sub-folders, when every image lies in one and there are at least two.
     Raises: ValueError when `root` is no folder or holds no images, naming what is there instead.
     """
+    if not str(root):
+        raise ValueError(f"{flag} is empty - name a folder, or . for this one")
     root = Path(root)
     if not root.is_dir():
         raise ValueError(f"{flag} {root} is a file - give the folder it is in" if root.exists() else
                          f"no such folder: {root} - {_near_name(root) or f'check {flag}'}")
-    names, others, unreadable = _walk(root)
+    names, others, unreadable = _walk(root, leave_out)
     if not names:
         found = ", ".join(f"{number} {suffix or 'without suffix'}" for suffix, number in others.most_common(3))
         raise ValueError(f"no images under {root}: looked for {' '.join(SUFFIXES)} there and in sub-folders"
@@ -89,18 +94,17 @@ def _near_name(root: Path) -> str:
     return f"did you mean {root.parent / near[0]}?" if near else ""
 
 
-def _walk(root: Path) -> tuple[list[bytes], "Counter[str]", list[str]]:
+def _walk(root: Path, leave_out: Sequence[Path]) -> tuple[list[bytes], "Counter[str]", list[str]]:
     names: list[bytes] = []
     others: Counter[str] = Counter()
     unreadable: list[str] = []
     pending = [(os.fsencode(root), b"")]
-    seen: set[tuple[int, int]] = set()
+    seen = {_identity(folder) for folder in leave_out if folder.exists() and not folder.samefile(root)}
     while pending:
         folder, prefix = pending.pop()
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:
+        if _identity(folder) in seen:
             continue  # a second way into the same folder: a link, or a loop of them
-        seen.add((status.st_dev, status.st_ino))
+        seen.add(_identity(folder))
         try:
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name, reverse=True)
         except OSError as error:
@@ -112,16 +116,32 @@ def _walk(root: Path) -> tuple[list[bytes], "Counter[str]", list[str]]:
             if _is_folder(entry):
                 pending.append((entry.path, prefix + entry.name + b"/"))
             elif os.fsdecode(entry.name).lower().endswith(SUFFIXES):
-                names.append(prefix + entry.name)
+                if not _is_special(entry):
+                    names.append(prefix + entry.name)
             else:
                 others[os.path.splitext(os.fsdecode(entry.name))[1].lower()] += 1
     return names, others, unreadable
+
+
+def _identity(folder: bytes | Path) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
 
 
 def _is_folder(entry: "os.DirEntry[bytes]") -> bool:
     try:
         return entry.is_dir()
     except OSError:  # a link that leads round in a circle
+        return False
+
+
+def _is_special(entry: "os.DirEntry[bytes]") -> bool:
+    """Whether it is a pipe, a socket or a device, which may never end; a broken link is a file that cannot be read."""
+    if entry.is_file(follow_symlinks=False):
+        return False
+    try:
+        return not stat.S_ISREG(entry.stat().st_mode)
+    except OSError:
         return False
 
 
@@ -188,15 +208,15 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
-    """Integers up to 255 as they are, up to 65535 divided by 257; floats in [0, 1] times 255; anything else min to max."""
+    """Integers by the smallest of 8, 10, 12, 14 and 16 bits that holds them, floats in [0, 1] times 255, else min to max."""
     import numpy as np
 
     values = np.asarray(image).astype(np.float64)
     if not np.isfinite(values).all():
         raise BadImageError("pixels are not finite")
     low, high = values.min(), values.max()
-    if image.mode.startswith("I;16") or (image.mode.startswith("I") and low >= 0 and 255 < high <= 65535):
-        values = values / 257
+    if low >= 0 and high <= 65535 and (image.mode.startswith("I;16") or (image.mode.startswith("I") and high > 255)):
+        values = values * (255 / next(limit for limit in (2**bits - 1 for bits in (8, 10, 12, 14, 16)) if high <= limit))
     elif image.mode == "F" and low >= 0 and high <= 1:
         values = values * 255
     elif low < 0 or high > 255:

@@ -15,6 +15,7 @@ SPREAD_COLLAPSED, SPREAD_COLLAPSING = 0.1, 0.4  # a healthy run stays well above
 RANK_COLLAPSED, RANK_COLLAPSING = 3.0, 5.0  # dimensions in use; the digits use 10 to 50 of 63 while they are learned
 FLAT_CHANGE = 0.05  # less than this share of change in loss, spread and rank since the start is no change
 FLAT_RECORDS, FLAT_SHARE = 10, 0.1  # records, and share of the run, before it may be called flat
+SCORES = ("linear", "knn", "linear_5", "linear_1")  # accuracies that decide together, where they were measured
 REMEMBERED = 0.5  # share of its random start that a target may still hold when half the run is over
 
 Record = Mapping[str, float]  # a line of metrics.jsonl
@@ -86,8 +87,8 @@ def judge(records: Sequence[Record], epochs: int, status: str = "running", score
           plan: Mapping[str, object] | None = None) -> Verdict:
     """The verdict on a run from its records, in the order they were made.
 
-    epochs: of the whole run. status: "running", "stopped", "failed" or "finished". scores: the summary, of which kNN and
-    linear accuracies before and after are used. plan: the run's resolved numbers, for advice that fits them.
+    epochs: of the whole run. status: "running", "stopped", "failed" or "finished". scores: the summary, of which the
+    accuracies before and after are used. plan: the run's resolved numbers, for advice that fits them.
     """
     records = [record for record in records if "loss" in record]
     if not records:
@@ -128,15 +129,14 @@ def _remembering(records: Sequence[Record], epochs: int) -> Verdict | None:
 
 
 def _finished(records: Sequence[Record], scores: Mapping[str, object]) -> Verdict:
-    pairs = [(name, _number(scores.get(name)), _number(scores.get(f"{name}_untrained"))) for name in ("linear", "knn")]
+    pairs = [(name, _number(scores.get(name)), _number(scores.get(f"{name}_untrained"))) for name in SCORES]
     pairs = [(name, after, before) for name, after, before in pairs if math.isfinite(after) and math.isfinite(before)]
-    for name, after, before in pairs:
-        if after > before:
-            return Verdict("finished well", f"{name} {after:.1%}, from {before:.1%} untrained; {_state(records)}")
+    told = ", ".join(f"{name} {after:.1%} (untrained {before:.1%})" for name, after, before in pairs)
+    if sum(after - before for _, after, before in pairs) > 0:
+        return Verdict("finished well", f"{told}; {_state(records)}")
     if pairs:
-        name, after, before = pairs[0]
-        return Verdict("flat", f"{name} {after:.1%}, no better than {before:.1%} untrained", "train for more epochs; look at "
-                       "views.png: what the views hide is not learned (the paper: crops alone 59.4, all views 72.5)")
+        return Verdict("flat", f"on the whole no better than untrained: {told}", "train for more epochs; look at views.png: "
+                       "what the views do not keep is not learned (the paper: crops alone 59.4, all views 72.5)")
     return Verdict("finished well", _state(records))
 
 

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
@@ -19,6 +20,14 @@ RECORD_EVERY = 10  # updates; each record reads a few numbers back from the devi
 TERMINAL_EVERY, PLAIN_EVERY = 0.5, 30.0  # seconds between progress lines on a terminal and in a file
 
 Value = int | float | str | None
+
+
+def update_of(line: str) -> int:
+    """The update that a line of metrics.jsonl is about; -1 for a line that is torn or empty."""
+    try:
+        return int(json.loads(line)["update"])
+    except (ValueError, KeyError, TypeError):
+        return -1
 
 
 class RunLog:
@@ -85,7 +94,7 @@ class RunLog:
             self.loss_sum, self.loss_count = 0.0, 0
             self._recorded = (self.seconds, self.waited, progress.updates)
         every = TERMINAL_EVERY if self._bar is not None else PLAIN_EVERY
-        if self.loss_count == 0 and (now - self._printed >= every or progress.epoch == self.epochs):
+        if self.last and self.loss_count == 0 and (now - self._printed >= every or progress.epoch == self.epochs):
             self._printed = now
             self._print(self._line(progress))
 
@@ -130,19 +139,19 @@ class RunLog:
             self._bar.close()
             self._bar = None
 
-    def state_dict(self) -> dict[str, float]:
+    def state_dict(self) -> dict[str, Any]:
         return {"seconds": self.seconds, "waited": self.waited, "loss_sum": float(self.loss_sum),
-                "loss_count": self.loss_count, "skipped": self.skipped}
+                "loss_count": self.loss_count, "skipped": self.skipped, "last": self.last}
 
-    def resume(self, state: dict[str, float], progress: Progress) -> None:
-        """Go on as if never stopped: drop the records of updates that will be made again."""
+    def resume(self, state: dict[str, Any], progress: Progress) -> None:
+        """Go on as if never stopped: drop the records of updates that will be made again, and what a crash tore."""
         self.seconds, self.waited, self.loss_sum = state["seconds"], state["waited"], state["loss_sum"]
-        self.loss_count, self.skipped = int(state["loss_count"]), int(state["skipped"])
+        self.loss_count, self.skipped, self.last = state["loss_count"], state["skipped"], state["last"]
         self._recorded = (self.seconds, self.waited, progress.updates)
         path = self.folder / "metrics.jsonl"
         if path.exists():
-            lines = path.read_text("utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["update"] <= progress.updates]
+            lines = path.read_text("utf-8", "replace").split("\n")
+            kept = [line + "\n" for line in lines if 0 <= update_of(line) <= progress.updates]
             write_text(path, "".join(kept))
 
     def _append(self, name: str, text: str) -> None:

@@ -42,12 +42,13 @@ def build_scheduler(optimizer: Optimizer, plan: Plan) -> LRScheduler | ReduceLRO
     if plan.scheduler == "plateau":
         return plateau_scheduler(optimizer)
     per_epoch = plan.updates_per_epoch if plan.scheduler_interval == "step" else 1
+    middle = 0.0 if plan.scheduler_interval == "step" else 0.5  # an epoch's rate is that of its middle, so never 0
     total, warmup = plan.epochs * per_epoch, round(plan.warmup_epochs * per_epoch)
 
     def factor(step: int) -> float:
         if plan.scheduler == "cosine":
-            return warmup_cosine(step, max(total, 1), min(warmup, total), 1.0)
-        return min(1.0, step / warmup) if warmup else 1.0
+            return warmup_cosine(step + middle, max(total, 1), min(warmup, total), 1.0)
+        return min(1.0, (step + middle) / warmup) if warmup else 1.0
 
     return LambdaLR(optimizer, factor)
 

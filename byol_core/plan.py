@@ -8,6 +8,8 @@ from byol_core.views import ViewRecipe, digits_recipes, paper_recipes
 
 SMALL_SET = 200_000  # images; below it the recipe follows published CIFAR settings, above it the paper's ImageNet ones
 SMALL_STEM_BELOW = 48  # pixels; there the ImageNet stem leaves a 1x1 final map
+RESNETS = ("resnet", "resnext", "wide_resnet")
+LARGEST_LR = 1e6  # per 256 images; beyond it numbers overflow before anything can be learned
 # The paper's presets by epochs at batch 4096 (byol/configs/byol.py of the reference code): lr per 256, weight decay, tau.
 PAPER_PRESETS = {40: (0.45, 1e-6, 0.97), 100: (0.45, 1e-6, 0.99), 300: (0.3, 1e-6, 0.99), 1000: (0.2, 1.5e-6, 0.996)}
 
@@ -88,14 +90,19 @@ def make_plan(config: TrainConfig, facts: Facts, world_size: int = 1) -> Plan:
         "arch": Choice("arch", arch, "a small network for tiny images" if digits else "the usual small backbone"),
         "image_size": Choice("image_size", size, f"images are about {facts.side} pixels"),
         "predictor_lr": Choice("predictor_lr", 1.0, "as the rest"),
-        "small_stem": Choice("small_stem", small and "resnet" in arch, f"3x3 stem for ResNets below {SMALL_STEM_BELOW} px"),
+        "small_stem": Choice("small_stem", small and arch.startswith(RESNETS),
+                             f"3x3 stem for ResNets below {SMALL_STEM_BELOW} px"),
     }
     recipe = {"auto": _auto, "paper": _paper, "quadra": _quadra, "digits": _digits}[config.recipe]
     chosen |= {choice.name: choice for choice in recipe(facts, config.epochs, updates * config.epochs)}
-    for name in chosen:
-        asked = getattr(config, name, None)
-        if asked is not None:
-            chosen[name] = Choice(name, asked, "as asked")
+    asked = {name: getattr(config, name) for name in chosen if getattr(config, name, None) is not None}
+    if asked.get("optimizer", chosen["optimizer"].value) != chosen["optimizer"].value:
+        chosen |= {choice.name: choice for choice in _rates(str(asked["optimizer"]), config.epochs)}
+    if asked.get("scheduler") == "plateau":
+        chosen |= {"scheduler_interval": Choice("scheduler_interval", "epoch", "a plateau is of the epoch's loss"),
+                   "warmup_epochs": Choice("warmup_epochs", 0.0, "a plateau schedule has none")}
+    chosen |= {name: Choice(name, value, "as asked") for name, value in asked.items()}
+    _check_rates(chosen, config.epochs)
 
     values = {name: choice.value for name, choice in chosen.items()}
     values["lr"] = scaled_lr(float(values["lr"]), batch_size)
@@ -120,6 +127,16 @@ def _check_batch(batch_size: int, accum_steps: int, world_size: int, images: int
                          f"cannot train - use {2 * parts} or more")
 
 
+def _check_rates(chosen: dict[str, Choice], epochs: int) -> None:
+    warmup = float(chosen["warmup_epochs"].value)
+    if warmup > epochs > 0:
+        raise ValueError(f"--warmup-epochs {warmup:g} is longer than the run - use --epochs {epochs} or less")
+    if warmup and chosen["scheduler"].value == "plateau":
+        raise ValueError("--warmup-epochs has no effect with --scheduler plateau - leave one of them out")
+    if float(chosen["lr"].value) > LARGEST_LR:
+        raise ValueError(f"--lr {chosen['lr'].value:g} is no learning rate - use {LARGEST_LR:g} or less")
+
+
 def _image_size(facts: Facts) -> int:
     """Native size for small images, else 128 or 224: the sizes of published results."""
     if facts.side <= 96:
@@ -139,17 +156,27 @@ def _digits(facts: Facts, epochs: int, total: int) -> list[Choice]:
 
 def _auto(facts: Facts, epochs: int, total: int) -> list[Choice]:
     if facts.images < SMALL_SET:
-        optimizer = [Choice("optimizer", "sgd", f"published for sets under {SMALL_SET} images"),
-                     Choice("lr", 0.12, "0.06 per 128 images, published for CIFAR-10"),
-                     Choice("weight_decay", 5e-4, "published for CIFAR-10")]
-        heads = [Choice("hidden_dim", 1024, "published for CIFAR-10"), Choice("projection_dim", 256, "the paper's")]
+        optimizer = Choice("optimizer", "sgd", f"published for sets under {SMALL_SET} images")
+        hidden_dim = Choice("hidden_dim", 1024, "published for CIFAR-10")
     else:
-        lr, weight_decay, _ = PAPER_PRESETS[_nearest_preset(epochs)]
-        optimizer = [Choice("optimizer", "lars", "the paper's, for large sets"),
-                     Choice("lr", lr, "the paper's preset nearest in epochs"),
-                     Choice("weight_decay", weight_decay, "the paper's preset nearest in epochs")]
-        heads = [Choice("hidden_dim", 4096, "the paper's"), Choice("projection_dim", 256, "the paper's")]
-    return [*optimizer, *_cosine_step(), *_by_length(epochs, total), *heads]
+        optimizer = Choice("optimizer", "lars", "the paper's, for large sets")
+        hidden_dim = Choice("hidden_dim", 4096, "the paper's")
+    return [optimizer, *_rates(str(optimizer.value), epochs), *_cosine_step(), *_by_length(epochs, total), hidden_dim,
+            Choice("projection_dim", 256, "the paper's")]
+
+
+def _rates(optimizer: str, epochs: int) -> list[Choice]:
+    """Learning rate per 256 images and weight decay that go with an optimizer; one's rates ruin another's run."""
+    if optimizer == "lars":
+        nearest = _nearest_preset(epochs)
+        lr, weight_decay, _ = PAPER_PRESETS[nearest]
+        reason = f"the paper's {nearest}-epoch preset"
+    else:
+        lr, weight_decay, reason = {
+            "sgd": (0.12, 5e-4, "0.06 per 128 images, published for CIFAR-10"),
+            "adam": (3e-4, 0.0, "usual for Adam in published BYOL code"),
+            "adamw": (1e-3, 1e-2, "torch's own defaults for AdamW")}[optimizer]
+    return [Choice("lr", lr, reason), Choice("weight_decay", weight_decay, reason)]
 
 
 def _paper(facts: Facts, epochs: int, total: int) -> list[Choice]:
@@ -164,7 +191,8 @@ def _paper(facts: Facts, epochs: int, total: int) -> list[Choice]:
 
 def _quadra(facts: Facts, epochs: int, total: int) -> list[Choice]:
     reason = "the source system's default"
-    return [Choice("optimizer", "adam", reason), Choice("lr", 3e-4, reason), Choice("weight_decay", 0.0, reason),
+    return [Choice("optimizer", "adam", reason), Choice("lr", 3e-4, f"{reason} at batch 256"),
+            Choice("weight_decay", 0.0, reason),
             Choice("warmup_epochs", 0.0, reason), Choice("scheduler", "plateau", reason),
             Choice("scheduler_interval", "epoch", reason), Choice("tau_base", 0.9995, reason),
             Choice("tau_schedule", "cosine", reason), Choice("hidden_dim", 4096, reason),

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import platform
+import textwrap
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -13,19 +15,20 @@ from torch import nn
 
 from byol_core import __version__
 from byol_core.backbones import build_backbone, check_backbone, load_weights
-from byol_core.checkpoint import (CheckpointError, State, export_backbone, newest_checkpoint, read_checkpoint, read_weights,
-                                  save_checkpoint, write_json, write_text)
+from byol_core.checkpoint import (LAST, CheckpointError, State, export_backbone, newest_checkpoint, read_checkpoint,
+                                  read_weights, save_checkpoint, write_json, write_text)
 from byol_core.config import TrainConfig
 from byol_core.data import (DeviceBatches, ImageData, Order, TimedBatches, TooManyBadFilesError, WorkerBatches,
                             choose_workers, load_images)
 from byol_core.evaluate import embed_data, load_classifier
 from byol_core.folder import ImageSet, scan
+from byol_core.losses import effective_rank
 from byol_core.metrics import RunLog
 from byol_core.networks import BYOL
 from byol_core.optim import build_optimizer, build_scheduler
-from byol_core.pictures import save_neighbours, save_views
+from byol_core.pictures import save_embedding, save_neighbours, save_views
 from byol_core.plan import Plan
-from byol_core.report import write_report
+from byol_core.report import how_to_load, read_run, write_report
 from byol_core.runtime import NonFiniteError, Runtime, choose_device, choose_precision
 from byol_core.scoring import Scorer, Scores, some_indices
 from byol_core.seeds import seed_from
@@ -35,6 +38,8 @@ from byol_core.training import Progress, Step, train
 PICTURED_AT_MOST = 2_000  # images among which neighbours are looked for
 PIXELS_UP_TO = 16  # image size up to which raw pixels are a baseline
 CHECK_STEPS = 5
+REPORT_EVERY = 30.0  # seconds between reports of a run under way, and more where writing one takes over 1 % of that
+IN_WORDS = {"views": "the view recipe", "image names": "the names of the image files"}
 EXACT = "cannot resume exactly"
 
 
@@ -68,11 +73,14 @@ class Run:
         self.optimizer = build_optimizer(self.model.online, plan)
         self.scheduler = build_scheduler(self.optimizer, plan)
         self.progress = Progress()
+        self.saved_updates = 0
         self.workers = choose_workers(config.workers)
         self.data, self.views_reason = self._load(files, config.views)
         self.scorer = self._new_scorer()
         self.batches = TimedBatches(self._new_batches())
         self.scores: dict[str, Scores] = {}
+        self.ranks: dict[str, float | None] = {"rank_features": None, "rank_features_untrained": None}
+        self.report_due = 0.0
         self.stop = StopRequest()
 
     def _new_model(self) -> BYOL:
@@ -95,14 +103,15 @@ class Run:
         config = self.config
         if not config.eval or (self.data.files.labels is None and config.eval_data is None):
             return None
-        eval_data = None
+        data, eval_data = self.data, None
         if config.eval_data is not None:
-            files = scan(config.eval_data, "--eval-data")
-            for flag, folder, found in (("--data", config.data, self.data.files), ("--eval-data", config.eval_data, files)):
-                if found.labels is None:
-                    raise ValueError(f"{flag} {folder} has no class sub-folders, so --eval-data cannot be measured on")
+            files = scan(config.eval_data, "--eval-data", leave_out=(self.folder,))
+            if files.labels is None:
+                raise ValueError(f"--eval-data {config.eval_data} has no class sub-folders, so there is nothing to measure")
             eval_data = self._load(files, "auto")[0]
-        return Scorer(self.data, eval_data, self.plan.views[0], self.runtime, self.workers, self.classifier)
+            if data.files.labels is None:  # then both the fitting and the measuring are done on parts of --eval-data
+                data, eval_data = eval_data, None
+        return Scorer(data, eval_data, self.plan.views[0], self.runtime, self.workers, self.classifier)
 
     def _new_batches(self) -> DeviceBatches | WorkerBatches:
         plan = self.plan
@@ -120,11 +129,13 @@ class Run:
             "views made": "on the device" if self.data.pixels is not None else "on the cpu"}))
 
     def save(self) -> None:
+        self.saved_updates = self.progress.updates
         save_checkpoint(self.folder, {
             "identity": json.dumps(self.identity()), "version": __version__, "torch": str(torch.__version__),
             "progress": self.progress.state_dict(), "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
-            "scaler": self.runtime.scaler.state_dict(), "log": self.log.state_dict(), "scores": self.scores,
+            "scaler": self.runtime.scaler.state_dict(), "precision": self.precision, "log": self.log.state_dict(),
+            "scores": self.scores,
         })
 
     def resume(self) -> None:
@@ -148,7 +159,7 @@ class Run:
 
     def _restore(self, state: State) -> None:
         saved, own = json.loads(str(state["identity"])), self.identity()
-        changed = [f"{key} {saved.get(key)} -> {own[key]}" for key in own if saved.get(key) != own[key]]
+        changed = [IN_WORDS.get(key, f"{key} {saved.get(key)} -> {own[key]}") for key in own if saved.get(key) != own[key]]
         if changed:
             raise ValueError(f"{EXACT}: {'; '.join(changed)} - repeat the options of the run, or start a new one with "
                              "--init-from backbone.pt")
@@ -157,9 +168,10 @@ class Run:
         self.scheduler.load_state_dict(state["scheduler"])  # type: ignore[arg-type]
         if self.runtime.scaler.is_enabled() and state["scaler"]:
             self.runtime.scaler.load_state_dict(state["scaler"])  # type: ignore[arg-type]
-        elif self.runtime.scaler.is_enabled() or state["scaler"]:
-            self.log.say("note: --amp changed, so this is not an exact resume")
+        if state["precision"] != self.precision:
+            self.log.say(f"note: precision {state['precision']} -> {self.precision}, so this is not an exact resume")
         self.progress = Progress(**state["progress"])  # type: ignore[arg-type]
+        self.saved_updates = self.progress.updates
         self.scores = state["scores"]  # type: ignore[assignment]
         if not self.complete:
             self.log.resume(state["log"], self.progress)  # type: ignore[arg-type]
@@ -171,10 +183,13 @@ class Run:
         return (self.progress.epoch >= self.plan.epochs and summary.exists()
                 and json.loads(summary.read_text("utf-8"))["status"] == "finished")
 
+    @property
+    def precision(self) -> str:
+        return str(self.runtime.amp_dtype or torch.float32).removeprefix("torch.")
+
     def describe(self) -> None:
         plan, files = self.plan, self.data.files
         weights = sum(p.numel() for p in self.model.online.parameters())
-        precision = str(self.runtime.amp_dtype or torch.float32).removeprefix("torch.")
         kinds = f"{len(files.classes)} classes, used only to measure" if files.labels is not None else "no class folders"
         for folder in files.skipped_folders:
             self.log.say(f"warning: cannot list {folder}")
@@ -186,7 +201,7 @@ class Run:
             if choice.name == "lr":
                 shown += f" x {plan.batch_size}/256 = {plan.lr:.6g}"
             self.log.say(f"  {choice.name} {shown} ({choice.reason})")
-        self.log.say(f"device: {self.runtime.device} ({self.device_reason}); precision: {precision} ({self.amp_reason}); "
+        self.log.say(f"device: {self.runtime.device} ({self.device_reason}); precision: {self.precision} ({self.amp_reason}); "
                      f"views: {self.views_reason}")
         self.log.say(f"run folder: {self.folder}")
 
@@ -198,7 +213,8 @@ class Run:
             "data": {"images": len(self.data), "classes": list(self.data.files.classes),
                      "image_names": self.data.files.fingerprint()},
             "versions": {"byol_core": __version__, "torch": str(torch.__version__),
-                         "torchvision": torchvision.__version__, "scikit-learn": sklearn.__version__}})
+                         "torchvision": torchvision.__version__, "scikit-learn": sklearn.__version__,
+                         "python": platform.python_version(), "system": platform.platform()}})
         if self.plan.epochs and not (self.folder / "views.png").exists():
             order = self.batches.batches.order
             save_views(self.folder / "views.png", self.data, self.plan.views, order.epoch(0)[0],
@@ -221,13 +237,15 @@ class Run:
             self.log.say(f"nothing measured: {error}")
             self.scorer = None
             return
-        self.log.say(f"{name}: " + "  ".join(f"{key} {value:.1%}" for key, value in self.scores[name].items()))
+        self.log.say(f"{name}: " + "  ".join(f"{key} {value:.1%}" for key, value in self.scores[name].items()
+                                             if value is not None))
 
     def train(self) -> None:
         """The loop, from wherever the run stands to its end; saves as it goes.
 
         Raises: Stopped after a signal, NonFiniteError with where it happened; the last good state is saved.
         """
+        self._report_under_way()
         self.log.start(self.progress)
         try:
             self.stop.waits_for_a_step = True
@@ -239,25 +257,46 @@ class Run:
             raise NonFiniteError(
                 f"{error} at epoch {self.progress.epoch + 1}, update {self.progress.updates + 1} (lr "
                 f"{self.optimizer.param_groups[0]['lr']:.3g}, precision {self.runtime.amp_dtype or torch.float32}); "
-                f"{self.folder / 'last.pt'} has the last good weights - lower --lr, or use --amp off") from error
+                f"{self._what_is_saved()} - lower --lr, or use --amp off") from error
         finally:
             self.stop.waits_for_a_step = False
             self.log.close()
         if self.plan.epochs == 0:
             self.save()
 
+    def _what_is_saved(self) -> str:
+        last = self.folder / LAST
+        return f"{last} has the weights of update {self.saved_updates}" if last.exists() else "nothing was saved yet"
+
     def _after_step(self, progress: Progress, step: Step) -> None:
         self.log.step(progress, step, self.batches.waited)
         self.batches.waited = 0.0
         ended_epoch = progress.batch == 0
-        if ended_epoch and self.scorer and self.config.eval_every and progress.epoch % self.config.eval_every == 0:
-            self.log.record(progress, knn=self.scorer.knn(self.model.online.backbone))
-            self.log.start(progress)
+        if ended_epoch and self.config.eval_every and progress.epoch % self.config.eval_every == 0:
+            self._measure_on_the_way()
         if self.stop.signal is not None:
             self.save()
             raise Stopped(self.stop.signal)
         if ended_epoch and (progress.epoch % self.config.save_every == 0 or progress.epoch == self.plan.epochs):
             self.save()
+        if ended_epoch and time.monotonic() >= self.report_due:
+            self._report_under_way()
+            self.log.start(progress)
+
+    def _measure_on_the_way(self) -> None:
+        if self.scorer is not None:
+            with contextlib.suppress(ValueError):  # labels that allow no measurement: said before training
+                self.log.record(self.progress, knn=self.scorer.knn(self.model.online.backbone))
+            self.log.start(self.progress)
+
+    def _report_under_way(self) -> None:
+        """report.html as the run goes, so that it is true whenever someone looks; it never stops the run."""
+        began = time.monotonic()
+        try:
+            write_report(self.folder, self._summary("running"))
+        except OSError as error:
+            self.log.note(f"warning: {error}")
+        self.report_due = began + max(REPORT_EVERY, 100 * (time.monotonic() - began))
 
     def finish(self) -> None:
         """Everything that is made of a trained network: export, scores, pictures, summary, report."""
@@ -270,31 +309,42 @@ class Run:
             readable, trained = embed_data(backbone, self.data, recipe, indices, self.runtime, self.workers)
             _, before = embed_data(untrained, self.data, recipe, readable, self.runtime, self.workers)
             save_neighbours(self.folder / "neighbours.png", self.data, readable, trained, before, self.config.seed)
+            labels = self.data.files.labels
+            save_embedding(self.folder / "embedding.png", trained, None if labels is None else labels[readable],
+                           self.data.files.classes, self.config.seed)
+            self.ranks = {"rank_features": float(effective_rank(trained)),
+                          "rank_features_untrained": float(effective_rank(before))}
         self.write_end("finished")
 
     def _about_backbone(self) -> dict[str, object]:
         plan, recipe = self.plan, self.plan.views[0]
         return {"arch": plan.arch, "small_stem": plan.small_stem, "image_size": plan.image_size, "mean": recipe.mean,
-                "std": recipe.std, "network": "online", "byol_core": __version__}
+                "std": recipe.std, "whole_image": recipe.crop_scale is None, "interpolation": recipe.interpolation,
+                "feature_dim": self.model.online.state_dict()["projector.0.weight"].shape[1], "network": "online",
+                "seed": self.config.seed, "byol_core": __version__}
 
-    def write_end(self, status: str) -> None:
-        """summary.json, bad_files.txt and report.html, whatever way the run ended."""
+    def write_end(self, status: str, reason: str | None = None) -> None:
+        """summary.json, bad_files.txt and report.html, whatever way the run ended. reason: of a run that did not finish."""
+        write_json(self.folder / "summary.json", self._summary(status, reason))
+        if self.data.bad.reasons:
+            write_text(self.folder / "bad_files.txt", self.data.bad.listing())
+        write_report(self.folder)
+
+    def _summary(self, status: str, reason: str | None = None) -> dict[str, object]:
         scores: dict[str, float | int | str | None] = {}
         for name, suffix in (("trained", ""), ("untrained", "_untrained"), ("pixels", "_pixels")):
             scores |= {key + suffix: value for key, value in self.scores.get(name, {"knn": None, "linear": None}).items()}
         last, log, files = self.log.last, self.log, self.data.files
-        write_json(self.folder / "summary.json", {
-            "status": status, "images": len(files), "classes": len(files.classes), "bad_files": len(self.data.bad.reasons),
-            "epochs": self.progress.epoch, "updates": self.progress.updates, "seconds": round(log.seconds, 3),
+        return {
+            "status": status, "reason": reason, "images": len(files), "classes": len(files.classes),
+            "bad_files": len(self.data.bad.reasons), "epochs": self.progress.epoch, "updates": self.progress.updates,
+            "seconds": round(log.seconds, 3),
             "images_per_second": round(self.progress.updates * self.plan.batch_size / max(log.seconds, 1e-9), 2),
             "wait_fraction": round(log.waited / max(log.seconds, 1e-9), 4),
-            "loss": last.get("loss"), "spread": last.get("spread"), **scores,
+            "loss": last.get("loss"), "spread": last.get("spread"), **scores, **self.ranks,
             "measured_on": self.scorer.measured_on if self.scorer else None,
             "world_size": 1, "device": str(self.runtime.device),
-            "amp": str(self.runtime.amp_dtype or torch.float32).removeprefix("torch.")})
-        if self.data.bad.reasons:
-            write_text(self.folder / "bad_files.txt", self.data.bad.listing())
-        write_report(self.folder)
+            "amp": self.precision}
 
     def check(self) -> None:
         """Say what the whole run would take; nothing is kept."""
@@ -325,12 +375,11 @@ class Run:
         if names:
             self.log.say(f"{'accuracy':<12}" + "".join(f"{name:>12}" for name in names))
             for key in self.scores[names[-1]]:
-                self.log.say(f"{key:<12}" + "".join(f"{self.scores[name][key]:>12.1%}" for name in names))
+                values = [self.scores[name].get(key) for name in names]
+                self.log.say(f"{key:<12}" + "".join(f"{'-' if value is None else f'{value:.1%}':>12}" for value in values))
         elif self.config.eval:
             self.log.say("no class folders, so no accuracy: look at neighbours.png, or pass a labelled folder")
-        plan = self.plan
+        verdict = read_run(self.folder).verdict
+        self.log.say(f"{verdict.word}: {verdict.why}" + (f" - {verdict.advice}" if verdict.advice else ""))
         self.log.say(f"report: {self.folder / 'report.html'}\nuse it:\n"
-                     "  import torch; from byol_core.backbones import build_backbone\n"
-                     f"  backbone, dim = build_backbone({plan.arch!r}, small_images={plan.small_stem}, "
-                     f"image_size={plan.image_size})\n"
-                     f"  backbone.load_state_dict(torch.load({str(self.folder / 'backbone.pt')!r}, weights_only=True))")
+                     + textwrap.indent(how_to_load(self.folder, self._about_backbone()), "  "))

@@ -10,11 +10,22 @@ from byol_core.checkpoint import LAST, PREVIOUS, remove_leftovers
 from byol_core.config import TrainConfig
 
 RUNS = Path("runs")
+OWN_FILES = {"config.json", "metrics.jsonl", "train.log", "summary.json", "report.html", "bad_files.txt", "views.png",
+             "neighbours.png", "embedding.png", "backbone.pt", "backbone.json"}
 
 
 def choose_out(config: TrainConfig) -> Path:
-    """--out, or a predictable place, so that the same command with --resume goes on."""
-    return Path(config.out) if config.out is not None else RUNS / (Path(config.data).resolve().name or "root")
+    """--out, or a predictable place, so that the same command with --resume goes on; --check has a folder beside it."""
+    folder = Path(config.out) if config.out is not None else RUNS / (Path(config.data).resolve().name or "root")
+    return folder.with_name(folder.name + "-check") if config.check else folder
+
+
+def goes_on_in_its_folder(config: TrainConfig) -> bool:
+    """Whether what is in the run folder is to be gone on with: it is the folder that --resume reads from, or a check's."""
+    if config.resume:
+        source = Path(config.resume)
+        return (source if source.is_dir() else source.parent).resolve() == choose_out(config).resolve()
+    return config.resume is not None or config.check
 
 
 @contextlib.contextmanager
@@ -57,8 +68,13 @@ def _lock(handle: int, folder: Path) -> None:
 
 
 def _refuse_used(folder: Path) -> None:
+    """What a run left that ended before its first checkpoint is cleared away; anything else is refused."""
     if (folder / LAST).exists() or (folder / PREVIOUS).exists():
         raise ValueError(f"{folder} already holds a run - add --resume to go on, or choose another --out")
-    found = next((entry.name for entry in folder.iterdir() if not entry.name.startswith(".")), None)
-    if found is not None:
-        raise ValueError(f"{folder} is not empty (it holds {found}) - choose another --out")
+    visible = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+    foreign = [entry.name for entry in visible if entry.name not in OWN_FILES]
+    if foreign:
+        raise ValueError(f"{folder} is not empty (it holds {foreign[0]}) - choose another --out")
+    for entry in visible:
+        if entry.name != "train.log":
+            entry.unlink()

@@ -65,7 +65,7 @@ def _cpu_multiplies_bf16() -> bool:
 
 def refuse_several_processes() -> None:
     """Raises: ValueError under a launcher that started more than one process, which this version cannot coordinate."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ValueError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: this version trains in one process - "
                          "start it without torchrun, and unset WORLD_SIZE")
 
@@ -110,14 +110,15 @@ class Runtime:
     def backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss).backward()
 
-    def step(self, optimizer: Optimizer) -> bool:
-        """Apply one optimizer update and clear the gradients; False when the float16 scaler skipped it.
+    def step(self, optimizer: Optimizer, loss: Tensor) -> bool:
+        """Apply one optimizer update and clear the gradients; False when it was skipped, as float16 may overflow.
 
-        Raises: NonFiniteError, before any weight has changed, when a gradient is not finite (in float16: when that was
-        so for many steps in a row).
+        loss: what the gradients are of, unscaled.
+        Raises: NonFiniteError, before any weight has changed, when the loss or a gradient is not finite (in float16: when
+        that was so for many steps in a row).
         """
         self.scaler.unscale_(optimizer)
-        finite = _gradients_are_finite(optimizer)
+        finite = _gradients_are_finite(optimizer) and bool(torch.isfinite(loss))
         if finite:  # asked here, as a fused optimizer that the scaler skips at its first step starts from random momentum
             self.scaler.step(optimizer)
         if self.scaler.is_enabled():
@@ -125,8 +126,8 @@ class Runtime:
         optimizer.zero_grad(set_to_none=True)
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         if self.skipped_in_a_row >= (SKIPS_IN_A_ROW if self.scaler.is_enabled() else 1):
-            raise NonFiniteError("a gradient is not finite" if not self.scaler.is_enabled() else
-                                 f"gradients were not finite for {SKIPS_IN_A_ROW} steps in a row")
+            raise NonFiniteError("the loss or a gradient is not finite" if not self.scaler.is_enabled() else
+                                 f"the loss or a gradient was not finite for {SKIPS_IN_A_ROW} steps in a row")
         return finite
 
 

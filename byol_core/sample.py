@@ -23,6 +23,14 @@ def with_sample(config: TrainConfig) -> TrainConfig:
                    recipe="digits" if config.recipe == "auto" else config.recipe)
 
 
+def without_sample(config: TrainConfig) -> TrainConfig:
+    """The options as they were asked for: the inverse of `with_sample`."""
+    if Path(config.data) != PLACE / "train" or config.eval_data is None or config.recipe == "auto":
+        return config
+    return replace(config, data=NAME, eval_data=None if config.eval_data == str(PLACE / "test") else config.eval_data,
+                   recipe="auto" if config.recipe == "digits" else config.recipe)
+
+
 def write_digits(root: Path) -> tuple[Path, Path]:
     """(training folder, held-out folder) of 8x8 grey PNGs in class sub-folders of `root`, which is written when absent.
 

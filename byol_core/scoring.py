@@ -1,5 +1,7 @@
 """The numbers by which a run is judged, on images whose labels the training never sees."""
 
+import contextlib
+
 import torch
 from sklearn.base import clone
 from torch import Tensor, nn
@@ -10,7 +12,7 @@ from byol_core.evaluate import (Classifier, Features, classifier_accuracy, embed
 from byol_core.runtime import Runtime
 from byol_core.views import ViewRecipe
 
-Scores = dict[str, float]  # accuracies in [0, 1]: knn, linear, and linear_N with N labels per class
+Scores = dict[str, float | None]  # accuracies in [0, 1]: knn, linear (None where it failed), linear_N: N labels per class
 MEASURED_AT_MOST = 50_000  # images per set; probes on more take longer than they tell
 FEW_LABELS, FEW_LABELS_CLASSES = (1, 5), 100  # labels per class for which a probe is measured too; classes at most
 
@@ -38,8 +40,9 @@ class Scorer:
         """All accuracies. Raises: ValueError when the labels do not allow any."""
         fit, test = self.features(backbone)
         classifier = None if self.classifier is None else clone(self.classifier, safe=False)
-        scores = {"knn": knn_accuracy(fit.x, fit.y, test.x, test.y),
-                  "linear": classifier_accuracy(fit.x, fit.y, test.x, test.y, classifier)}
+        scores: Scores = {"knn": knn_accuracy(fit.x, fit.y, test.x, test.y), "linear": None}
+        with contextlib.suppress(ValueError):  # the labels do not suit this classifier
+            scores["linear"] = classifier_accuracy(fit.x, fit.y, test.x, test.y, classifier)
         per_class = torch.bincount(fit.y)
         if len(per_class) <= FEW_LABELS_CLASSES:
             scores |= {f"linear_{count}": few_label_accuracy(fit, test, count) for count in FEW_LABELS

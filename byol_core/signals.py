@@ -4,8 +4,14 @@ import signal
 from types import FrameType
 
 
-class Stopped(Exception):
-    """A signal asked the run to stop, and what it had is saved. code: the process's exit code."""
+SIGNALS = [name for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+
+
+class Stopped(BaseException):
+    """A signal asked the run to stop. code: the process's exit code.
+
+    Like KeyboardInterrupt it is no Exception, so that nothing that guards against broken files takes it for one.
+    """
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -24,9 +30,13 @@ class StopRequest:
 
     def listen(self) -> None:
         """Handle the signals of this process from now on; for the entry point alone."""
-        for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), self._handle)
+        for name in SIGNALS:
+            signal.signal(getattr(signal, name), self._handle)
+
+    def ignore(self) -> None:
+        """The process is about to end; a further signal changes nothing."""
+        for name in SIGNALS:
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self.waits_for_a_step or self.signal is not None:

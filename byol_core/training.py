@@ -91,16 +91,18 @@ def train(model: BYOL, batches: SeekableBatches | PlainBatches, epochs: int, *, 
     stands still. lr_scheduler_interval: it is stepped after each applied "step" or after each "epoch".
     criterion: (prediction, projection) -> loss of one direction; the two directions are summed. tau_base, tau_schedule:
     the target's momentum, "cosine" from the base to 1 over all updates, or "constant". accum_steps: micro-batches per
-    update. seed: of dropout and the like, drawn anew from (seed, update). runtime: device and precision; None is the
-    model's device and float32. progress: where to go on; it is kept up to date. after_step: called after every step, to
-    log, to save, or to stop by raising.
+    update. seed: of dropout and the like; torch's generators are seeded anew from (seed, update). runtime: device and
+    precision; None is the model's device and float32. progress: where to go on; it is kept up to date. after_step: called
+    after every step, to log, to save, or to stop by raising.
     Returns: the progress, complete.
-    Raises: ValueError for unusable arguments; NonFiniteError, before any weight has changed, when a gradient is not finite.
+    Raises: ValueError for unusable arguments; NonFiniteError, before any weight has changed, when the loss or a gradient is
+    not finite.
     """
     runtime = runtime or Runtime(next(model.online.parameters()).device)
     optimizer = optimizer or torch.optim.Adam(model.online.parameters(), lr=3e-4)
     lr_scheduler = lr_scheduler or plateau_scheduler(optimizer)
     progress = progress or Progress()
+    _check_parts(batches, optimizer, lr_scheduler)
     _check(len(batches), epochs, accum_steps, lr_scheduler_interval, tau_base, tau_schedule)
     updates_per_epoch = len(batches) // accum_steps
     model.train()
@@ -121,7 +123,7 @@ def train(model: BYOL, batches: SeekableBatches | PlainBatches, epochs: int, *, 
                 loss += both_directions.detach()
                 progress.batch += 1
 
-            applied = runtime.step(optimizer)
+            applied = runtime.step(optimizer, loss)
             if applied:  # else the float16 scaler skipped this step, and nothing else may move either
                 ema_update(model.target, model.online, tau)
                 progress.count_update(loss)
@@ -134,6 +136,15 @@ def train(model: BYOL, batches: SeekableBatches | PlainBatches, epochs: int, *, 
             if after_step:
                 after_step(progress, Step(loss, z1, z2, tau, lr, applied))
     return progress
+
+
+def _check_parts(batches: object, optimizer: Optimizer, lr_scheduler: Scheduler) -> None:
+    if not hasattr(batches, "__len__"):
+        raise ValueError(f"train: batches must have a length, as a DataLoader or a list has; got {type(batches).__name__}")
+    if not len(batches):
+        raise ValueError("train: batches are empty")
+    if getattr(lr_scheduler, "optimizer", optimizer) is not optimizer:
+        raise ValueError("train: lr_scheduler belongs to another optimizer - make it from the one passed as optimizer")
 
 
 def _check(batches: int, epochs: int, accum_steps: int, lr_scheduler_interval: str, tau_base: float,
@@ -156,7 +167,17 @@ def _views_of_epoch(batches: SeekableBatches | PlainBatches, epoch: int, start: 
         return
     for batch in islice(batches, start, None):
         views = batch if isinstance(batch[0], Tensor) else batch[0]  # or ((view1, view2), label)
+        if isinstance(batch, Tensor) or len(views) != 2 or views[0].shape != views[1].shape:
+            raise ValueError("train: each batch must be (view1, view2), or ((view1, view2), label), with two views of one "
+                             f"shape; got {_shapes(batch)}")
         yield views[0], views[1]
+    raise ValueError("train: an epoch gave fewer batches than len(batches)")
+
+
+def _shapes(batch: object) -> str:
+    if isinstance(batch, Tensor):
+        return f"a tensor {tuple(batch.shape)}"
+    return f"({', '.join(map(_shapes, batch))})" if isinstance(batch, (tuple, list)) else type(batch).__name__
 
 
 def _advance(scheduler: Scheduler, loss: float | Tensor) -> None:

@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from byol_core.checkpoint import (CheckpointError, atomic_write, newest_checkpoint, read_checkpoint, read_weights,
+from byol_core.checkpoint import (KEYS, CheckpointError, atomic_write, newest_checkpoint, read_checkpoint, read_weights,
                                   remove_leftovers, save_checkpoint, write_json)
 
 
 def save(folder: Path, number: int) -> None:
-    save_checkpoint(folder, {"number": number, "tensor": torch.full((1000,), float(number))})
+    save_checkpoint(folder, {**dict.fromkeys(KEYS), "number": number, "tensor": torch.full((1000,), float(number))})
 
 
 def test_last_and_the_one_before_are_kept(tmp_path: Path) -> None:
@@ -53,7 +53,8 @@ def save_for_ever(folder: Path, saved: EventType, writer: Callable[[Path, int], 
 
 def write_in_place(folder: Path, number: int) -> None:
     """What `save` must not be."""
-    torch.save({"format": 1, "number": number, "tensor": torch.full((1000,), float(number))}, folder / "last.pt")
+    tensor = torch.full((1000,), float(number))
+    torch.save({**dict.fromkeys(KEYS), "format": 1, "number": number, "tensor": tensor}, folder / "last.pt")
 
 
 def unreadable_after_kills(folder: Path, writer: Callable[[Path, int], None], kills: int) -> int:
@@ -159,6 +160,9 @@ def test_other_files_are_named_for_what_they_are(tmp_path: Path) -> None:
     torch.save({"format": 2}, tmp_path / "newer.pt")
     with pytest.raises(CheckpointError, match="format 2, this version reads up to 1 - upgrade"):
         read_checkpoint(tmp_path / "newer.pt")
+    torch.save({"format": 1, "model": {}}, tmp_path / "part.pt")
+    with pytest.raises(CheckpointError, match="not a whole checkpoint: identity, log, "):
+        read_checkpoint(tmp_path / "part.pt")
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(CheckpointError, match="is not a byol_core checkpoint"):
         read_checkpoint(tmp_path / "list.pt")

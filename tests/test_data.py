@@ -89,6 +89,13 @@ def test_workers_change_nothing_and_survive_an_abandoned_epoch(image_folder: Cal
         assert torch.equal(a1, b1) and torch.equal(a2, b2)
 
 
+def test_data_can_be_sent_to_workers_whatever_the_console_is(image_folder: Callable[..., Path]) -> None:
+    import pickle
+    data = load_images(scan(image_folder()), "cpu", CPU, open(__file__).readline)[0]  # an open file cannot be pickled
+    again = pickle.loads(pickle.dumps(data))
+    assert again.image(0).size == (16, 16)
+
+
 def test_each_bad_file_is_reported_once_and_too_many_stop(image_folder: Callable[..., Path]) -> None:
     lines: list[str] = []
     bad = BadFiles(scan(image_folder(classes=0, per_class=20)), lines.append)

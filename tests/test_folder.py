@@ -146,6 +146,26 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path) -> None:
     assert (pixels(save(tmp_path / "i16.png", ramp)) == RAMP[..., None]).all()
 
 
+@pytest.mark.parametrize("bits", [10, 12, 14])
+def test_fewer_bits_in_a_sixteen_bit_file_are_not_black(tmp_path: Path, bits: int) -> None:
+    ramp = np.linspace(0, 2**bits - 1, 256).round().astype(np.uint16).reshape(16, 16)
+    assert np.abs(pixels(save(tmp_path / "i.png", ramp)).astype(int) - RAMP[..., None]).max() <= 1
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes there")
+def test_a_pipe_is_not_an_image_and_a_broken_link_is_a_bad_one(tmp_path: Path) -> None:
+    touch(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "broken.png").symlink_to("nowhere.png")
+    assert names(tmp_path) == ["a.png", "broken.png"]
+
+
+def test_folders_to_leave_out_are_left_out(tmp_path: Path) -> None:
+    touch(tmp_path / "a.png", tmp_path / "run" / "views.png")
+    images = scan(tmp_path, leave_out=(tmp_path / "run", tmp_path / "not there"))
+    assert [images.name(i) for i in range(len(images))] == ["a.png"]
+
+
 @pytest.mark.parametrize("scale, offset", [(1 / 255, 0.0), (1.0, 0.0), (1000.0, -5.0)])
 def test_floats_are_scaled_by_their_range(tmp_path: Path, scale: float, offset: float) -> None:
     ramp = RAMP.astype(np.float32) * scale + offset

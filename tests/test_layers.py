@@ -18,27 +18,35 @@ MAY_IMPORT: dict[str, set[str]] = {
     "networks": {"ema"},
     "device_views": {"image_ops", "views", "seeds"},
     "health": {"losses"}, "charts": set(),
-    "report": {"charts", "checkpoint", "config", "health"},
+    "report_style": set(), "report": {"charts", "checkpoint", "config", "health", "report_style", "sample"},
     "plan": {"config", "schedules", "views"},
     "optim": {"lars", "networks", "plan", "schedules"},
     "data": {"device_views", "folder", "plan", "runtime", "seeds", "views"},
     "training": {"ema", "losses", "networks", "optim", "runtime", "schedules", "seeds"},
     "metrics": {"checkpoint", "health", "schedules", "training"},
-    "evaluate": {"data", "runtime", "views"},
-    "pictures": {"checkpoint", "data", "folder", "views"},
+    "evaluate": {"data", "folder", "runtime", "views"},
+    "linear_probe": set(),
+    "pretrained": {"backbones", "checkpoint", "seeds", "views"},
+    "command": {"config"},
+    "evaluate_command": {"checkpoint", "command", "config", "data", "evaluate", "folder", "linear_probe", "losses",
+                         "pretrained", "runtime", "views"},
+    "embed": {"checkpoint", "command", "config", "data", "evaluate", "folder", "pretrained", "runtime"},
+    "pictures": {"checkpoint", "data", "folder", "seeds", "views"},
     "scoring": {"data", "evaluate", "runtime", "views"},
     "signals": set(),
-    "run": {"backbones", "checkpoint", "config", "data", "evaluate", "folder", "metrics", "networks", "optim", "pictures",
-            "plan", "report", "runtime", "scoring", "seeds", "signals", "training"},
+    "run": {"backbones", "checkpoint", "config", "data", "evaluate", "folder", "losses", "metrics", "networks", "optim",
+            "pictures", "plan", "report", "runtime", "scoring", "seeds", "signals", "training"},
 }
-STANDARD_LIBRARY_ONLY = {"schedules", "seeds", "config"}
+STANDARD_LIBRARY_ONLY = {"schedules", "seeds", "config", "command"}
 TORCH_ONLY = {"ema", "losses", "lars", "image_ops", "networks"}
 
 
 def imports(path: Path) -> set[str]:
-    """Every module that a file imports, at its top or inside a function."""
+    """Every module that a file imports, at its top or inside a function; what it does as a command is not counted."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    tree.body = [node for node in tree.body if not (isinstance(node, ast.If) and "__main__" in ast.unparse(node.test))]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:

@@ -62,6 +62,20 @@ def test_every_choice_has_a_reason() -> None:
         assert all(choice.reason for choice in plan(recipe=recipe).choices)
 
 
+@pytest.mark.parametrize("optimizer, lr, weight_decay", [("adam", 3e-4, 0.0), ("adamw", 1e-3, 1e-2), ("lars", 0.45, 1e-6),
+                                                         ("sgd", 0.12, 5e-4)])
+def test_rates_go_with_the_optimizer_that_is_asked_for(optimizer: str, lr: float, weight_decay: float) -> None:
+    chosen = plan(optimizer=optimizer)
+    assert chosen.lr == pytest.approx(lr) and chosen.weight_decay == weight_decay
+    assert plan(optimizer=optimizer, lr=0.7).lr == pytest.approx(0.7)
+
+
+def test_a_plateau_is_of_epochs_and_without_warm_up() -> None:
+    chosen = plan(scheduler="plateau")
+    assert (chosen.scheduler_interval, chosen.warmup_epochs) == ("epoch", 0.0)
+    assert plan(scheduler="plateau", scheduler_interval="step").scheduler_interval == "step"
+
+
 def test_learning_rate_scales_with_the_batch() -> None:
     assert plan(lr=0.4, batch_size=512).lr == pytest.approx(0.8)
 

@@ -1,97 +1,257 @@
-"""The page and the pictures say what the files say."""
+"""The page says what the files say, whole and offline, whatever became of the run; the pages of several runs compare."""
 
 import json
+import re
+import shlex
 from html.parser import HTMLParser
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from byol_core.pictures import nearest, save_grid, tile
-from byol_core.report import write_report
-from byol_core.views import ViewRecipe, inverse_normalise, normalise
+from byol_core import report
+from byol_core.charts import Curve, draw, number_text, smoothed, thinned, ticks
+from byol_core.config import TrainConfig, command_line, parse_config
+from byol_core.pictures import save_grid, tile
+from byol_core.report import compare, flatten, main, read_run, write_report
+from byol_core.sample import with_sample, without_sample
+
+HOSTILE = '</pre><script>alert(1)</script><img src="http://x/y" onerror=alert(1)>\'"&amp;'
+VOID = {"meta", "img"}
 
 
-class Balanced(HTMLParser):
-    """Every tag that opens closes, and nothing is loaded from elsewhere."""
+class Page(HTMLParser):
+    """Every tag that opens closes, nothing is loaded from elsewhere, and nothing can run."""
 
-    def __init__(self) -> None:
+    def __init__(self, path: Path) -> None:
         super().__init__()
         self.open: list[str] = []
         self.text = ""
+        self.tags: list[str] = []
+        page = path.read_text("utf-8")
+        assert len(page) < 5_000_000 and "url(" not in page and "@import" not in page
+        self.feed(page)
+        assert self.open == []
 
     def handle_starttag(self, tag: str, attributes: list) -> None:
         values = dict(attributes)
-        source = values.get("src") or values.get("href") or ""
-        assert source.startswith("data:") or not source
-        if tag not in ("meta", "img", "polyline"):
+        assert tag not in ("script", "link", "iframe", "object", "embed", "form", "a")
+        assert not any(name.startswith("on") for name in values)
+        assert values.get("src", "data:").startswith("data:image/png;base64,") or tag != "img"
+        assert "href" not in values
+        self.tags.append(tag)
+        if tag not in VOID:
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
-        if tag != "polyline":
-            assert self.open.pop() == tag
+        assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        self.text += data
+        if self.open[-1:] != ["style"]:
+            self.text += data + " "
 
 
-def parse(folder: Path) -> Balanced:
-    parser = Balanced()
-    page = (folder / "report.html").read_text()
-    assert "http" not in page and "<script" not in page
-    parser.feed(page)
-    assert parser.open == []
-    return parser
+def line(update: int, **values: object) -> dict[str, object]:
+    return {"update": update, "epoch": update / 3, "loss": 4 / update, "spread": 0.9, "rank": 9.0, "rank_limit": 15,
+            "cosine": 0.1, "alignment": 0.5, "uniformity": -2.0, "tau": 0.5, "lr": 0.1, "images_per_second": 100.0,
+            "wait": 0.25, "skipped": 0, **values}
 
 
-def write_run(folder: Path, **summary: object) -> None:
+def write_run(folder: Path, labels: bool = True, updates: int = 6, hostile: str = "<b>", **summary: object) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    scores = {"knn": 0.912, "knn_untrained": 0.5, "linear": 0.95, "linear_untrained": 0.6} if labels else \
+        {"knn": None, "knn_untrained": None, "linear": None, "linear_untrained": None}
     (folder / "summary.json").write_text(json.dumps({
-        "status": "finished", "images": 12, "epochs": 2, "updates": 6, "seconds": 3.5, "device": "cpu", "knn": 0.912,
-        "knn_untrained": 0.5, "linear": None, "measured_on": "<3 images>", **summary}))
-    lines = [{"update": n, "epoch": n / 3, "loss": 4 / n, "spread": 0.9} for n in range(1, 7)]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "config.json").write_text(json.dumps({"config": {"data": "<b>"}, "choices": [
-        {"name": "lr", "value": 0.1, "reason": "a & b"}]}))
-    (folder / "bad_files.txt").write_text("<script>alert(1)</script>.jpg\ttorn\n")
+        "status": "finished", "reason": None, "images": 12, "classes": 2 if labels else 0, "epochs": 2, "updates": updates,
+        "seconds": 3.5, "images_per_second": 41.0, "wait_fraction": 0.25, "device": "cpu", "amp": "float32", **scores,
+        "measured_on": f"3 images of {hostile}" if labels else None, "rank_features": 4.25, "rank_features_untrained": 3.5,
+        **summary}))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line(n)) + "\n" for n in range(1, updates + 1)))
+    (folder / "config.json").write_text(json.dumps({
+        "config": {"data": hostile, "out": str(folder), "epochs": 2, "seed": 5},
+        "choices": [{"name": "lr", "value": 0.1, "reason": f"a & b {hostile}"}],
+        "plan": {"epochs": 2, "updates_per_epoch": 3, "lr": 0.025, "batch_size": 64, "arch": hostile,
+                 "views": [{"size": 8, "blur": 1.0}, {"size": 8, "blur": 0.1}]},
+        "data": {"images": 12, "classes": [hostile, "b"] if labels else []}, "versions": {"torch": hostile}}))
+    (folder / "bad_files.txt").write_text(f"{hostile}.jpg\ttorn {hostile}\n")
+    (folder / "train.log").write_text("2026-01-01T00:00:00 hello\n")
+    (folder / "backbone.json").write_text(json.dumps({
+        "arch": hostile, "small_stem": False, "image_size": 8, "mean": [0.5, 0.25, 0.125], "std": [1, 1, 1]}))
     save_grid(folder / "views.png", [[tile(Image.new("RGB", (4, 4)))]], [["x"]])
+    return folder
 
 
-def test_report_is_whole_offline_and_says_what_the_summary_says(tmp_path: Path) -> None:
+def page(folder: Path, summary: dict | None = None) -> str:
+    write_report(folder, summary)
+    return Page(folder / "report.html").text
+
+
+def test_page_says_what_the_files_say(tmp_path: Path) -> None:
+    text = page(write_run(tmp_path / "my run"))
+    for expected in ("my run", "Finished well",
+                     "Linear 95.0% (untrained 60.0%), knn 91.2% (untrained 50.0%)", "91.2%", "50.0%",
+                     "3 images of <b>", "12 ", "3.5", "4.25", "25.0%", "4 s", "0.1 x 64/256 = 0.025", "a & b", "torn",
+                     "<b>.jpg", "Skipped files (1)", "build_backbone('<b>'", "0.5, 0.25, 0.125", "float32"):
+        assert expected in text, expected
+    assert Page(tmp_path / "my run" / "report.html").tags.count("svg") == 10  # all curves but kNN, measured at the end only
+
+
+def test_hostile_names_stay_text(tmp_path: Path) -> None:
+    text = page(write_run(tmp_path / '<img src=x onerror=alert(1)>&"', hostile=HOSTILE))
+    assert text.count(HOSTILE) >= 6 and '<img src=x onerror=alert(1)>&"' in text
+    compare([tmp_path / '<img src=x onerror=alert(1)>&"', write_run(tmp_path / "other")], tmp_path / "compare.html")
+    assert HOSTILE in Page(tmp_path / "compare.html").text
+
+
+def test_without_labels_it_says_so_and_shows_health(tmp_path: Path) -> None:
+    text = page(write_run(tmp_path, labels=False))
+    assert "no class folders, so no accuracy" in text and "no labels" in text and "Finished well" in text
+    assert "effective rank of the features" in text and "9 of 15" in text
+
+
+def test_stopped_and_failed_runs_say_where_why_and_how_to_go_on(tmp_path: Path) -> None:
+    stopped = page(write_run(tmp_path / "s", status="stopped", reason="SIGTERM", epochs=1, knn=None, linear=None))
+    assert "Stopped after 1 of 2 epochs by SIGTERM" in stopped and "measured when the run is complete" in stopped
+    command = re.search(r"python train.py .* --resume", stopped)
+    assert command and parse_config(shlex.split(command[0])[2:]) == TrainConfig(
+        data="<b>", out=str(tmp_path / "s"), epochs=2, seed=5, resume="")
+    failed = page(write_run(tmp_path / "f", status="failed", reason="disk <full>", epochs=1))
+    assert "Failed after 1 of 2 epochs" in failed and "disk <full>" in failed
+
+
+def test_collapsed_run_says_so_first_and_what_to_do(tmp_path: Path) -> None:
     write_run(tmp_path)
-    write_report(tmp_path)
-    text = parse(tmp_path).text
-    for expected in ("finished", "12 images, 2 epochs, 6 updates, 4 s on cpu", "91.2%", "50.0%", "<3 images>", "a & b",
-                     "<script>alert(1)</script>.jpg"):
-        assert expected in text
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line(n, spread=0.01)) + "\n" for n in range(1, 7)))
+    text = page(tmp_path)
+    assert text.index("Collapsed") < text.index("What to do:") < text.index("What it learned")
+    assert "larger --batch-size than 64" in text
 
 
-def test_report_of_a_run_without_labels_or_without_end(tmp_path: Path) -> None:
-    write_run(tmp_path, knn=None)
-    write_report(tmp_path)
-    assert "No labels" in parse(tmp_path).text
-    for path in tmp_path.iterdir():
-        path.unlink()
-    write_report(tmp_path)
-    assert "has not ended" in parse(tmp_path).text
+def test_run_under_way_is_told_from_one_that_ended(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    (tmp_path / "summary.json").unlink()
+    text = page(tmp_path, {**summary, "status": "running", "epochs": 1, "knn": None, "linear": None})
+    assert "Learning, after 1 of 2 epochs" in text and "after an interruption" in text
+    assert "Has not ended, or was cut off, after 2 of 2 epochs" in page(tmp_path)
 
 
-def test_inverse_normalise_gives_back_the_pixels() -> None:
-    images = torch.rand(2, 3, 4, 4)
-    recipe = ViewRecipe(4)
-    assert torch.allclose(inverse_normalise(normalise(images, recipe), recipe), images, atol=1e-6)
+def test_summary_of_an_earlier_end_is_not_believed(tmp_path: Path) -> None:
+    write_run(tmp_path, status="stopped", updates=6)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(line(7)) + '\n{"update": 8, "ep')  # resumed, then killed while writing
+    run = read_run(tmp_path)
+    assert run.status == "unknown" and len(run.records) == 7
+    assert "Has not ended" in page(tmp_path)
 
 
-def test_tiles_keep_colours_and_proportions() -> None:
-    square = np.asarray(tile(torch.tensor([1.0, 0.0, 0.5]).view(3, 1, 1).expand(3, 8, 8)))
-    assert square.shape == (96, 96, 3) and (square == [255, 0, 128]).all()
-    wide = np.asarray(tile(Image.new("RGB", (200, 100), (255, 0, 0))))
-    assert (wide[48] == [255, 0, 0]).all() and (wide[2] == [255, 255, 255]).all()
+def test_empty_and_broken_folders_still_give_a_page(tmp_path: Path) -> None:
+    assert "Has not ended" in page(tmp_path)
+    for name in ("summary.json", "config.json", "metrics.jsonl", "backbone.json"):
+        (tmp_path / name).write_text('["torn')
+    assert "Has not ended" in page(tmp_path)
 
 
-def test_nearest_are_the_most_similar_others() -> None:
-    features = torch.tensor([[1.0, 0.0], [2.0, 0.1], [0.0, 1.0], [-1.0, 0.0]])
-    rows, cosines = nearest(features, torch.tensor([0]), 2)
-    assert rows.tolist() == [[1, 2]]
-    assert cosines[0].tolist() == pytest.approx([2 / (4 + 0.01) ** 0.5, 0.0])
+def test_resumes_and_skipped_steps_are_marked(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    page(tmp_path)
+    assert "mark resume" not in (tmp_path / "report.html").read_text()
+    (tmp_path / "train.log").write_text("t resuming at epoch 1, update 3\nt skipped x resuming at epoch 1, update 5\n")
+    lines = [line(n, skipped=1 if n > 4 else 0) for n in range(1, 7)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in lines))
+    assert read_run(tmp_path).resumed == [1.0]
+    page(tmp_path)
+    html = (tmp_path / "report.html").read_text()
+    assert html.count('<line class="mark resume"') == html.count('<line class="mark skip"') == 10  # once per curve
+
+
+def test_knn_curve_has_the_untrained_network_as_its_line(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"update": 3, "epoch": 1.0, "knn": 0.7}) + "\n")
+    run = read_run(tmp_path)
+    assert run.points("knn") == [(0.0, 0.5), (1.0, 0.7), (2.0, 0.912)]
+    page(tmp_path)
+    assert "untrained 50.0%" in (tmp_path / "report.html").read_text()
+
+
+def test_pictures_that_would_make_the_page_too_large_are_named_instead(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(report, "PICTURES_AT_MOST", 10)
+    assert "see views.png in the run folder" in page(write_run(tmp_path))
+
+
+def test_comparison_shows_differences_alone_and_all_results(tmp_path: Path, capsys) -> None:
+    one, other = write_run(tmp_path / "one"), write_run(tmp_path / "other", knn=0.25)
+    config = json.loads((other / "config.json").read_text())
+    config["plan"]["views"][1]["blur"] = 0.75
+    (other / "config.json").write_text(json.dumps(config))
+    assert main([str(one), str(other), "--out", str(tmp_path / "both.html")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'both.html'}\n"
+    text = Page(tmp_path / "both.html").text
+    results, differences = text.split("Differences in configuration")
+    assert "91.2%" in results and "25.0%" in results
+    assert "views 2 blur" in differences and "0.75" in differences and "views 1 blur" not in differences
+    assert Page(tmp_path / "both.html").tags.count("svg") == 10
+
+
+def test_command_writes_a_report_again_and_refuses_what_is_no_run(tmp_path: Path, capsys) -> None:
+    write_run(tmp_path / "run")
+    assert main([str(tmp_path / "run")]) == 0 and (tmp_path / "run" / "report.html").exists()
+    assert main([str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path} is not a run folder: no config.json in it\n"
+
+
+def test_flatten_names_every_leaf() -> None:
+    assert flatten({"a": 1, "b": {"c": [1, 2]}, "v": [{"x": 1}, {"x": 2}]}) == {
+        "a": 1, "b c": [1, 2], "v 1 x": 1, "v 2 x": 2}
+
+
+@pytest.mark.parametrize("arguments", [
+    [], ["--data", "a b", "--epochs", "7", "--lr", "0.1"], ["--no-eval", "--compile", "--no-small-stem"], ["--small-stem"],
+    ["--data=-x", "--out", "a'b", "--tau-base", "0.5", "--workers", "0"]])
+def test_command_line_asks_for_the_same_run(arguments: list[str]) -> None:
+    config = parse_config(arguments)
+    assert parse_config(shlex.split(command_line(config))[2:]) == config
+
+
+@pytest.mark.parametrize("arguments", [[], ["--recipe", "quadra"], ["--eval-data", "mine"], ["--data", "imgs"],
+                                       ["--data", "runs/data/digits/train"],
+                                       ["--data", "runs/data/digits/train", "--eval-data", "mine"]])
+def test_command_of_a_run_on_the_sample_names_the_sample(arguments: list[str], monkeypatch) -> None:
+    monkeypatch.setattr("byol_core.sample.write_digits", lambda root: (root / "train", root / "test"))
+    config = parse_config(arguments)
+    assert without_sample(with_sample(config)) == config
+
+
+@pytest.mark.parametrize("low, high, expected", [
+    (0, 4, [0, 1, 2, 3, 4]), (0, 0.93, [0, 0.5, 1]), (0, 63, [0, 20, 40, 60, 80]), (0.9, 1, [0.9, 0.95, 1]),
+    (-2.5, 0, [-3, -2, -1, 0]), (0, 0.0019, [0, 0.0005, 0.001, 0.0015, 0.002]), (5, 5, [2, 4, 6, 8])])
+def test_ticks_are_round_and_enclose_the_values(low: float, high: float, expected: list[float]) -> None:
+    assert ticks(low, high) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("value, step, text", [
+    (0.5, 0.5, "0.5"), (20, 20, "20"), (1500, 500, "1,500"), (0.0015, 0.0005, "0.0015"), (1.5e-5, 5e-6, "1.5e-5"),
+    (0.98265, 1e-5, "0.98265"), (2e6, 1e6, "2e6"), (0.0, 1e-6, "0.000000"), (-3, 1, "-3")])
+def test_numbers_on_an_axis_are_as_short_as_tells_them_apart(value: float, step: float, text: str) -> None:
+    assert number_text(value, step) == text
+    assert number_text(0.25, 0.05, percent=True) == "25%"
+
+
+def test_thinning_and_smoothing_keep_means_and_ends() -> None:
+    points = [(float(x), float(x % 2)) for x in range(2001)]
+    few = thinned(points)
+    assert len(few) <= 241 and few[-1] == points[-1]
+    assert sum(y for _, y in few) / len(few) == pytest.approx(0.5, abs=0.05)
+    straight = [(float(x), 2.0 * x) for x in range(100)]
+    assert [y for _, y in smoothed(straight)] == pytest.approx([y for _, y in straight])
+
+
+def test_curve_is_drawn_where_its_numbers_are() -> None:
+    drawing = draw("a < b", Curve({"": [(0.0, 0.0), (5.0, 1.0), (10.0, 0.5)]}, low=0.0))
+    line = re.search(r'<polyline class="s0" points="([^"]+)"', drawing)
+    assert line
+    (x0, y0), (x1, y1), (x2, y2) = [tuple(map(float, pair.split(","))) for pair in line[1].split()]
+    assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2) and y2 == pytest.approx((y0 + y1) / 2, abs=0.1) and y0 > y1
+    assert 'aria-label="a &lt; b over epochs"' in drawing
+    assert draw("one point", Curve({"": [(1.0, 1.0)]})) == draw("none", Curve({"": []})) == ""

@@ -13,7 +13,7 @@ from byol_core.training import Progress, Step
 def step(loss: float = 1.0, spread: float = 1.0, applied: bool = True) -> Step:
     generator = torch.Generator().manual_seed(0)
     rows = 1.0 + spread * 1000 * torch.randn(64, 8, generator=generator) if spread else torch.ones(64, 8)
-    return Step(torch.tensor(loss), rows, tau=0.99, lr=0.1, applied=applied)
+    return Step(torch.tensor(loss), rows, rows, tau=0.99, lr=0.1, applied=applied)
 
 
 def train_log(folder: Path, updates: int, losses: list[float], per_epoch: int = 25, **options: float) -> RunLog:
@@ -71,6 +71,35 @@ def test_collapse_is_said_once(tmp_path: Path, capsys) -> None:
 def test_no_false_alarm_on_healthy_features(tmp_path: Path, capsys) -> None:
     train_log(tmp_path, 30, [1.0])
     assert "collapsing" not in capsys.readouterr().out
+
+
+def test_every_record_holds_the_measures_of_health(tmp_path: Path) -> None:
+    train_log(tmp_path, 20, [1.0])
+    for record in records(tmp_path):
+        assert {"spread", "rank", "rank_limit", "alignment", "uniformity", "cosine"} <= record.keys()
+        assert record["rank_limit"] == 8 and record["alignment"] == 0.0  # both views are the same rows
+
+
+def test_projections_of_a_skipped_step_are_not_measured(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, 1, 2, 4)
+    progress = Progress(updates=1, batch=1)
+    log.step(progress, step(2.0), 0.0)
+    progress.start_epoch(1)
+    skipped = step(float("nan"), applied=False)
+    skipped.projection1.fill_(float("nan"))
+    log.step(progress, skipped, 0.0)
+    record, = records(tmp_path)
+    assert record["loss"] == 2.0 and record["spread"] > 0.5
+
+
+def test_a_resumed_epoch_that_ends_with_a_skipped_step_waits_for_one_that_is_applied(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, 2, 2, 4)
+    log.resume({**log.state_dict(), "loss_sum": 2.0, "loss_count": 1}, Progress(updates=1, batch=1))
+    log.step(Progress(epoch=1, updates=1), step(float("nan"), applied=False), 0.0)
+    assert not (tmp_path / "metrics.jsonl").exists()
+    log.step(Progress(epoch=2, updates=2), step(4.0), 0.0)
+    record, = records(tmp_path)
+    assert record["loss"] == 3.0
 
 
 def test_skipped_steps_are_counted_and_do_not_enter_the_loss(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def test_one_bad_gradient_refuses_the_whole_step(bad: float) -> None:
         parameter.grad = torch.ones_like(parameter)
     model.weight.grad[1, 2] = bad
     with pytest.raises(NonFiniteError):
-        Runtime().step(optimizer)
+        Runtime().step(optimizer, torch.tensor(1.0))
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
 
 
@@ -61,8 +61,9 @@ def test_a_step_applies_the_gradient_and_clears_it() -> None:
     nn.init.ones_(model.weight)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     runtime = Runtime()
-    runtime.backward(model(torch.tensor([[3.0]])).sum())
-    assert runtime.step(optimizer) is True
+    loss = model(torch.tensor([[3.0]])).sum()
+    runtime.backward(loss)
+    assert runtime.step(optimizer, loss.detach()) is True
     assert model.weight.item() == -0.5 and model.weight.grad is None
 
 

@@ -19,7 +19,7 @@ REPOSITORY = Path(command.__file__).parent
 SMALL = ["--arch", "conv6", "--hidden-dim", "16", "--projection-dim", "8", "--image-size", "16", "--batch-size", "4",
          "--workers", "0", "--device", "cpu"]
 FILES = {"config.json", "metrics.jsonl", "train.log", "last.pt", "previous.pt", "backbone.pt", "backbone.json", "views.png",
-         "neighbours.png", "report.html", "summary.json"}
+         "neighbours.png", "embedding.png", "report.html", "summary.json"}
 KEYS = {"images", "classes", "bad_files", "epochs", "updates", "seconds", "images_per_second", "wait_fraction", "loss",
         "spread", "knn", "linear", "knn_untrained", "linear_untrained", "world_size", "device", "amp", "status"}
 
@@ -212,11 +212,85 @@ def test_a_run_stopped_while_it_is_measured_is_finished_by_resuming(image_folder
     assert summary("out")["status"] == "finished" and summary("out")["knn"] is not None
 
 
-def test_check_trains_nothing(image_folder: Callable[..., Path], capsys) -> None:
-    arguments = ["--data", image_folder(per_class=20), "--epochs", 3, "--out", "out", *SMALL]
-    assert run(*arguments, "--check") == 0
-    assert "s per update" in capsys.readouterr().out
-    assert not Path("out/last.pt").exists() and Path("out/views.png").exists()
+def test_check_trains_nothing_and_touches_no_run(image_folder: Callable[..., Path], capsys) -> None:
+    arguments = ["--data", image_folder(per_class=20), "--out", "out", *SMALL]
+    for _ in range(2):
+        assert run(*arguments, "--epochs", 3, "--check") == 0
+        assert "s per update" in capsys.readouterr().out
+    assert not Path("out-check/last.pt").exists() and Path("out-check/views.png").exists() and not Path("out").exists()
+    assert run(*arguments, "--epochs", 1) == 0
+    before = {path: path.stat().st_mtime_ns for path in Path("out").iterdir()}
+    assert run(*arguments, "--epochs", 9, "--seed", 5, "--check") == 0
+    assert {path: path.stat().st_mtime_ns for path in Path("out").iterdir()} == before
+
+
+def test_resuming_from_elsewhere_does_not_overwrite_another_run(image_folder: Callable[..., Path], capsys) -> None:
+    arguments = ["--data", image_folder(), "--epochs", 2, "--no-eval", *SMALL]
+    assert run(*arguments, "--out", "first") == 0
+    assert run(*arguments, "--out", "second", "--seed", 3) == 0
+    before = checkpoint("second")
+    assert run(*arguments, "--out", "second", "--resume", "first/previous.pt") == 2
+    assert "second already holds a run" in capsys.readouterr().err
+    assert_same_state(checkpoint("second"), before)
+    assert run(*arguments, "--out", "third", "--resume", "first/previous.pt") == 0
+    assert_same_state(checkpoint("third"), checkpoint("first"))
+
+
+def test_a_run_that_failed_before_its_first_checkpoint_can_be_repeated(image_folder: Callable[..., Path], capsys) -> None:
+    arguments = ["--data", image_folder(classes=0, per_class=16), "--out", "out", "--no-eval", *SMALL, "--epochs", 2]
+    assert run(*arguments, "--lr", "1e6", "--optimizer", "sgd", "--weight-decay", "1e6") == 1
+    assert "nothing was saved yet" in capsys.readouterr().err
+    assert run(*arguments) == 0
+    assert [record["update"] for record in metrics("out")] == [4, 8]
+
+
+def test_a_float16_run_whose_steps_are_all_skipped_at_first_goes_on(image_folder: Callable[..., Path]) -> None:
+    """The scaler starts too high for some networks: an epoch may end before any step was applied."""
+    assert run("--data", image_folder(classes=0, per_class=8), "--epochs", 1, "--out", "out", "--no-eval", *SMALL,
+               "--batch-size", 8, "--amp", "fp16") == 0
+    assert summary("out")["status"] == "finished"
+
+
+def test_a_signal_while_images_are_decoded_stops_the_run_and_blames_no_file(image_folder: Callable[..., Path],
+                                                                            monkeypatch) -> None:
+    from byol_core import folder
+    real = folder._to_rgb
+
+    def interrupted(image):
+        if Path("out/config.json").exists():
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(image)
+
+    monkeypatch.setattr(folder, "_to_rgb", interrupted)
+    assert run("--data", image_folder(), "--epochs", 1, "--out", "out", "--views", "cpu", *SMALL) == 143
+    assert not Path("out/bad_files.txt").exists() and summary("out")["bad_files"] == 0
+
+
+def test_metrics_torn_by_a_power_cut_do_not_keep_a_run_from_going_on(image_folder: Callable[..., Path]) -> None:
+    arguments = ["--data", image_folder(), "--epochs", 2, "--out", "out", "--no-eval", *SMALL]
+    assert run(*arguments) == 0
+    whole = metrics("out")
+    Path("out/summary.json").unlink()
+    with open("out/metrics.jsonl", "ab") as file:
+        file.write(bytes(4) + b"\n" + b'{"upd')
+    assert run(*arguments, "--resume") == 0
+    assert metrics("out") == whole
+    assert summary("out")["loss"] == whole[-1]["loss"]  # though no step was made after resuming
+
+
+def test_unlabelled_images_can_be_measured_on_a_labelled_folder(image_folder: Callable[..., Path]) -> None:
+    data, labelled = image_folder("flat", classes=0, per_class=8), image_folder("labelled", per_class=10)
+    assert run("--data", data, "--eval-data", labelled, "--epochs", 1, "--out", "out", *SMALL) == 0
+    assert summary("out")["knn"] is not None and summary("out")["classes"] == 0
+
+
+def test_a_run_folder_among_the_images_is_not_taken_for_images(image_folder: Callable[..., Path]) -> None:
+    data = image_folder(classes=0, per_class=8)
+    arguments = ["--data", data, "--epochs", 1, "--out", data / "run", *SMALL]
+    assert run(*arguments) == 0
+    Path(data / "run" / "summary.json").unlink()
+    assert run(*arguments, "--resume") == 0
+    assert summary(data / "run")["images"] == 8
 
 
 def test_init_from_starts_from_those_weights(image_folder: Callable[..., Path]) -> None:
@@ -259,6 +333,11 @@ WRONG = [
     (["--eval-data", "gone"], "no such folder: gone - check --eval-data"),
     (["--resume", "gone.pt"], "no such file: gone.pt"),
     (["--init-from", "imgs/class0/000.png"], "damaged or not a checkpoint"),
+    (["--small-stem"], "--small-stem is for ResNets"),
+    (["--warmup-epochs", "1e308"], "is longer than the run"),
+    (["--lr", "1e308"], "is no learning rate"),
+    (["--scheduler", "plateau", "--warmup-epochs", "1"], "--warmup-epochs has no effect with --scheduler plateau"),
+    (["--data", ""], "--data is empty"),
     (["--out", "imgs/class0/000.png"], "cannot write to imgs/class0/000.png"),
 ]
 
@@ -325,8 +404,10 @@ def test_resuming_with_other_images_is_refused(image_folder: Callable[..., Path]
     arguments = ["--data", data, "--epochs", 1, "--out", "out", "--no-eval", *SMALL]
     assert run(*arguments) == 0
     Image.new("RGB", (16, 16)).save(data / "class0" / "new.png")
+    capsys.readouterr()
     assert run(*arguments, "--resume") == 2
-    assert "images 16 -> 17" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "images 16 -> 17; the names of the image files" in error and error.count("\n") == 1
 
 
 def test_resume_in_an_empty_folder_starts_afresh(image_folder: Callable[..., Path], capsys) -> None:
@@ -342,9 +423,10 @@ def test_a_second_run_in_the_same_folder_is_refused(image_folder: Callable[..., 
 
 
 def test_several_processes_are_refused_rather_than_wrong(image_folder: Callable[..., Path], monkeypatch, capsys) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert run("--data", image_folder(), "--epochs", 1, "--out", "out", *SMALL) == 2
-    assert "WORLD_SIZE is 2" in capsys.readouterr().err
+    for size in ("2", "abc"):
+        monkeypatch.setenv("WORLD_SIZE", size)
+        assert run("--data", image_folder(), "--epochs", 1, "--out", "out", *SMALL) == 2
+        assert f"WORLD_SIZE is {size}" in capsys.readouterr().err
 
 
 def test_help_and_a_mistyped_flag_do_not_load_torch(tmp_path: Path) -> None:

@@ -346,3 +346,32 @@ def test_a_fused_optimizer_whose_first_steps_are_skipped_starts_from_clean_momen
     for parameter in model.online.parameters():
         momentum = optimizer.state[parameter]["momentum_buffer"]
         assert float(momentum.abs().max()) < 10 and torch.isfinite(parameter).all()
+
+
+@pytest.mark.parametrize("batches, message", [
+    (iter([]), "must have a length"), ([], "batches are empty"), ([torch.rand(4, 3, 8, 8)], r"got a tensor \(4, 3, 8, 8\)"),
+    ([(torch.rand(4, 3, 8, 8), torch.zeros(4))], r"got \(a tensor \(4, 3, 8, 8\), a tensor \(4,\)\)"),
+])
+def test_batches_that_are_not_two_views_are_refused(small_byol: BYOL, batches, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        train(small_byol, batches, 1)
+
+
+def test_a_loader_shorter_than_its_length_is_named(small_byol: BYOL) -> None:
+    class Short(list):
+        def __len__(self) -> int:
+            return 5
+
+    with pytest.raises(ValueError, match="fewer batches than len"):
+        train(small_byol, Short(random_views(2)), 1)
+
+
+def test_a_scheduler_of_another_optimizer_is_refused(small_byol: BYOL) -> None:
+    other = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    with pytest.raises(ValueError, match="belongs to another optimizer"):
+        train(small_byol, random_views(1), 1, lr_scheduler=torch.optim.lr_scheduler.ConstantLR(other))
+
+
+def test_a_loss_that_is_not_finite_stops_even_where_its_gradient_is(small_byol: BYOL) -> None:
+    with pytest.raises(NonFiniteError):
+        train(small_byol, random_views(1), 1, criterion=lambda p, z: byol_loss(p, z) + torch.tensor(math.inf))

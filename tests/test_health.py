@@ -1,0 +1,178 @@
+"""The label-free measures, the verdict on them, and real collapses that it must see; healthy runs that it must not."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from byol_core.config import TrainConfig
+from byol_core.data import DeviceBatches, Order, load_images
+from byol_core.folder import scan
+from byol_core.health import ROWS, Verdict, collapse_advice, find_collapse, judge, measure
+from byol_core.metrics import RunLog
+from byol_core.networks import BYOL
+from byol_core.optim import build_optimizer, build_scheduler
+from byol_core.plan import Facts, make_plan
+from byol_core.run import new_model
+from byol_core.runtime import Runtime
+from byol_core.sample import write_digits
+from byol_core.training import train
+from tests.digits import VARIATIONS, Setup
+
+
+def record(number: int, epochs: float = 10.0, **values: float) -> dict[str, float]:
+    """Of update 10, 20, ... of a run of 200 updates, learning unless told otherwise."""
+    update = 10 * (number + 1)
+    return {"update": update, "epoch": epochs * update / 200, "loss": 4.0 - 0.1 * number, "spread": 0.9, "rank": 20.0,
+            "rank_limit": 63, "tau": 0.97, **values}
+
+
+def records(count: int = 20, **values: float) -> list[dict[str, float]]:
+    return [record(number, **values) for number in range(count)]
+
+
+def test_measures_match_values_computed_by_hand() -> None:
+    corners = torch.tensor([[2.0, 0.0], [-2.0, 0.0], [0.0, 2.0], [0.0, -2.0]])
+    found = measure(corners, -corners)
+    assert found["spread"] == pytest.approx(1.0)  # each dimension is 1, -1, 0, 0: sqrt(1/2), times sqrt(2)
+    assert found["rank"] == pytest.approx(2.0)
+    assert found["alignment"] == pytest.approx(4.0)
+    assert found["cosine"] == pytest.approx(-1 / 3)  # of 12 ordered pairs 4 are opposite, 8 orthogonal
+    assert found["uniformity"] == pytest.approx(math.log((2 * math.exp(-4) + math.exp(-8)) / 3))
+    assert found["rank_limit"] == 2
+
+
+def test_measures_of_rows_that_agree() -> None:
+    found = measure(torch.ones(8, 4), torch.ones(8, 4))
+    assert found == {"spread": 0.0, "rank": 0.0, "alignment": 0.0, "uniformity": 0.0, "cosine": 1.0, "rank_limit": 4}
+
+
+def test_a_large_batch_costs_no_more_than_its_first_rows() -> None:
+    rows = torch.randn(ROWS + 50, 16, dtype=torch.bfloat16)
+    changed = rows.clone()
+    changed[ROWS:] = 0
+    assert measure(rows, rows) == measure(changed, changed)
+
+
+def test_a_run_that_learns_is_learning_and_then_finished_well() -> None:
+    assert judge(records(1), 10).word == "starting"
+    assert judge(records(10), 10) == Verdict("learning", "loss 4 to 3.1, spread 0.90, rank 20.0 of 63")
+    assert judge(records(20), 10, "finished").word == "finished well"
+    assert judge([], 10) == Verdict("starting", "nothing recorded yet")
+
+
+@pytest.mark.parametrize("values, word", [
+    ({"spread": 0.05}, "collapsed"), ({"spread": 0.3}, "collapsing"), ({"rank": 2.0}, "collapsed"),
+    ({"rank": 4.0}, "collapsing"), ({"rank": 6.0}, "learning"), ({"spread": 0.5}, "learning"),
+    ({"rank": 1.5, "rank_limit": 3}, "learning"),  # 4 images in a batch have 3 dimensions at most
+])
+def test_collapse_is_seen_in_spread_or_in_rank(values: dict[str, float], word: str) -> None:
+    assert judge(records(**values), 100).word == word
+
+
+def test_one_odd_batch_is_no_verdict() -> None:
+    assert judge([*records(19), record(19, spread=0.01, rank=1.0)], 10).word == "learning"
+
+
+def test_a_finished_run_is_not_collapsing_any_more_but_collapsed() -> None:
+    assert judge(records(spread=0.3), 10, "finished").word == "collapsed"
+
+
+def test_nothing_that_moves_is_flat_only_after_a_tenth_of_the_run() -> None:
+    still = [record(number, loss=4.0 - 0.001 * number) for number in range(20)]
+    verdict = judge(still, 10)
+    assert verdict.word == "flat" and "raise --lr" in verdict.advice
+    assert judge(still, 1000).word == "learning"  # that is 1 % of such a run: it is warming up
+    assert judge(still[:9], 10).word == "learning"
+
+
+def test_a_target_that_keeps_its_random_start_is_flat() -> None:
+    verdict = judge(records(tau=0.9996), 10, "finished")
+    assert verdict.word == "flat" and f"{0.9996 ** 200:.0%} of its random start" in verdict.why  # 92 %
+    assert "--tau-base" in verdict.advice
+    assert judge(records(tau=0.9996), 100).word == "learning"  # before the run is half over it may yet forget
+
+
+def test_accuracy_decides_where_it_was_measured() -> None:
+    better = {"linear": 0.9, "linear_untrained": 0.8, "knn": 0.7, "knn_untrained": 0.75}
+    verdict = judge(records(), 10, "finished", better)  # 10 points won, 5 lost
+    assert verdict.word == "finished well" and verdict.why.startswith("linear 90.0% (untrained 80.0%), knn 70.0% (untr")
+    worse = {"linear": 0.8, "linear_untrained": 0.8, "knn": 0.7, "knn_untrained": 0.75}
+    assert judge(records(), 10, "finished", worse).word == "flat"
+    assert judge(records(), 10, "finished", {"linear": None, "knn": None}).word == "finished well"
+
+
+def test_advice_follows_from_the_numbers_of_the_run() -> None:
+    assert "batch" not in collapse_advice({"batch_size": 256, "weight_decay": 1e-6, "tau_base": 0.99})
+    assert "larger --batch-size than 64" in collapse_advice({"batch_size": 64})
+    assert "--weight-decay" in collapse_advice({"weight_decay": 0.0})
+    assert collapse_advice({"tau_base": 0.0}).startswith("raise --tau-base from 0")
+
+
+class Constant(nn.Module):
+    """Whatever the image, the same feature."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.feature = nn.Parameter(torch.randn(4))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.feature.expand(len(images), 4)
+
+
+def test_a_constant_encoder_is_reported_as_collapsed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    log = RunLog(tmp_path, 4, 5, 8)
+    batches = [(torch.randn(8, 3, 4, 4), torch.randn(8, 3, 4, 4)) for _ in range(5)]
+    train(BYOL(Constant(), 4, 8, 6), batches, 4, after_step=lambda progress, step: log.step(progress, step, 0.0))
+    assert judge(recorded(tmp_path), 4).word == "collapsed"
+    assert capsys.readouterr().out.count("features are collapsing: spread 0.000") == 1
+
+
+def recorded(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_digits(tmp_path_factory.mktemp("digits") / "digits")[0]
+
+
+def faster(times: float) -> Callable[[Setup], None]:
+    def change(setup: Setup) -> None:
+        setup.plan = replace(setup.plan, lr=setup.plan.lr * times)
+    return change
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change, words", [
+    (VARIATIONS["as it is"], {"finished well"}),
+    (VARIATIONS["no predictor"], {"collapsed"}),
+    (VARIATIONS["target in the graph"], {"collapsed"}),
+    (faster(100), {"collapsed"}),
+    (faster(1e-5), {"flat"}),
+    (VARIATIONS["frozen target (tau 1)"], {"flat"}),
+], ids=["healthy", "no predictor", "target in the graph", "rate too high", "rate too low", "frozen target"])
+def test_verdict_on_a_short_training_on_the_digits(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                                   change: Callable[[Setup], None], words: set[str]) -> None:
+    runtime = Runtime("cpu", channels_last=True)
+    data, _ = load_images(scan(digits), "device", runtime.device, lambda line: None)
+    config = TrainConfig(recipe="digits", epochs=4)
+    plan = make_plan(config, Facts(len(data), 8, True))
+    setup = Setup(plan, new_model(config, plan))
+    change(setup)
+    plan = setup.plan
+    optimizer = build_optimizer(setup.model.online, plan)
+    log = RunLog(tmp_path, plan.epochs, plan.updates_per_epoch, plan.batch_size)
+    train(setup.model, DeviceBatches(data, plan.views, Order(len(data), plan.batch_size)), plan.epochs, optimizer=optimizer,
+          lr_scheduler=build_scheduler(optimizer, plan), lr_scheduler_interval="step", criterion=setup.criterion,
+          tau_base=plan.tau_base, tau_schedule=plan.tau_schedule, runtime=runtime,
+          after_step=lambda progress, step: log.step(progress, step, 0.0))
+    assert judge(recorded(tmp_path), plan.epochs, "finished").word in words
+    assert find_collapse(recorded(tmp_path)[:3]) is None or "collapsed" in words
+    assert ("features are collapsing" in capsys.readouterr().out) == ("collapsed" in words)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from byol_core import embed, evaluate_command
@@ -61,6 +62,8 @@ RUNNABLE = [block for block in PYTHON_BLOCKS
 @pytest.mark.slow
 @pytest.mark.parametrize("block", RUNNABLE, ids=range(len(RUNNABLE)))
 def test_python_runs_as_printed(block: str, tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).normal(size=(30, 8)).astype(np.float32)
+    np.savez(tmp_path / "embeddings.npz", embeddings=rows, names=[f"{row}.jpg" for row in range(30)])
     done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True,
                           env={**__import__("os").environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr

@@ -94,7 +94,7 @@ class RunLog:
             self.loss_sum, self.loss_count = 0.0, 0
             self._recorded = (self.seconds, self.waited, progress.updates)
         every = TERMINAL_EVERY if self._bar is not None else PLAIN_EVERY
-        if self.last and self.loss_count == 0 and (now - self._printed >= every or progress.epoch == self.epochs):
+        if now - self._printed >= every or (progress.epoch == self.epochs and self.last):
             self._printed = now
             self._print(self._line(progress))
 
@@ -116,11 +116,13 @@ class RunLog:
     def _line(self, progress: Progress) -> str:
         done = max(progress.updates, 1)
         eta = int(self.seconds / done * (self.total_updates - done))
-        last = self.last
-        return (f"epoch {min(progress.epoch + 1, self.epochs) if progress.batch else progress.epoch}/{self.epochs}  "
-                f"loss {last['loss']:.4f}  spread {last['spread']:.2f}  tau {last['tau']:.4f}  lr {last['lr']:.3g}  "
-                f"{last['images_per_second']:.0f} img/s  wait {last['wait']:.0%}  "
-                f"eta {eta // 3600}:{eta // 60 % 60:02d}:{eta % 60:02d}")
+        ends = f"eta {eta // 3600}:{eta // 60 % 60:02d}:{eta % 60:02d}"
+        epoch = f"epoch {min(progress.epoch + 1, self.epochs) if progress.batch else progress.epoch}/{self.epochs}"
+        if not self.last:  # before the first record
+            speed = done * self.batch_size / max(self.seconds, 1e-9)
+            return f"{epoch}  update {progress.updates}/{self.total_updates}  {speed:.0f} img/s  {ends}"
+        return (f"{epoch}  loss {self.last['loss']:.4f}  spread {self.last['spread']:.2f}  tau {self.last['tau']:.4f}  "
+                f"lr {self.last['lr']:.3g}  {self.last['images_per_second']:.0f} img/s  wait {self.last['wait']:.0%}  {ends}")
 
     def _print(self, line: str) -> None:
         if self._bar is not None:

@@ -131,3 +131,10 @@ def test_progress_line_has_the_agreed_form(tmp_path: Path, capsys) -> None:
 def test_numbers_that_are_not_json_do_not_reach_the_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError):
         RunLog(tmp_path, 1, 1, 1).record(Progress(), loss=float("nan"))
+
+
+def test_a_slow_run_shows_progress_before_its_first_record(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("byol_core.metrics.PLAIN_EVERY", 0.0)
+    train_log(tmp_path, 3, [1.0])
+    first, *_ = capsys.readouterr().err.splitlines()
+    assert first.startswith("epoch 1/2  update 1/50") and "img/s" in first and "eta" in first

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 FORMAT = 1
-KEYS = {"identity", "progress", "model", "optimizer", "scheduler", "scaler", "precision", "log", "scores"}
+KEYS = {"identity", "measured", "progress", "model", "optimizer", "scheduler", "scaler", "precision", "log", "scores"}
 LAST, PREVIOUS = "last.pt", "previous.pt"
 
 # What a checkpoint holds: tensors and plain types only, so that weights_only=True loads it.
@@ -111,6 +111,17 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not (isinstance(state, dict) and state and all(isinstance(value, Tensor) for value in state.values())):
         raise CheckpointError(f"{path} does not hold a network's weights - give a backbone.pt")
     return state
+
+
+def read_backbone(path: Path) -> dict[str, Tensor]:
+    """The online backbone's tensors from a weights file, or from a checkpoint of a run."""
+    state = _read_verified(path)
+    if isinstance(state, dict) and "format" in state:
+        start = "online.backbone."
+        model = read_checkpoint(path)["model"]
+        assert isinstance(model, dict)
+        return {name.removeprefix(start): tensor for name, tensor in model.items() if name.startswith(start)}
+    return read_weights(path)
 
 
 def _read_verified(path: Path) -> object:

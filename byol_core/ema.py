@@ -1,5 +1,6 @@
 """Exponential moving average of one network's tensors into another's; imports torch alone and may be copied alone."""
 
+import math
 import sys
 from typing import Any, Literal
 
@@ -44,9 +45,13 @@ def ema_update(target: nn.Module, online: nn.Module, tau: float, *,
     >>> target.weight.data
     tensor([[0.2500, 0.2500]])
     """
-    tau = float(tau)
-    if not 0.0 <= tau <= 1.0:
-        raise ValueError(f"ema_update: tau must be in [0, 1], got {tau}")
+    try:
+        weight = math.nan if isinstance(tau, str) else float(tau)
+    except (TypeError, ValueError, OverflowError):
+        weight = math.nan
+    if not 0.0 <= weight <= 1.0:
+        raise ValueError(f"ema_update: tau must be in [0, 1], got {tau!r}")
+    tau = weight
     if buffers not in ("keep", "copy", "average"):
         raise ValueError(f"ema_update: buffers must be 'keep', 'copy' or 'average', got {buffers!r}")
     averaged, copied, unpaired = _pairs(target, online, buffers)
@@ -55,9 +60,10 @@ def ema_update(target: nn.Module, online: nn.Module, tau: float, *,
     if tau == 0.0:
         copied = copied + averaged  # a lerp of weight 1 would keep target's nan and inf
     elif tau < 1.0:
-        for targets, onlines in _alike(averaged):
-            if targets[0].dtype != onlines[0].dtype:
-                onlines = [tensor.to(targets[0].dtype) for tensor in onlines]
+        # Casts first: one that fails must find target as it was.
+        groups = [(targets, onlines if targets[0].dtype == onlines[0].dtype else
+                   [tensor.to(targets[0].dtype) for tensor in onlines]) for targets, onlines in _alike(averaged)]
+        for targets, onlines in groups:
             torch._foreach_lerp_(targets, onlines, 1.0 - tau)
     for targets, onlines in _alike(copied):
         torch._foreach_copy_(targets, onlines)
@@ -193,11 +199,30 @@ def _refusal(target: Tensor, online: Tensor, average: bool) -> str:
                 "keep target in float32: target.float()")
     if dtype != online.dtype and not (
             _is_inexact(target) and dtype.is_complex == online.is_complex() and _is_inexact(online)
-            and dtype.itemsize >= online.itemsize):
+            and _holds(dtype, online.dtype)):
         return f"is {dtype}, which does not hold online's {online.dtype}"
-    if not target.is_contiguous() and _extent(target) < target.numel():
+    if not target.is_contiguous() and _overlaps_itself(target):
         return "is expanded: several of its elements share memory; clone it"
+    if target.is_conj() or target.is_neg():
+        return "is a lazy conjugate or negative, which cannot be written to; call resolve_conj() or resolve_neg()"
     return ""
+
+
+def _holds(dtype: torch.dtype, other: torch.dtype) -> bool:
+    """Whether every value of `other` is one of `dtype`, as far as torch promotes types; 8-bit floats fit everywhere."""
+    if other.itemsize == 1:
+        return dtype.itemsize > 1
+    return torch.promote_types(dtype, other) == dtype
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two elements may share memory: some stride does not step over all that the smaller ones reach."""
+    reached = 0
+    for stride, size in sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride()) if size > 1):
+        if stride <= reached:
+            return True
+        reached += (size - 1) * stride
+    return False
 
 
 def _is_inexact(tensor: Tensor) -> bool:
@@ -209,7 +234,13 @@ def _distinct(averaged: list[_Pair], copied: list[_Pair],
     """The pairs with tied tensors once; every byte of target is written once, and none of them belongs to online."""
     pairs = averaged + copied
     everything = unpaired + [mine for _, mine, _ in pairs] + [theirs for _, _, theirs in pairs]
-    if len({tensor.untyped_storage().data_ptr() for tensor in everything}) == len(everything):
+    pointers = {tensor.untyped_storage().data_ptr() for tensor in everything}
+    if 0 in pointers:
+        for label, mine, theirs in pairs:
+            if mine.numel() and 0 in (mine.untyped_storage().data_ptr(), theirs.untyped_storage().data_ptr()):
+                raise ValueError(f"ema_update: target {label} or online's holds no memory, as after a sharding wrapper "
+                                 "freed it; gather it first")
+    if len(pointers) == len(everything):
         return averaged, copied
 
     kept: list[list[_Pair]] = []

@@ -67,7 +67,9 @@ class LARS(Optimizer):
         for key in ("lr", "momentum", "weight_decay", "trust"):
             value = param_group.get(key, self.defaults[key])
             if not (isinstance(value, (int, float)) and 0.0 <= value < math.inf):
-                raise ValueError(f"LARS: {key} must be a finite number, not negative, got {value}")
+                raise ValueError(f"LARS: {key} must be a finite Python number, not negative, got {value!r}")
+        if not isinstance(param_group.get("adapt", True), bool):
+            raise ValueError(f"LARS: adapt must be True or False, got {param_group['adapt']!r}")
         super().add_param_group(param_group)
 
     @overload
@@ -83,6 +85,11 @@ class LARS(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None and param.grad.layout is not torch.strided:
+                    raise ValueError(f"LARS: gradients must be dense, got one of layout {param.grad.layout} - "
+                                     "make the embedding with sparse=False")
         for group in self.param_groups:
             alike: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], list[Tensor], list[Tensor]]] = {}
             for param in group["params"]:

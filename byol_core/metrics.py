@@ -143,12 +143,14 @@ class RunLog:
 
     def state_dict(self) -> dict[str, Any]:
         return {"seconds": self.seconds, "waited": self.waited, "loss_sum": float(self.loss_sum),
-                "loss_count": self.loss_count, "skipped": self.skipped, "last": self.last}
+                "loss_count": self.loss_count, "skipped": self.skipped, "last": self.last,
+                "collapse_reported": self._collapse_reported}
 
     def resume(self, state: dict[str, Any], progress: Progress) -> None:
         """Go on as if never stopped: drop the records of updates that will be made again, and what a crash tore."""
         self.seconds, self.waited, self.loss_sum = state["seconds"], state["waited"], state["loss_sum"]
         self.loss_count, self.skipped, self.last = state["loss_count"], state["skipped"], state["last"]
+        self._collapse_reported = state["collapse_reported"]
         self._recorded = (self.seconds, self.waited, progress.updates)
         path = self.folder / "metrics.jsonl"
         if path.exists():

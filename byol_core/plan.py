@@ -98,6 +98,7 @@ def make_plan(config: TrainConfig, facts: Facts, world_size: int = 1) -> Plan:
     asked = {name: getattr(config, name) for name in chosen if getattr(config, name, None) is not None}
     if asked.get("optimizer", chosen["optimizer"].value) != chosen["optimizer"].value:
         chosen |= {choice.name: choice for choice in _rates(str(asked["optimizer"]), config.epochs)}
+        chosen["predictor_lr"] = Choice("predictor_lr", 1.0, "as the rest")
     if asked.get("scheduler") == "plateau":
         chosen |= {"scheduler_interval": Choice("scheduler_interval", "epoch", "a plateau is of the epoch's loss"),
                    "warmup_epochs": Choice("warmup_epochs", 0.0, "a plateau schedule has none")}
@@ -130,7 +131,7 @@ def _check_batch(batch_size: int, accum_steps: int, world_size: int, images: int
 def _check_rates(chosen: dict[str, Choice], epochs: int) -> None:
     warmup = float(chosen["warmup_epochs"].value)
     if warmup > epochs > 0:
-        raise ValueError(f"--warmup-epochs {warmup:g} is longer than the run - use --epochs {epochs} or less")
+        raise ValueError(f"--warmup-epochs {warmup:g} is longer than the run - use --warmup-epochs {epochs} or less")
     if warmup and chosen["scheduler"].value == "plateau":
         raise ValueError("--warmup-epochs has no effect with --scheduler plateau - leave one of them out")
     if float(chosen["lr"].value) > LARGEST_LR:
@@ -173,7 +174,7 @@ def _rates(optimizer: str, epochs: int) -> list[Choice]:
         reason = f"the paper's {nearest}-epoch preset"
     else:
         lr, weight_decay, reason = {
-            "sgd": (0.12, 5e-4, "0.06 per 128 images, published for CIFAR-10"),
+            "sgd": (0.12, 5e-4, "published for CIFAR-10, as 0.06 per 128 images with weight decay 5e-4"),
             "adam": (3e-4, 0.0, "usual for Adam in published BYOL code"),
             "adamw": (1e-3, 1e-2, "torch's own defaults for AdamW")}[optimizer]
     return [Choice("lr", lr, reason), Choice("weight_decay", weight_decay, reason)]

@@ -15,8 +15,8 @@ from torch import nn
 
 from byol_core import __version__
 from byol_core.backbones import build_backbone, check_backbone, load_weights
-from byol_core.checkpoint import (LAST, CheckpointError, State, export_backbone, newest_checkpoint, read_checkpoint,
-                                  read_weights, save_checkpoint, write_json, write_text)
+from byol_core.checkpoint import (LAST, CheckpointError, State, export_backbone, newest_checkpoint, read_backbone,
+                                  read_checkpoint, save_checkpoint, write_json, write_text)
 from byol_core.config import TrainConfig
 from byol_core.data import (DeviceBatches, ImageData, Order, TimedBatches, TooManyBadFilesError, WorkerBatches,
                             choose_workers, load_images)
@@ -50,13 +50,17 @@ def new_model(config: TrainConfig, plan: Plan) -> BYOL:
         backbone, feature_dim = build_backbone(plan.arch, plan.small_stem, plan.image_size)
         check_backbone(backbone, feature_dim, plan.image_size)
         if config.init_from is not None:
-            weights = read_weights(Path(config.init_from))
+            weights = read_backbone(Path(config.init_from))
             try:
                 load_weights(backbone, weights)
             except ValueError as error:
                 raise ValueError(f"--init-from {config.init_from} does not fit this network: {error} - give the --arch, "
                                  "--small-stem and --image-size it was trained with") from error
         return BYOL(backbone, feature_dim, plan.hidden_dim, plan.projection_dim)
+
+
+class _EnoughMeasured(Exception):
+    """Ends the training of a check."""
 
 
 class Run:
@@ -109,9 +113,19 @@ class Run:
             if files.labels is None:
                 raise ValueError(f"--eval-data {config.eval_data} has no class sub-folders, so there is nothing to measure")
             eval_data = self._load(files, "auto")[0]
+            self._compare_classes(files)
             if data.files.labels is None:  # then both the fitting and the measuring are done on parts of --eval-data
                 data, eval_data = eval_data, None
         return Scorer(data, eval_data, self.plan.views[0], self.runtime, self.workers, self.classifier)
+
+    def _compare_classes(self, files: ImageSet) -> None:
+        own, others = set(self.data.files.classes), set(files.classes)
+        if own and not own & others:
+            raise ValueError(f"--eval-data {files.root} has no class folder of the same name as one in --data - measured on "
+                             "it, every accuracy would be 0")
+        if own and others - own:
+            self.log.say(f"warning: images of {len(others - own)} classes that --data does not have count as wrong: "
+                         f"{', '.join(sorted(others - own)[:5])}")
 
     def _new_batches(self) -> DeviceBatches | WorkerBatches:
         plan = self.plan
@@ -135,7 +149,7 @@ class Run:
             "progress": self.progress.state_dict(), "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
             "scaler": self.runtime.scaler.state_dict(), "precision": self.precision, "log": self.log.state_dict(),
-            "scores": self.scores,
+            "scores": self.scores, "measured": self._how_measured(),
         })
 
     def resume(self) -> None:
@@ -161,8 +175,9 @@ class Run:
         saved, own = json.loads(str(state["identity"])), self.identity()
         changed = [IN_WORDS.get(key, f"{key} {saved.get(key)} -> {own[key]}") for key in own if saved.get(key) != own[key]]
         if changed:
-            raise ValueError(f"{EXACT}: {'; '.join(changed)} - repeat the options of the run, or start a new one with "
-                             "--init-from backbone.pt")
+            raise ValueError(f"{EXACT}: {'; '.join(changed)} - repeat the options of the run, or start a new one in another "
+                             "--out, from these "
+                             f"weights with --init-from {self.folder / LAST}")
         self.model.load_state_dict(state["model"])  # type: ignore[arg-type]
         self.optimizer.load_state_dict(state["optimizer"])  # type: ignore[arg-type]
         self.scheduler.load_state_dict(state["scheduler"])  # type: ignore[arg-type]
@@ -172,16 +187,21 @@ class Run:
             self.log.say(f"note: precision {state['precision']} -> {self.precision}, so this is not an exact resume")
         self.progress = Progress(**state["progress"])  # type: ignore[arg-type]
         self.saved_updates = self.progress.updates
-        self.scores = state["scores"]  # type: ignore[assignment]
+        if state["measured"] == self._how_measured():
+            self.scores = state["scores"]  # type: ignore[assignment]
         if not self.complete:
             self.log.resume(state["log"], self.progress)  # type: ignore[arg-type]
             self.log.say(f"resuming at epoch {self.progress.epoch}, update {self.progress.updates}")
+
+    def _how_measured(self) -> str:
+        """What scores depend on beside the network: those of another classifier or test set are not to be compared."""
+        return f"{self.config.classifier}; {self.scorer.measured_on if self.scorer else None}"
 
     @property
     def complete(self) -> bool:
         summary = self.folder / "summary.json"
         return (self.progress.epoch >= self.plan.epochs and summary.exists()
-                and json.loads(summary.read_text("utf-8"))["status"] == "finished")
+                and json.loads(summary.read_text("utf-8")).get("status") == "finished")
 
     @property
     def precision(self) -> str:
@@ -215,7 +235,7 @@ class Run:
             "versions": {"byol_core": __version__, "torch": str(torch.__version__),
                          "torchvision": torchvision.__version__, "scikit-learn": sklearn.__version__,
                          "python": platform.python_version(), "system": platform.platform()}})
-        if self.plan.epochs and not (self.folder / "views.png").exists():
+        if self.plan.epochs and self.progress.updates == 0:
             order = self.batches.batches.order
             save_views(self.folder / "views.png", self.data, self.plan.views, order.epoch(0)[0],
                        next(self.batches.batches.epoch(0)))
@@ -224,8 +244,8 @@ class Run:
         """What the network gives before it has learned anything, and, for images that small, what bare pixels give."""
         if self.plan.image_size <= PIXELS_UP_TO:
             self.measure("pixels", nn.Flatten())
-        if self.progress.updates == 0:
-            self.measure("untrained", self.model.online.backbone)
+        if "untrained" not in self.scores:
+            self.measure("untrained", self._new_model().online.backbone)
 
     def measure(self, name: str, backbone: nn.Module) -> None:
         """Scores of `backbone` under `name`, where there are labels and it was not measured before the run was resumed."""
@@ -257,7 +277,8 @@ class Run:
             raise NonFiniteError(
                 f"{error} at epoch {self.progress.epoch + 1}, update {self.progress.updates + 1} (lr "
                 f"{self.optimizer.param_groups[0]['lr']:.3g}, precision {self.runtime.amp_dtype or torch.float32}); "
-                f"{self._what_is_saved()} - lower --lr, or use --amp off") from error
+                f"{self._what_is_saved()} - start again with a lower --lr{' or --amp off' if self.runtime.amp_dtype else ''} "
+                "and another --out") from error
         finally:
             self.stop.waits_for_a_step = False
             self.log.close()
@@ -352,7 +373,7 @@ class Run:
         state = sum(t.numel() * t.element_size() for t in self.model.state_dict().values())
         self.log.say(f"check: {seconds:.2f} s per update, about {seconds * self.plan.total_updates / 3600:.2f} h in all; "
                      f"{len(self.data.bad.reasons)} bad files so far; about {state * 4 / 1e6:.0f} MB of disk; "
-                     "nothing was kept")
+                     "nothing was trained")
 
     def seconds_per_update(self) -> float:
         """Measured on a few updates, which change the networks: for a run that will not be trained."""
@@ -361,9 +382,9 @@ class Run:
         def stop_early(progress: Progress, step: Step) -> None:
             times.append(time.monotonic())
             if len(times) > CHECK_STEPS:
-                raise StopIteration
+                raise _EnoughMeasured
 
-        with contextlib.suppress(StopIteration):
+        with contextlib.suppress(_EnoughMeasured):
             train(self.model, self.batches, self.plan.epochs, optimizer=self.optimizer, lr_scheduler=self.scheduler,
                   lr_scheduler_interval="step", accum_steps=self.plan.accum_steps, runtime=self.runtime,
                   after_step=stop_early)

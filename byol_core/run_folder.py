@@ -17,7 +17,7 @@ OWN_FILES = {"config.json", "metrics.jsonl", "train.log", "summary.json", "repor
 def choose_out(config: TrainConfig) -> Path:
     """--out, or a predictable place, so that the same command with --resume goes on; --check has a folder beside it."""
     folder = Path(config.out) if config.out is not None else RUNS / (Path(config.data).resolve().name or "root")
-    return folder.with_name(folder.name + "-check") if config.check else folder
+    return Path(f"{folder.resolve()}-check") if config.check else folder
 
 
 def goes_on_in_its_folder(config: TrainConfig) -> bool:
@@ -47,8 +47,7 @@ def open_run_folder(folder: Path, may_be_used: bool) -> Iterator[Path]:
         lock.flush()
         remove_leftovers(folder)
         try:
-            if not may_be_used:
-                _refuse_used(folder)
+            _refuse_used(folder, may_be_used)
             yield folder
         finally:
             if [entry.name for entry in folder.iterdir()] == [".lock"]:  # nothing came of it
@@ -67,9 +66,11 @@ def _lock(handle: int, folder: Path) -> None:
         raise ValueError(f"another run ({holder}) is using {folder} - wait for it, or choose another --out") from None
 
 
-def _refuse_used(folder: Path) -> None:
+def _refuse_used(folder: Path, may_be_used: bool) -> None:
     """What a run left that ended before its first checkpoint is cleared away; anything else is refused."""
     if (folder / LAST).exists() or (folder / PREVIOUS).exists():
+        if may_be_used:
+            return
         raise ValueError(f"{folder} already holds a run - add --resume to go on, or choose another --out")
     visible = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
     foreign = [entry.name for entry in visible if entry.name not in OWN_FILES]

@@ -21,12 +21,13 @@ def cosine_tau(step: float, max_steps: float, base: float) -> float:
         raise ValueError(f"cosine_tau: max_steps must be positive, got {max_steps}; pass the updates of the whole run")
     if not 0.0 <= base <= 1.0:
         raise ValueError(f"cosine_tau: base must be in [0, 1], got {base}")
+    base = float(base)
     if step <= 0:
-        return float(base)
+        return base
     if step >= max_steps:
         return 1.0
     tau = 1.0 - (1.0 - base) * (1.0 + math.cos(math.pi * step / max_steps)) / 2.0
-    return max(float(base), tau)  # 1 - (1 - 0.1) rounds to below 0.1
+    return float(max(base, tau))  # 1 - (1 - 0.1) rounds to below 0.1
 
 
 def warmup_cosine(step: float, max_steps: float, warmup_steps: float, base: float, final: float = 0.0) -> float:
@@ -86,5 +87,9 @@ def due(step: int, every: int, total: int) -> bool:
 
 def _require_finite(function: str, **values: float) -> None:
     for name, value in values.items():
-        if not math.isfinite(value):
+        try:
+            finite = math.isfinite(value)
+        except OverflowError:  # an integer beyond the range of floats
+            finite = False
+        if not finite:
             raise ValueError(f"{function}: {name} must be finite, got {value}")

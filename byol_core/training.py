@@ -102,7 +102,7 @@ def train(model: BYOL, batches: SeekableBatches | PlainBatches, epochs: int, *, 
     optimizer = optimizer or torch.optim.Adam(model.online.parameters(), lr=3e-4)
     lr_scheduler = lr_scheduler or plateau_scheduler(optimizer)
     progress = progress or Progress()
-    _check_parts(batches, optimizer, lr_scheduler)
+    _check_parts(model, batches, optimizer, lr_scheduler)
     _check(len(batches), epochs, accum_steps, lr_scheduler_interval, tau_base, tau_schedule)
     updates_per_epoch = len(batches) // accum_steps
     model.train()
@@ -138,11 +138,14 @@ def train(model: BYOL, batches: SeekableBatches | PlainBatches, epochs: int, *, 
     return progress
 
 
-def _check_parts(batches: object, optimizer: Optimizer, lr_scheduler: Scheduler) -> None:
+def _check_parts(model: BYOL, batches: object, optimizer: Optimizer, lr_scheduler: Scheduler) -> None:
     if not hasattr(batches, "__len__"):
         raise ValueError(f"train: batches must have a length, as a DataLoader or a list has; got {type(batches).__name__}")
     if not len(batches):
         raise ValueError("train: batches are empty")
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if trained.isdisjoint(id(parameter) for parameter in model.online.parameters()):
+        raise ValueError("train: optimizer holds no parameter of model.online, so nothing would be trained")
     if getattr(lr_scheduler, "optimizer", optimizer) is not optimizer:
         raise ValueError("train: lr_scheduler belongs to another optimizer - make it from the one passed as optimizer")
 
@@ -164,10 +167,11 @@ def _check(batches: int, epochs: int, accum_steps: int, lr_scheduler_interval: s
 def _views_of_epoch(batches: SeekableBatches | PlainBatches, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
     if isinstance(batches, SeekableBatches):
         yield from batches.epoch(epoch, start)
-        return
+        raise ValueError("train: an epoch gave fewer batches than len(batches)")
     for batch in islice(batches, start, None):
-        views = batch if isinstance(batch[0], Tensor) else batch[0]  # or ((view1, view2), label)
-        if isinstance(batch, Tensor) or len(views) != 2 or views[0].shape != views[1].shape:
+        views = batch[0] if isinstance(batch, (tuple, list)) and batch and not isinstance(batch[0], Tensor) else batch
+        if (not isinstance(views, (tuple, list)) or len(views) != 2 or not all(isinstance(view, Tensor) for view in views)
+                or views[0].shape != views[1].shape):
             raise ValueError("train: each batch must be (view1, view2), or ((view1, view2), label), with two views of one "
                              f"shape; got {_shapes(batch)}")
         yield views[0], views[1]

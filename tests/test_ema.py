@@ -710,3 +710,59 @@ def test_ema_update_does_not_wait_for_the_gpu() -> None:
         ema_update(target, online, 0.9, buffers="average")
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("tau", ["0.5", "x", None, 1j, [0.5], 10**400])
+def test_ema_update_refuses_what_is_no_number(tau: object) -> None:
+    target, online = nn.Linear(2, 2), nn.Linear(2, 2)
+    before = target.weight.detach().clone()
+    with pytest.raises(ValueError, match="tau must be in"):
+        ema_update(target, online, tau)  # type: ignore[arg-type]
+    assert torch.equal(target.weight, before)
+
+
+def pair_of(first: nn.Parameter, second: nn.Parameter) -> tuple[nn.Module, nn.Module]:
+    """Target and online of two parameters, the first of which could be averaged."""
+    target, online = nn.Module(), nn.Module()
+    target.a, online.a = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.ones(2))
+    target.b, online.b = first, second
+    return target, online
+
+
+@pytest.mark.parametrize("view", [lambda z: z.conj(), lambda z: z.conj().imag])
+def test_ema_update_refuses_lazy_views_before_anything_is_written(view) -> None:
+    numbers = torch.randn(3, dtype=torch.complex64)
+    target, online = pair_of(nn.Parameter(view(numbers)), nn.Parameter(view(torch.randn(3, dtype=torch.complex64)).clone()))
+    with pytest.raises(ValueError, match="parameter 'b' is a lazy conjugate or negative"):
+        ema_update(target, online, 0.5)
+    assert torch.equal(target.a, torch.zeros(2))
+
+
+def test_ema_update_refuses_elements_that_share_memory_however_far_apart() -> None:
+    target, online = pair_of(nn.Parameter(torch.zeros(20).as_strided((2, 3), (4, 2))), nn.Parameter(torch.ones(2, 3)))
+    with pytest.raises(ValueError, match="parameter 'b' is expanded"):
+        ema_update(target, online, 0.5)
+    spaced, online = pair_of(nn.Parameter(torch.zeros(20).as_strided((2, 3), (6, 2))), nn.Parameter(torch.ones(2, 3)))
+    ema_update(spaced, online, 0.5)
+    assert torch.equal(spaced.b, torch.full((2, 3), 0.5))
+
+
+def test_ema_update_refuses_freed_memory() -> None:
+    target, online = nn.Linear(3, 3), nn.Linear(3, 3)
+    online.weight.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="'weight' or online's holds no memory"):
+        ema_update(target, online, 0.5)
+
+
+def test_ema_update_refuses_to_copy_into_a_type_of_smaller_range() -> None:
+    target, online = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
+    target.running_mean, online.running_mean = torch.zeros(2).half(), torch.full((2,), 1e30).bfloat16()
+    with pytest.raises(ValueError, match="does not hold online's torch.bfloat16"):
+        ema_update(target, online, 0.5, buffers="copy")
+
+
+def test_ema_update_copies_buffers_of_a_target_without_parameters() -> None:
+    target, online = nn.BatchNorm1d(2, affine=False), nn.BatchNorm1d(2, affine=False)
+    online.running_mean.fill_(3.0)
+    ema_update(target, online, 0.5, buffers="copy")
+    assert torch.equal(target.running_mean, torch.full((2,), 3.0))

@@ -323,3 +323,19 @@ def test_others_take_the_sum_of_the_norms_and_stop_adapting_without_weight_decay
     assert first_step(other, 0.1, [-0.6, -0.8]) == pytest.approx(0.5 / 3, rel=1e-6)
     assert first_step(other, 0.1, [0.6, 0.8]) == pytest.approx(0.5, rel=1e-6)
     assert first_step(other, 0.0, [0.6, 0.8]) == pytest.approx(1.0)  # plain gradient of length 1
+
+
+def test_lars_refuses_sparse_gradients_before_anything_is_written() -> None:
+    linear, embedding = nn.Linear(2, 2), nn.Embedding(4, 2, sparse=True)
+    optimizer = LARS([*linear.parameters(), *embedding.parameters()], lr=0.1)
+    before = linear.weight.detach().clone()
+    (linear(embedding(torch.tensor([1])))).sum().backward()
+    with pytest.raises(ValueError, match="gradients must be dense"):
+        optimizer.step()
+    assert torch.equal(linear.weight, before)
+
+
+@pytest.mark.parametrize("adapt", ["no", None, 1])
+def test_lars_takes_adapt_only_as_a_truth_value(adapt: object) -> None:
+    with pytest.raises(ValueError, match="adapt must be True or False"):
+        LARS([{"params": [nn.Parameter(torch.zeros(1))], "adapt": adapt}], lr=0.1)

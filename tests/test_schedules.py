@@ -129,3 +129,10 @@ def test_due_on_multiples_and_on_the_last_step(every: int, total: int, expected:
 def test_due_refuses_an_interval_below_one() -> None:
     with pytest.raises(ValueError, match="every must be at least 1, got 0"):
         due(1, 0, 10)
+
+
+def test_schedules_return_floats_whatever_they_are_given() -> None:
+    import numpy as np
+    assert type(cosine_tau(np.int64(3), np.int32(10), np.float32(0.5))) is float
+    with pytest.raises(ValueError, match="step must be finite"):
+        cosine_tau(10**400, 10, 0.9)

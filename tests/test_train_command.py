@@ -217,6 +217,9 @@ def test_check_trains_nothing_and_touches_no_run(image_folder: Callable[..., Pat
     for _ in range(2):
         assert run(*arguments, "--epochs", 3, "--check") == 0
         assert "s per update" in capsys.readouterr().out
+    picture = Path("out-check/views.png").read_bytes()
+    assert run(*arguments, "--epochs", 3, "--check", "--seed", 7) == 0
+    assert Path("out-check/views.png").read_bytes() != picture  # drawn anew
     assert not Path("out-check/last.pt").exists() and Path("out-check/views.png").exists() and not Path("out").exists()
     assert run(*arguments, "--epochs", 1) == 0
     before = {path: path.stat().st_mtime_ns for path in Path("out").iterdir()}
@@ -276,6 +279,50 @@ def test_metrics_torn_by_a_power_cut_do_not_keep_a_run_from_going_on(image_folde
     assert run(*arguments, "--resume") == 0
     assert metrics("out") == whole
     assert summary("out")["loss"] == whole[-1]["loss"]  # though no step was made after resuming
+
+
+def test_resuming_before_the_first_checkpoint_starts_clean(image_folder: Callable[..., Path], monkeypatch) -> None:
+    arguments = ["--data", image_folder(), "--epochs", 2, "--out", "out", "--no-eval", *SMALL]
+
+    def lost(self: Run) -> None:
+        raise RuntimeError("power cut")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "save", lost)
+        assert run(*arguments) == 1
+    assert run(*arguments, "--resume") == 0
+    assert [record["update"] for record in metrics("out")] == [4, 8]
+
+
+def test_resume_does_not_make_a_foreign_folder_a_run_folder(image_folder: Callable[..., Path], capsys) -> None:
+    Path("mine").mkdir()
+    Path("mine/thesis.txt").touch()
+    assert run("--data", image_folder(), "--epochs", 1, "--out", "mine", "--resume", "--no-eval", *SMALL) == 2
+    assert "mine is not empty (it holds thesis.txt)" in capsys.readouterr().err
+
+
+def test_scores_of_another_test_set_are_measured_again_after_resuming(image_folder: Callable[..., Path]) -> None:
+    data, other = image_folder("a", per_class=10), image_folder("b", per_class=4)
+    arguments = ["--data", data, "--epochs", 1, "--out", "out", *SMALL]
+    assert run(*arguments) == 0
+    Path("out/summary.json").unlink()
+    assert run(*arguments, "--resume", "--eval-data", other) == 0
+    assert summary("out")["measured_on"].startswith("8 images of ") and summary("out")["knn_untrained"] * 8 % 1 == 0
+
+
+def test_a_network_can_be_started_from_a_checkpoint_too(image_folder: Callable[..., Path]) -> None:
+    data = image_folder()
+    assert run("--data", data, "--epochs", 1, "--out", "first", "--no-eval", *SMALL) == 0
+    assert run("--data", data, "--epochs", 0, "--out", "second", "--init-from", "first/last.pt", "--no-eval", *SMALL) == 0
+    assert_equal(torch.load("first/backbone.pt", weights_only=True), torch.load("second/backbone.pt", weights_only=True), "")
+
+
+def test_eval_data_without_a_class_in_common_is_refused(image_folder: Callable[..., Path], capsys) -> None:
+    data, other = image_folder("a"), image_folder("b")
+    for number in range(2):
+        (other / f"class{number}").rename(other / f"strange{number}")
+    assert run("--data", data, "--eval-data", other, "--epochs", 1, "--out", "out", *SMALL) == 2
+    assert "no class folder of the same name" in capsys.readouterr().err
 
 
 def test_unlabelled_images_can_be_measured_on_a_labelled_folder(image_folder: Callable[..., Path]) -> None:

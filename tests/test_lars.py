@@ -186,7 +186,7 @@ def test_lars_returns_the_closures_loss() -> None:
 @pytest.mark.parametrize("value", [-0.1, math.nan, math.inf, "0.1"])
 def test_lars_refuses_values_that_are_negative_or_not_finite(name: str, value: object) -> None:
     param = nn.Parameter(torch.ones(2))
-    with pytest.raises(ValueError, match=f"LARS: {name} must be a finite Python number, not negative, got {value}"):
+    with pytest.raises(ValueError, match=f"LARS: {name} must be a finite Python number, not negative, got {value!r}"):
         LARS([param], **{"lr": 0.1, name: value})
     with pytest.raises(ValueError, match=f"LARS: {name} must be a finite"):
         LARS([{"params": [param], name: value}], lr=0.1)

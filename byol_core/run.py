@@ -39,6 +39,7 @@ PICTURED_AT_MOST = 2_000  # images among which neighbours are looked for
 PIXELS_UP_TO = 16  # image size up to which raw pixels are a baseline
 CHECK_STEPS = 5
 REPORT_EVERY = 30.0  # seconds between reports of a run under way, and more where writing one takes over 1 % of that
+AMP_FLAGS = {None: "off", torch.bfloat16: "bf16", torch.float16: "fp16"}
 IN_WORDS = {"views": "the view recipe", "image names": "the names of the image files"}
 EXACT = "cannot resume exactly"
 
@@ -365,7 +366,7 @@ class Run:
             "loss": last.get("loss"), "spread": last.get("spread"), **scores, **self.ranks,
             "measured_on": self.scorer.measured_on if self.scorer else None,
             "world_size": 1, "device": str(self.runtime.device),
-            "amp": self.precision}
+            "amp": AMP_FLAGS[self.runtime.amp_dtype]}
 
     def check(self) -> None:
         """Say what the whole run would take; nothing is kept."""

@@ -69,7 +69,7 @@ def test_ten_updates_equal_the_source_systems_formulas_in_float64(small_byol: BY
         for own, reference in zip(nn.Sequential(*ours).state_dict().values(), theirs.state_dict().values()):
             assert torch.allclose(own.double(), reference.double(), rtol=0, atol=1e-6)
     moved = max(float((a - b).abs().max()) for a, b in zip(model.target.parameters(), teacher.parameters()))
-    assert moved < 1e-12  # far inside the bar: the comparison is not loose by accident
+    assert moved < 1e-9  # far inside the bar: the comparison is not loose by accident
 
 
 def test_target_is_updated_after_the_optimizer_step_with_this_steps_tau(small_byol: BYOL, monkeypatch) -> None:

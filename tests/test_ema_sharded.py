@@ -121,10 +121,11 @@ def check_refuses_the_same_shards(mesh: DeviceMesh) -> None:
 
 
 CHECKS: list[Callable[[DeviceMesh], None]] = [
-    check_matches_one_process, check_forward_passes_between_updates,
-    check_training_goes_on_between_updates, check_extra_modules_and_buffers,
-    check_refuses_a_plain_partner, check_refuses_other_placements, check_refuses_the_same_shards,
+    check_matches_one_process, check_extra_modules_and_buffers, check_refuses_a_plain_partner,
+    check_refuses_other_placements, check_refuses_the_same_shards,
 ]
+if hasattr(torch.cpu.Stream, "record_event"):  # without it, as in torch 2.6, FSDP2's own forward pass fails on a CPU
+    CHECKS += [check_forward_passes_between_updates, check_training_goes_on_between_updates]
 
 
 def worker(rank: int, store: str) -> None:

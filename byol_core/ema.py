@@ -181,7 +181,7 @@ def _shards(label: str, target: Tensor, online: Tensor, dtensor: tuple[type[Any]
 
 def _refusal(target: Tensor, online: Tensor, average: bool) -> str:
     """Why this pair cannot be averaged or copied, '' if it can; follows the label of target's tensor."""
-    if is_lazy(target) or is_lazy(online):
+    if (type(target) is not nn.Parameter or type(online) is not nn.Parameter) and (is_lazy(target) or is_lazy(online)):
         return "is not initialized, or online's is not; run one batch through both networks first"
     if target.shape != online.shape:
         return f"has shape {tuple(target.shape)}, online's {tuple(online.shape)}"
@@ -203,7 +203,7 @@ def _refusal(target: Tensor, online: Tensor, average: bool) -> str:
         return f"is {dtype}, which does not hold online's {online.dtype}"
     if not target.is_contiguous() and _overlaps_itself(target):
         return "is expanded: several of its elements share memory; clone it"
-    if target.is_conj() or target.is_neg():
+    if dtype.is_complex and target.is_conj() or target.is_neg():
         return "is a lazy conjugate or negative, which cannot be written to; call resolve_conj() or resolve_neg()"
     return ""
 
@@ -295,8 +295,11 @@ def _extent(tensor: Tensor) -> int:
 def _alike(pairs: list[_Pair]) -> list[tuple[list[Tensor], list[Tensor]]]:
     """Targets and onlines in groups of one device and one dtype each, as the fused operations want them."""
     groups: dict[object, tuple[list[Tensor], list[Tensor]]] = {}
+    last: tuple[object, ...] = ()
     for _, mine, theirs in pairs:
-        targets, onlines = groups.setdefault((mine.device, mine.dtype, theirs.dtype), ([], []))
+        kind = (mine.device, mine.dtype, theirs.dtype)
+        if kind != last:  # most often it is that of the tensor before
+            last, (targets, onlines) = kind, groups.setdefault(kind, ([], []))
         targets.append(mine)
         onlines.append(theirs)
     return list(groups.values())

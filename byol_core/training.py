@@ -67,7 +67,7 @@ class Step:
     """What one optimizer step did.
 
     loss: mean over its micro-batches, in 0..8, on the device. projection1, projection2: the target's outputs for the two
-    views of the last one. tau, lr: what it used. applied: False when the float16 scaler skipped it, and nothing moved.
+    views of the last one. tau, lr: what it used. applied: False when it was skipped, and no weight moved.
     """
 
     loss: Tensor

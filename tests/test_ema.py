@@ -233,7 +233,10 @@ def test_ema_update_does_not_mind_a_predictor_that_is_not_initialized_yet() -> N
 
 def test_ema_update_ignores_children_without_tensors() -> None:
     target = nn.ModuleDict({"layer": nn.Linear(2, 2), "activation": nn.ReLU()})
-    ema_update(target, nn.ModuleDict({"layer": nn.Linear(2, 2)}), 0.5)
+    online = nn.ModuleDict({"layer": nn.Linear(2, 2)})
+    expected = (target["layer"].weight + online["layer"].weight).detach() / 2
+    ema_update(target, online, 0.5)
+    assert torch.allclose(target["layer"].weight, expected)
 
 
 def compiled(module: nn.Module) -> nn.Module:

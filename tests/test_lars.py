@@ -281,7 +281,8 @@ def test_parameter_groups_drive_lars_as_published() -> None:
 
 
 def test_parameter_groups_also_fit_torchs_optimizers() -> None:
-    torch.optim.SGD(parameter_groups(network(), 1e-4), lr=0.1)
+    optimizer = torch.optim.SGD(parameter_groups(network(), 1e-4), lr=0.1)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [1e-4, 0.0]
 
 
 # Differences to timm and lightly

@@ -1,27 +1,23 @@
-"""From image files to batches of two views: one order, one replacement rule, and two interchangeable sources of views."""
+"""The images of a run: which of them can be read, where their pixels are held, and plain batches of them."""
 
-import itertools
 import signal
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
-from byol_core.device_views import draw, render
 from byol_core.folder import BadImageError, ImageSet, decode, decode_all, printable, typical_size
 from byol_core.plan import Facts
 from byol_core.runtime import usable_cpus
-from byol_core.seeds import seed_from
-from byol_core.views import ViewRecipe, cpu_view, normalise, plain_view
+from byol_core.views import ViewRecipe, normalise, plain_view
 
 BAD_LIMIT = 0.1  # share of the files; with more the folder is not what its owner thinks
 MEMORY_BUDGET = 2**31  # bytes of decoded images held at once: 700,000 images of 32 pixels
 
-Views = tuple[Tensor, Tensor]  # two views of each image, (B, 3, S, S) each
+Failure = tuple[int, str]  # index of a file that could not be decoded, and why
 
 
 class TooManyBadFilesError(RuntimeError):
@@ -110,179 +106,11 @@ def load_images(files: ImageSet, where: str, device: torch.device, report: Calla
     return ImageData(files, bad), f"cpu ({reason})"
 
 
-@dataclass(frozen=True)
-class Order:
-    """Which images form which batch: a pure function of (seed, epoch). Images that do not fill a batch sit that epoch out."""
-
-    images: int
-    batch_size: int
-    accum_steps: int = 1
-    seed: int = 0
-    rank: int = 0
-    world_size: int = 1
-
-    def __len__(self) -> int:
-        """Micro-batches per epoch and process."""
-        return self.images // self.batch_size * self.accum_steps
-
-    def epoch(self, epoch: int) -> Tensor:
-        """(micro-batches, micro-batch size) int64: the images of this process, in order."""
-        generator = torch.Generator().manual_seed(seed_from(self.seed, "order", epoch))
-        chosen = torch.randperm(self.images, generator=generator)[:self.images // self.batch_size * self.batch_size]
-        micro_batch = self.batch_size // (self.accum_steps * self.world_size)
-        return chosen.view(-1, self.world_size, micro_batch)[:, self.rank]
-
-
-def replacement(seed: int, epoch: int, index: int, attempt: int, images: int) -> int:
-    """The image that stands in for a bad one: a pure function of the place, so that nothing else shifts."""
-    return seed_from(seed, "replacement", epoch, index, attempt) % images
-
-
-class DeviceBatches:
-    """Two views per image, made in batches on the device from images held there.
-
-    len() is the number of micro-batches in an epoch; `epoch` yields them from any of them on.
-    """
-
-    def __init__(self, data: ImageData, recipes: tuple[ViewRecipe, ViewRecipe], order: Order) -> None:
-        assert data.pixels is not None
-        self.pixels = data.pixels
-        self.bad = data.bad
-        self.recipes = recipes
-        self.order = order
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Views]:
-        height, width = self.pixels.shape[2:]
-        for indices in self.order.epoch(epoch)[start:]:
-            images = self.pixels[self._readable(epoch, indices).to(self.pixels.device)]
-            view1, view2 = (render(images, draw(recipe, self.order.seed, epoch, indices, view, height, width), recipe)
-                            for view, recipe in enumerate(self.recipes))
-            yield view1, view2
-
-    def _readable(self, epoch: int, indices: Tensor) -> Tensor:
-        if not self.bad.reasons:
-            return indices
-        return torch.tensor([self._stand_in(epoch, index) for index in indices.tolist()])
-
-    def _stand_in(self, epoch: int, index: int) -> int:
-        source = index
-        for attempt in itertools.count():
-            if source not in self.bad.reasons:
-                break
-            source = replacement(self.order.seed, epoch, index, attempt, len(self.pixels))
-        return source
-
-
-class WorkerBatches:
-    """Two views per image, made one by one with torchvision in worker processes: the reference path.
-
-    len() is the number of micro-batches in an epoch; `epoch` yields them from any of them on, whatever `workers` is.
-    """
-
-    def __init__(self, data: ImageData, recipes: tuple[ViewRecipe, ViewRecipe], order: Order, workers: int,
-                 pin_memory: bool = False) -> None:
-        self.order = order
-        self.bad = data.bad
-        self.sampler = _EpochSampler(order)
-        self.loader = DataLoader(
-            _ViewDataset(data, recipes, order.seed), batch_sampler=self.sampler, num_workers=workers,
-            collate_fn=_collate, pin_memory=pin_memory, persistent_workers=workers > 0,
-            worker_init_fn=_ignore_signals)
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Views]:
-        self.sampler.place = epoch, start
-        for view1, view2, failures in self.loader:
-            for index, reason in failures:
-                self.bad.add(index, reason)
-            yield view1, view2
-
-
-class _EpochSampler(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, index) keys; where to start is set before each pass."""
-
-    def __init__(self, order: Order) -> None:
-        self.order = order
-        self.place = 0, 0  # epoch, first micro-batch
-
-    def __len__(self) -> int:
-        return len(self.order) - self.place[1]
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch, start = self.place
-        for indices in self.order.epoch(epoch)[start:].tolist():
-            yield [(epoch, index) for index in indices]
-
-
-Failure = tuple[int, str]  # index of a file that could not be decoded, and why
-
-
-class _ViewDataset(Dataset[tuple[Tensor, Tensor, list[Failure]]]):
-    def __init__(self, data: ImageData, recipes: tuple[ViewRecipe, ViewRecipe], seed: int) -> None:
-        self.data = data
-        self.views = [cpu_view(recipe) for recipe in recipes]
-        self.seed = seed
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, list[Failure]]:
-        epoch, index = key
-        image, failures = self._decode(epoch, index)
-        views = []
-        for number, view in enumerate(self.views):
-            torch.default_generator.manual_seed(seed_from(self.seed, "view", epoch, index, number))
-            views.append(view(image))
-        return views[0], views[1], failures
-
-    def _decode(self, epoch: int, index: int) -> tuple[Image.Image, list[Failure]]:
-        """The image, or the stand-in that `DeviceBatches` would take too, and the files found bad on the way to it."""
-        failures: list[Failure] = []
-        source = index
-        for attempt in range(1000):
-            try:
-                return self.data.image(source), failures
-            except BadImageError as error:
-                failures.append((source, str(error)))
-            source = replacement(self.seed, epoch, index, attempt, len(self.data))
-        raise TooManyBadFilesError("no readable image found in 1000 tries - the images may all be bad or gone")
-
-
-def _collate(samples: Sequence[tuple[Tensor, Tensor, list[Failure]]]) -> tuple[Tensor, Tensor, list[Failure]]:
-    first, second, failures = zip(*samples)
-    return torch.stack(first), torch.stack(second), list(itertools.chain(*failures))
-
-
-def _ignore_signals(worker: int) -> None:
+def ignore_signals(worker: int) -> None:
     """Signals sent to the whole process group are the main process's to answer; it then shuts its workers down."""
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-
-
-class TimedBatches:
-    """Batches whose consumer's waiting time is added up."""
-
-    def __init__(self, batches: DeviceBatches | WorkerBatches) -> None:
-        self.batches = batches
-        self.waited = 0.0
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Views]:
-        views = self.batches.epoch(epoch, start)
-        while True:
-            began = time.monotonic()
-            try:
-                batch = next(views)
-            except StopIteration:
-                return
-            finally:
-                self.waited += time.monotonic() - began
-            yield batch
 
 
 def choose_workers(asked: int | None) -> int:
@@ -299,7 +127,7 @@ def plain_batches(data: ImageData, recipe: ViewRecipe, indices: Tensor, workers:
             yield part, normalise(data.pixels[part.to(data.pixels.device)].float() / 255, recipe)
         return
     loader = DataLoader(_PlainDataset(data, recipe, indices), batch_size=batch_size, num_workers=workers,
-                        collate_fn=_collate_plain, worker_init_fn=_ignore_signals)
+                        collate_fn=_collate_plain, worker_init_fn=ignore_signals)
     for found, images, failures in loader:
         for index, reason in failures:
             data.bad.add(index, reason)

@@ -15,11 +15,11 @@ from torch import nn
 
 from byol_core import __version__
 from byol_core.backbones import build_backbone, check_backbone, load_weights
+from byol_core.batches import DeviceBatches, Order, TimedBatches, WorkerBatches
 from byol_core.checkpoint import (LAST, CheckpointError, State, export_backbone, newest_checkpoint, read_backbone,
                                   read_checkpoint, save_checkpoint, write_json, write_text)
 from byol_core.config import TrainConfig
-from byol_core.data import (DeviceBatches, ImageData, Order, TimedBatches, TooManyBadFilesError, WorkerBatches,
-                            choose_workers, load_images)
+from byol_core.data import ImageData, TooManyBadFilesError, choose_workers, load_images
 from byol_core.evaluate import embed_data, load_classifier
 from byol_core.folder import ImageSet, scan
 from byol_core.losses import effective_rank

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from byol_core import training
+from byol_core.batches import DeviceBatches, Order
 from byol_core.config import TrainConfig
-from byol_core.data import DeviceBatches, Order, load_images
+from byol_core.data import load_images
 from byol_core.ema import ema_update
 from byol_core.folder import scan
 from byol_core.losses import byol_loss, effective_rank, spread

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from byol_core.data import (BadFiles, DeviceBatches, ImageData, Order, TooManyBadFilesError, WorkerBatches, load_images,
-                            plain_batches)
+from byol_core.batches import DeviceBatches, Order, WorkerBatches
+from byol_core.data import BadFiles, ImageData, TooManyBadFilesError, load_images, plain_batches
 from byol_core.folder import scan
 from byol_core.views import ViewRecipe, inverse_normalise, paper_recipes
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from byol_core.batches import DeviceBatches, Order
 from byol_core.config import TrainConfig
-from byol_core.data import DeviceBatches, Order, load_images
+from byol_core.data import load_images
 from byol_core.folder import scan
 from byol_core.health import ROWS, Verdict, collapse_advice, find_collapse, judge, measure
 from byol_core.metrics import RunLog

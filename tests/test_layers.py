@@ -21,7 +21,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report_style": set(), "report": {"charts", "checkpoint", "config", "health", "report_style", "sample"},
     "plan": {"config", "schedules", "views"},
     "optim": {"lars", "networks", "plan", "schedules"},
-    "data": {"device_views", "folder", "plan", "runtime", "seeds", "views"},
+    "data": {"folder", "plan", "runtime", "views"},
+    "batches": {"data", "device_views", "folder", "seeds", "views"},
     "training": {"ema", "losses", "networks", "optim", "runtime", "schedules", "seeds"},
     "metrics": {"checkpoint", "health", "schedules", "training"},
     "evaluate": {"data", "folder", "runtime", "views"},
@@ -31,12 +32,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluate_command": {"checkpoint", "command", "config", "data", "evaluate", "folder", "linear_probe", "losses",
                          "pretrained", "runtime", "views"},
     "embed": {"checkpoint", "command", "config", "data", "evaluate", "folder", "pretrained", "runtime"},
-    "pictures": {"checkpoint", "data", "folder", "seeds", "views"},
+    "pictures": {"batches", "checkpoint", "data", "folder", "seeds", "views"},
     "scoring": {"data", "evaluate", "runtime", "views"},
     "signals": set(),
-    "run": {"backbones", "checkpoint", "config", "data", "evaluate", "folder", "losses", "metrics", "networks", "optim",
-            "pictures", "plan", "report", "runtime", "scoring", "seeds", "signals", "training"},
-}
+    "run": {"backbones", "batches", "checkpoint", "config", "data", "evaluate", "folder", "losses", "metrics", "networks",
+            "optim", "pictures", "plan", "report", "runtime", "scoring", "seeds", "signals", "training"}
 STANDARD_LIBRARY_ONLY = {"schedules", "seeds", "config", "command"}
 TORCH_ONLY = {"ema", "losses", "lars", "image_ops", "networks"}
 

@@ -36,7 +36,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "scoring": {"data", "evaluate", "runtime", "views"},
     "signals": set(),
     "run": {"backbones", "batches", "checkpoint", "config", "data", "evaluate", "folder", "losses", "metrics", "networks",
-            "optim", "pictures", "plan", "report", "runtime", "scoring", "seeds", "signals", "training"}
+            "optim", "pictures", "plan", "report", "runtime", "scoring", "seeds", "signals", "training"},
+}
 STANDARD_LIBRARY_ONLY = {"schedules", "seeds", "config", "command"}
 TORCH_ONLY = {"ema", "losses", "lars", "image_ops", "networks"}
 

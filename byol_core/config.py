@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import math
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -113,7 +114,8 @@ class Parser(argparse.ArgumentParser):
         flags = [flag for action in self._actions for flag in action.option_strings]
         near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1) if unknown else []
         hint = f" - did you mean {near[0]}?" if near else " - see --help" if unknown else ""
-        self.exit(2, f"error: {message}{hint}\n")
+        first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts, one is enough to say it
+        self.exit(2, f"error: {message}{hint}\n" if first else None)
 
 
 def _flag(option_field: "Field[Any]") -> tuple[str, dict[str, Any]]:

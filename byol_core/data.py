@@ -113,9 +113,9 @@ def ignore_signals(worker: int) -> None:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
-def choose_workers(asked: int | None) -> int:
-    """Worker processes for decoding: as asked, or one per usable CPU, at most 8."""
-    return min(8, usable_cpus()) if asked is None else asked
+def choose_workers(asked: int | None, processes: int = 1) -> int:
+    """Worker processes for decoding: as asked, or one per usable CPU, at most 8, shared by the processes of this machine."""
+    return max(min(8, usable_cpus() // processes), 1) if asked is None else asked
 
 
 def plain_batches(data: ImageData, recipe: ViewRecipe, indices: Tensor, workers: int = 0,

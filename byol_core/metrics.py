@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from byol_core.checkpoint import write_text
 from byol_core.health import RECENT, find_collapse, measure
+from byol_core.processes import ALONE, Processes
 from byol_core.schedules import due
 from byol_core.training import Progress, Step
 
@@ -31,10 +32,15 @@ def update_of(line: str) -> int:
 
 
 class RunLog:
-    """Writes what happens in a run to its folder and to the console; a file that cannot be written never stops the run."""
+    """Writes what happens in a run to its folder and to the console; a file that cannot be written never stops the run.
 
-    def __init__(self, folder: Path, epochs: int, updates_per_epoch: int, batch_size: int) -> None:
+    Of several processes the first one writes, and what it writes are means over all of them.
+    """
+
+    def __init__(self, folder: Path, epochs: int, updates_per_epoch: int, batch_size: int,
+                 processes: Processes = ALONE) -> None:
         self.folder = folder
+        self.processes = processes
         self.epochs = epochs
         self.total_updates = epochs * updates_per_epoch
         self.updates_per_epoch = updates_per_epoch
@@ -55,6 +61,8 @@ class RunLog:
 
     def say(self, text: str) -> None:
         """A line for the person and for train.log."""
+        if not self.processes.first:
+            return
         if self._bar is not None:
             self._bar.clear()
         sys.stdout.write(text + "\n")
@@ -73,7 +81,7 @@ class RunLog:
     def start(self, progress: Progress) -> None:
         """The clock starts; call before training, and again after a pause that is not training."""
         self._marked = time.monotonic()
-        if self._bar is None and sys.stderr.isatty():
+        if self._bar is None and sys.stderr.isatty() and self.processes.first:
             self._bar = tqdm(total=self.total_updates, initial=progress.updates, bar_format="{desc}", leave=True)
 
     def step(self, progress: Progress, step: Step, waited: float) -> None:
@@ -101,11 +109,13 @@ class RunLog:
     def _measure(self, progress: Progress, step: Step, projection1: Tensor, projection2: Tensor) -> None:
         seconds, waited, updates = self._recorded
         elapsed = max(self.seconds - seconds, 1e-9)
-        health = measure(projection1, projection2)
+        health = self.processes.mean_values({**measure(projection1, projection2), "wait": (self.waited - waited) / elapsed})
+        health = {name: round(value, 7) for name, value in health.items()}
+        wait = health.pop("wait")
         self.last = {
             "loss": round(float(self.loss_sum) / self.loss_count, 7), **health, "tau": step.tau, "lr": step.lr,
             "images_per_second": round((progress.updates - updates) * self.batch_size / elapsed, 1),
-            "wait": round((self.waited - waited) / elapsed, 4), "skipped": self.skipped,
+            "wait": round(wait, 4), "skipped": self.skipped,
         }
         self._recent.append(health)
         collapse = find_collapse(list(self._recent), {"batch_size": self.batch_size})
@@ -127,7 +137,7 @@ class RunLog:
     def _print(self, line: str) -> None:
         if self._bar is not None:
             self._bar.set_description_str(line)
-        else:
+        elif self.processes.first:
             sys.stderr.write(line + "\n")
             sys.stderr.flush()
         self.note(line)
@@ -153,12 +163,14 @@ class RunLog:
         self._collapse_reported = state["collapse_reported"]
         self._recorded = (self.seconds, self.waited, progress.updates)
         path = self.folder / "metrics.jsonl"
-        if path.exists():
+        if self.processes.first and path.exists():
             lines = path.read_text("utf-8", "replace").split("\n")
             kept = [line + "\n" for line in lines if 0 <= update_of(line) <= progress.updates]
             write_text(path, "".join(kept))
 
     def _append(self, name: str, text: str) -> None:
+        if not self.processes.first:
+            return
         try:
             with open(self.folder / name, "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(text)

@@ -28,6 +28,7 @@ from byol_core.networks import BYOL
 from byol_core.optim import build_optimizer, build_scheduler
 from byol_core.pictures import save_embedding, save_neighbours, save_views
 from byol_core.plan import Plan
+from byol_core.processes import ALONE, Processes
 from byol_core.report import how_to_load, read_run, write_report
 from byol_core.runtime import NonFiniteError, Runtime, choose_device, choose_precision
 from byol_core.scoring import Scorer, Scores, some_indices
@@ -67,21 +68,23 @@ class _EnoughMeasured(Exception):
 class Run:
     """All parts of one run. Building it validates everything that can be wrong before training."""
 
-    def __init__(self, config: TrainConfig, plan: Plan, files: ImageSet, folder: Path) -> None:
-        self.config, self.plan, self.folder = config, plan, folder
-        device, self.device_reason = choose_device(config.device)
+    def __init__(self, config: TrainConfig, plan: Plan, files: ImageSet, folder: Path, processes: Processes = ALONE) -> None:
+        self.config, self.plan, self.folder, self.processes = config, plan, folder, processes
+        device, self.device_reason = choose_device(config.device, processes)
         amp_dtype, self.amp_reason = choose_precision(config.amp, device, tiny=plan.arch == "conv6")
-        self.runtime = Runtime(device, amp_dtype, channels_last=device.type == "cuda" or plan.arch == "conv6")
+        channels_last = device.type == "cuda" or plan.arch == "conv6"
+        self.runtime = Runtime(device, amp_dtype, channels_last, processes)
         self.classifier = load_classifier(config.classifier)
-        self.log = RunLog(folder, plan.epochs, plan.updates_per_epoch, plan.batch_size)
+        self.log = RunLog(folder, plan.epochs, plan.updates_per_epoch, plan.batch_size, processes)
         self.model = self._new_model()
         self.optimizer = build_optimizer(self.model.online, plan)
         self.scheduler = build_scheduler(self.optimizer, plan)
         self.progress = Progress()
         self.saved_updates = 0
-        self.workers = choose_workers(config.workers)
+        self.workers = choose_workers(config.workers, processes.local_world_size)
         self.data, self.views_reason = self._load(files, config.views)
-        self.scorer = self._new_scorer()
+        self._compare_processes()
+        self.scorer = self._new_scorer() if processes.first else None
         self.batches = TimedBatches(self._new_batches())
         self.scores: dict[str, Scores] = {}
         self.ranks: dict[str, float | None] = {"rank_features": None, "rank_features_untrained": None}
@@ -100,8 +103,18 @@ class Run:
         try:
             return load_images(files, views, self.runtime.device, self.log.say)
         except TooManyBadFilesError as error:
-            write_text(self.folder / "bad_files.txt", error.listing)
+            if self.processes.first:
+                write_text(self.folder / "bad_files.txt", error.listing)
             raise
+
+    def _compare_processes(self) -> None:
+        """Raises: ValueError when the processes of the run were not given the same images and options."""
+        identities = self.processes.gather(self.identity())
+        for rank, identity in enumerate(identities):
+            for key, value in identities[0].items():
+                if identity[key] != value:
+                    raise ValueError(f"{IN_WORDS.get(key, key)} differ: {value} in rank 0, {identity[key]} in rank {rank} - "
+                                     "all processes of a run need the same images and options")
 
     def _new_scorer(self) -> Scorer | None:
         """What measures features: on --eval-data, or on a part of --data; None without labels or with --no-eval."""
@@ -122,7 +135,7 @@ class Run:
     def _compare_classes(self, files: ImageSet) -> None:
         own, others = set(self.data.files.classes), set(files.classes)
         if own and not own & others:
-            raise ValueError(f"--eval-data {files.root} has no class folder of the same name as one in --data - measured on "
+            raise ValueError(f"--eval-data {files.given} has no class folder of the same name as one in --data - measured on "
                              "it, every accuracy would be 0")
         if own and others - own:
             self.log.say(f"warning: images of {len(others - own)} classes that --data does not have count as wrong: "
@@ -130,7 +143,8 @@ class Run:
 
     def _new_batches(self) -> DeviceBatches | WorkerBatches:
         plan = self.plan
-        order = Order(len(self.data), plan.batch_size, plan.accum_steps, self.config.seed)
+        order = Order(len(self.data), plan.batch_size, plan.accum_steps, self.config.seed, self.processes.rank,
+                      self.processes.world_size)
         if self.data.pixels is not None:
             return DeviceBatches(self.data, plan.views, order)
         return WorkerBatches(self.data, plan.views, order, self.workers, pin_memory=self.runtime.device.type == "cuda")
@@ -138,39 +152,43 @@ class Run:
     def identity(self) -> dict[str, object]:
         """What must be equal for a resumed run to be the same run."""
         plan = asdict(self.plan)
-        del plan["choices"]
+        del plan["choices"], plan["micro_batch"]  # the latter follows from the number of processes
         return json.loads(json.dumps({
-            **plan, "seed": self.config.seed, "images": len(self.data), "image names": self.data.files.fingerprint(),
+            "images": len(self.data), "image names": self.data.files.fingerprint(), **plan, "seed": self.config.seed,
             "views made": "on the device" if self.data.pixels is not None else "on the cpu"}))
 
     def save(self) -> None:
         self.saved_updates = self.progress.updates
-        save_checkpoint(self.folder, {
+        state = {
             "identity": json.dumps(self.identity()), "version": __version__, "torch": str(torch.__version__),
             "progress": self.progress.state_dict(), "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
             "scaler": self.runtime.scaler.state_dict(), "precision": self.precision, "log": self.log.state_dict(),
-            "scores": self.scores, "measured": self._how_measured(),
-        })
+            "scores": self.scores, "measured": self._how_measured(), "world_size": self.processes.world_size,
+        }
+        self.processes.on_first(lambda: save_checkpoint(self.folder, state))
 
     def resume(self) -> None:
         """Go on from --resume's checkpoint, where there is one; a fresh start in an empty folder.
 
         Raises: CheckpointError for a file that cannot be used, ValueError when it belongs to a different run.
         """
+        state = self.processes.from_first(self._saved_state)
+        if state is not None:
+            self._restore(state)
+
+    def _saved_state(self) -> State | None:
         asked = Path(self.config.resume or self.folder)
-        if asked.is_dir():
-            state, damaged = newest_checkpoint(asked)
-            for line in damaged:
-                self.log.say(f"warning: {line}; using the checkpoint before it")
-            if state is None and self.config.resume:
-                raise CheckpointError(f"no checkpoint in {asked}")
-            if state is None:
-                self.log.say(f"nothing to resume in {asked}: starting afresh")
-                return
-        else:
-            state = read_checkpoint(asked)
-        self._restore(state)
+        if not asked.is_dir():
+            return read_checkpoint(asked)
+        state, damaged = newest_checkpoint(asked)
+        for line in damaged:
+            self.log.say(f"warning: {line}; using the checkpoint before it")
+        if state is None and self.config.resume:
+            raise CheckpointError(f"no checkpoint in {asked}")
+        if state is None:
+            self.log.say(f"nothing to resume in {asked}: starting afresh")
+        return state
 
     def _restore(self, state: State) -> None:
         saved, own = json.loads(str(state["identity"])), self.identity()
@@ -186,11 +204,15 @@ class Run:
             self.runtime.scaler.load_state_dict(state["scaler"])  # type: ignore[arg-type]
         if state["precision"] != self.precision:
             self.log.say(f"note: precision {state['precision']} -> {self.precision}, so this is not an exact resume")
+        before, now = state.get("world_size", 1), self.processes.world_size
+        if before != now:
+            self.log.say(f"note: {before} -> {now} processes: every update uses the same images and views as before, but sums "
+                         "and batch statistics are taken over other parts, so this is not an exact resume")
         self.progress = Progress(**state["progress"])  # type: ignore[arg-type]
         self.saved_updates = self.progress.updates
         if state["measured"] == self._how_measured():
             self.scores = state["scores"]  # type: ignore[assignment]
-        if not self.complete:
+        if not self.is_complete():
             self.log.resume(state["log"], self.progress)  # type: ignore[arg-type]
             self.log.say(f"resuming at epoch {self.progress.epoch}, update {self.progress.updates}")
 
@@ -198,11 +220,11 @@ class Run:
         """What scores depend on beside the network: those of another classifier or test set are not to be compared."""
         return f"{self.config.classifier}; {self.scorer.measured_on if self.scorer else None}"
 
-    @property
-    def complete(self) -> bool:
+    def is_complete(self) -> bool:
+        """Whether nothing is left to do, as the summary in the run folder says; the same answer in all processes."""
         summary = self.folder / "summary.json"
-        return (self.progress.epoch >= self.plan.epochs and summary.exists()
-                and json.loads(summary.read_text("utf-8")).get("status") == "finished")
+        return self.processes.from_first(lambda: self.progress.epoch >= self.plan.epochs and summary.exists()
+                                         and json.loads(summary.read_text("utf-8")).get("status") == "finished")
 
     @property
     def precision(self) -> str:
@@ -212,9 +234,9 @@ class Run:
         plan, files = self.plan, self.data.files
         weights = sum(p.numel() for p in self.model.online.parameters())
         kinds = f"{len(files.classes)} classes, used only to measure" if files.labels is not None else "no class folders"
-        for folder in files.skipped_folders:
-            self.log.say(f"warning: cannot list {folder}")
-        self.log.say(f"data: {len(files)} images in {files.root} ({kinds})")
+        for remark in files.remarks:
+            self.log.say(f"warning: {remark}")
+        self.log.say(f"data: {len(files)} images in {files.given} ({kinds})")
         self.log.say(f"network: {weights / 1e6:.1f} M parameters; {plan.updates_per_epoch} updates of {plan.batch_size} "
                      f"images per epoch, {plan.total_updates} in all")
         for choice in plan.choices:
@@ -224,10 +246,17 @@ class Run:
             self.log.say(f"  {choice.name} {shown} ({choice.reason})")
         self.log.say(f"device: {self.runtime.device} ({self.device_reason}); precision: {self.precision} ({self.amp_reason}); "
                      f"views: {self.views_reason}")
+        if self.processes.several:
+            shared = "over all of them" if self.runtime.device.type == "cuda" else "of each process alone (this device has no other)"
+            self.log.say(f"processes: {self.processes.world_size}, each with {plan.micro_batch} images at a time; batch statistics "
+                         f"{shared}")
         self.log.say(f"run folder: {self.folder}")
 
     def write_start(self) -> None:
         """config.json and views.png, before the first step."""
+        self.processes.on_first(self._write_start)
+
+    def _write_start(self) -> None:
         write_json(self.folder / "config.json", {
             "config": asdict(self.config), "choices": [asdict(choice) for choice in self.plan.choices],
             "plan": {key: value for key, value in asdict(self.plan).items() if key != "choices"},
@@ -243,6 +272,9 @@ class Run:
 
     def measure_untrained(self) -> None:
         """What the network gives before it has learned anything, and, for images that small, what bare pixels give."""
+        self.processes.on_first(self._measure_untrained)
+
+    def _measure_untrained(self) -> None:
         if self.plan.image_size <= PIXELS_UP_TO:
             self.measure("pixels", nn.Flatten())
         if "untrained" not in self.scores:
@@ -294,16 +326,26 @@ class Run:
         self.log.step(progress, step, self.batches.waited)
         self.batches.waited = 0.0
         ended_epoch = progress.batch == 0
+        if ended_epoch:
+            self._share_bad_files()
         if ended_epoch and self.config.eval_every and progress.epoch % self.config.eval_every == 0:
-            self._measure_on_the_way()
-        if self.stop.signal is not None:
+            self.processes.on_first(self._measure_on_the_way)
+        asked = self.processes.agree_on_stop(self.stop.signal, now=ended_epoch)
+        if asked is not None:
             self.save()
-            raise Stopped(self.stop.signal)
+            raise Stopped(*asked)
         if ended_epoch and (progress.epoch % self.config.save_every == 0 or progress.epoch == self.plan.epochs):
             self.save()
         if ended_epoch and time.monotonic() >= self.report_due:
             self._report_under_way()
             self.log.start(progress)
+
+    def _share_bad_files(self) -> None:
+        """Every process knows of the bad files that the others met."""
+        if self.processes.several and self.data.pixels is None:
+            for reasons in self.processes.gather(self.data.bad.reasons):
+                for index, reason in reasons.items():
+                    self.data.bad.add(index, reason)
 
     def _measure_on_the_way(self) -> None:
         if self.scorer is not None:
@@ -313,6 +355,8 @@ class Run:
 
     def _report_under_way(self) -> None:
         """report.html as the run goes, so that it is true whenever someone looks; it never stops the run."""
+        if not self.processes.first:
+            return
         began = time.monotonic()
         try:
             write_report(self.folder, self._summary("running"))
@@ -322,6 +366,9 @@ class Run:
 
     def finish(self) -> None:
         """Everything that is made of a trained network: export, scores, pictures, summary, report."""
+        self.processes.on_first(self._finish)
+
+    def _finish(self) -> None:
         backbone, untrained = self.model.online.backbone, self._new_model().online.backbone
         export_backbone(self.folder, backbone.state_dict(), self._about_backbone())
         self.measure("trained", backbone)
@@ -347,6 +394,8 @@ class Run:
 
     def write_end(self, status: str, reason: str | None = None) -> None:
         """summary.json, bad_files.txt and report.html, whatever way the run ended. reason: of a run that did not finish."""
+        if not self.processes.first:
+            return
         write_json(self.folder / "summary.json", self._summary(status, reason))
         if self.data.bad.reasons:
             write_text(self.folder / "bad_files.txt", self.data.bad.listing())
@@ -365,7 +414,7 @@ class Run:
             "wait_fraction": round(log.waited / max(log.seconds, 1e-9), 4),
             "loss": last.get("loss"), "spread": last.get("spread"), **scores, **self.ranks,
             "measured_on": self.scorer.measured_on if self.scorer else None,
-            "world_size": 1, "device": str(self.runtime.device),
+            "world_size": self.processes.world_size, "device": str(self.runtime.device),
             "amp": AMP_FLAGS[self.runtime.amp_dtype]}
 
     def check(self) -> None:
@@ -393,6 +442,9 @@ class Run:
 
     def summarise(self) -> None:
         """The closing lines: what was reached, and how to use it."""
+        self.processes.on_first(self._summarise)
+
+    def _summarise(self) -> None:
         names = [name for name in ("pixels", "untrained", "trained") if name in self.scores]
         if names:
             self.log.say(f"{'accuracy':<12}" + "".join(f"{name:>12}" for name in names))

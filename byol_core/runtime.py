@@ -1,12 +1,17 @@
 """Where and in what precision a run computes: device, autocast, gradient scaling, and the step that may be refused."""
 
 import contextlib
+import inspect
 import os
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+
+from byol_core.processes import ALONE, Processes
+from byol_core.watch import WAITING
 
 SKIPS_IN_A_ROW = 20  # a scaler that starts at 2**16 has reached 2**-4 by then: the gradients themselves are not finite
 
@@ -15,17 +20,21 @@ class NonFiniteError(FloatingPointError):
     """The loss or a gradient is NaN or infinite; the weights are still those of the last good update."""
 
 
-def choose_device(asked: str) -> tuple[torch.device, str]:
-    """(device, why) for "auto", "cpu", "cuda", "cuda:N" or "mps".
+def choose_device(asked: str, processes: Processes = ALONE) -> tuple[torch.device, str]:
+    """(device, why) for "auto", "cpu", "cuda", "cuda:N" or "mps"; with several processes each takes the GPU of its own.
 
-    Raises: ValueError when the device that was asked for is not there.
+    Raises: ValueError when the device that was asked for is not there, or cannot be shared.
     """
+    if processes.several and asked not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"--device {asked} with {processes.world_size} processes - use --device cuda or cpu")
     if asked == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda", torch.cuda.current_device()), torch.cuda.get_device_name()
         if torch.backends.mps.is_available():
             return torch.device("mps"), "Apple GPU"
         return torch.device("cpu"), "no CUDA found"
+    if asked == "cuda" and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device()), "as asked"
     try:
         device = torch.device(asked)
     except RuntimeError:
@@ -63,34 +72,31 @@ def _cpu_multiplies_bf16() -> bool:
     return any(check() for check in checks if check is not None)
 
 
-def refuse_several_processes() -> None:
-    """Raises: ValueError under a launcher that started more than one process, which this version cannot coordinate."""
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise ValueError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: this version trains in one process - "
-                         "start it without torchrun, and unset WORLD_SIZE")
-
-
 def usable_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Runtime:
-    """The device, the precision and the gradient scaler of a run.
+    """The device, the precision, the gradient scaler and the processes of a run.
 
     device: where the model lives. amp_dtype: torch.bfloat16, torch.float16 (with a gradient scaler) or None for float32.
-    channels_last: memory layout of images; faster for convolutions on GPUs and in bf16.
+    channels_last: memory layout of images; faster for convolutions on GPUs and in bf16. processes: those that share each
+    batch; on CUDA batch norm then takes its statistics over all of them.
     """
 
     def __init__(self, device: torch.device | str = "cpu", amp_dtype: torch.dtype | None = None,
-                 channels_last: bool = False) -> None:
+                 channels_last: bool = False, processes: Processes = ALONE) -> None:
         self.device = torch.device(device)
         self.amp_dtype = amp_dtype
         self.channels_last = channels_last
+        self.processes = processes
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp_dtype == torch.float16)
         self.skipped_in_a_row = 0
 
     def place_model(self, model: nn.Module) -> None:
-        """Move `model` to the device, in the run's memory layout."""
+        """Move `model` to the device, in the run's memory layout, with batch norm over all processes where that exists."""
+        if self.processes.several and self.device.type == "cuda":
+            nn.SyncBatchNorm.convert_sync_batchnorm(model)
         model.to(self.device)
         if self.channels_last:
             model.to(memory_format=torch.channels_last)
@@ -98,6 +104,20 @@ class Runtime:
     def place(self, view: Tensor) -> Tensor:
         memory_format = torch.channels_last if self.channels_last and view.dim() == 4 else torch.preserve_format
         return view.to(self.device, non_blocking=True, memory_format=memory_format)
+
+    def distribute(self, model: nn.Module) -> nn.Module:
+        """`model`, whose backward pass averages gradients over the processes; its parameters stay where they are."""
+        if not self.processes.several:
+            return model
+        keyword = next(name for name in ("forward_sync_buffers", "broadcast_buffers")  # the newer name first
+                       if name in inspect.signature(DistributedDataParallel).parameters)
+        return DistributedDataParallel(model, gradient_as_bucket_view=True, **{keyword: False})
+
+    def accumulating(self, distributed: nn.Module, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Around forward and backward of a micro-batch: only the last one of an update exchanges gradients."""
+        if isinstance(distributed, DistributedDataParallel) and not last:
+            return distributed.no_sync()
+        return contextlib.nullcontext()
 
     @contextlib.contextmanager
     def autocast(self) -> Iterator[None]:
@@ -108,6 +128,8 @@ class Runtime:
                 yield
 
     def backward(self, loss: Tensor) -> None:
+        if self.processes.watch is not None:
+            self.processes.watch.enter(WAITING)
         self.scaler.scale(loss).backward()
 
     def step(self, optimizer: Optimizer, loss: Tensor) -> bool:
@@ -124,6 +146,8 @@ class Runtime:
         if self.scaler.is_enabled():
             self.scaler.update()
         optimizer.zero_grad(set_to_none=True)
+        if self.processes.watch is not None:
+            self.processes.watch.step_begins()
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         if self.skipped_in_a_row >= (SKIPS_IN_A_ROW if self.scaler.is_enabled() else 1):
             raise NonFiniteError("the loss or a gradient is not finite" if not self.scaler.is_enabled() else

@@ -13,8 +13,8 @@ class Stopped(BaseException):
     Like KeyboardInterrupt it is no Exception, so that nothing that guards against broken files takes it for one.
     """
 
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
+    def __init__(self, number: int, whom: str = "") -> None:
+        super().__init__(signal.Signals(number).name + whom)
         self.code = 130 if number == signal.SIGINT else 143
 
 

@@ -106,6 +106,7 @@ def train(model: BYOL, batches: SeekableBatches | PlainBatches, epochs: int, *, 
     _check(len(batches), epochs, accum_steps, lr_scheduler_interval, tau_base, tau_schedule)
     updates_per_epoch = len(batches) // accum_steps
     model.train()
+    distributed = runtime.distribute(model)
 
     for epoch in range(progress.epoch, epochs):
         views = _views_of_epoch(batches, epoch, progress.batch)
@@ -113,16 +114,18 @@ def train(model: BYOL, batches: SeekableBatches | PlainBatches, epochs: int, *, 
             tau = cosine_tau(progress.updates, updates_per_epoch * epochs, tau_base) if tau_schedule == "cosine" else tau_base
             lr = optimizer.param_groups[0]["lr"]
             loss = torch.zeros((), device=runtime.device)
-            for _ in range(accum_steps):
+            for micro_batch in range(1, accum_steps + 1):
                 view1, view2 = map(runtime.place, next(views))
-                torch.manual_seed(seed_from(seed, "step", progress.updates, progress.batch))
-                with runtime.autocast():
-                    p1, p2, z1, z2 = model(view1, view2)
-                    both_directions = (criterion(p1, z2) + criterion(p2, z1)) / accum_steps
-                runtime.backward(both_directions)
+                torch.manual_seed(seed_from(seed, "step", progress.updates, progress.batch, runtime.processes.rank))
+                with runtime.accumulating(distributed, last=micro_batch == accum_steps):
+                    with runtime.autocast():
+                        p1, p2, z1, z2 = distributed(view1, view2)
+                        both_directions = (criterion(p1, z2) + criterion(p2, z1)) / accum_steps
+                    runtime.backward(both_directions)
                 loss += both_directions.detach()
                 progress.batch += 1
 
+            loss = runtime.processes.mean(loss)
             applied = runtime.step(optimizer, loss)
             if applied:  # else the float16 scaler skipped this step, and nothing else may move either
                 ema_update(model.target, model.online, tau)

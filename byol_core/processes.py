@@ -1,5 +1,6 @@
 """The processes of a run under torchrun: who is who, what they agree on, and one message when one of them fails."""
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -10,16 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from byol_core.watch import FAILED, Watch
+from byol_core.watch import Watch
 
 MEETING_S = 120.0  # seconds in which all processes must have come
+NO_LIMIT = timedelta(days=30)  # of one exchange: what takes too long is for `Watch` to judge
 POLL_S = 0.02, 0.5  # seconds between looks at what another process has done: at first, and at most
 
 T = TypeVar("T")
-
-
-class LostError(RuntimeError):
-    """Another process has failed, and has said so itself."""
 
 
 class Processes:
@@ -29,12 +27,10 @@ class Processes:
     """
 
     def __init__(self, rank: int = 0, world_size: int = 1, local_rank: int = 0, local_world_size: int = 1,
-                 store: dist.Store | None = None) -> None:
+                 watch: Watch | None = None) -> None:
         self.rank, self.world_size = rank, world_size
         self.local_rank, self.local_world_size = local_rank, local_world_size
-        self.store = store
-        self.watch = None if store is None else Watch(store, rank, world_size)
-        self._turns = 0
+        self.watch = watch
         self._opinions: tuple[dist.Work | None, Tensor] | None = None  # those of the call before
 
     @property
@@ -80,20 +76,19 @@ class Processes:
         """Do `work` in the first process, while the others wait without limit; None in the others."""
         if not self.several:
             return work()
-        assert self.store is not None and self.watch is not None
-        self._turns += 1
-        done, pause = f"done/{self._turns}", POLL_S[0]
-        with self.watch.without_limit():
-            if self.first:
-                result = work()
-                self.store.set(done, "")
-                return result
-            while not self.store.check([done]):
-                if self.store.check([FAILED]):
-                    raise LostError("another process failed")
-                time.sleep(pause)
-                pause = min(2 * pause, POLL_S[1])
-        return None
+        with contextlib.nullcontext() if self.watch is None else self.watch.without_limit():
+            result = work() if self.first else None
+            self._everyone_is_here()
+        return result
+
+    def _everyone_is_here(self) -> None:
+        """Wait for the others, so that a signal is answered all the while."""
+        arrival = dist.all_reduce(torch.zeros(1), async_op=True)
+        pause = POLL_S[0]
+        while not arrival.is_completed():
+            time.sleep(pause)
+            pause = min(2 * pause, POLL_S[1])
+        arrival.wait()
 
     def agree_on_stop(self, signal: int | None, now: bool) -> tuple[int, str] | None:
         """(signal, to whom it came) when a process was asked to stop, the same answer in all of them.
@@ -126,7 +121,7 @@ class Processes:
         if self.watch is not None:
             if self._opinions is not None and self._opinions[0] is not None:
                 self._opinions[0].wait()
-            dist.barrier()
+            self._everyone_is_here()
             self.watch.end()
             dist.destroy_process_group()
 
@@ -146,8 +141,8 @@ def join(device: str) -> Processes:
     rank = _number("RANK", -1)
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing or not 0 <= rank < world_size:
-        raise ValueError(f"WORLD_SIZE is {world_size}, but {missing[0]} is not set" if missing else
-                         f"RANK is {rank}, WORLD_SIZE {world_size}" " - start with torchrun, or unset WORLD_SIZE")
+        wrong = f"but {missing[0]} is not set" if missing else f"RANK {rank}"
+        raise ValueError(f"WORLD_SIZE is {world_size}, {wrong} - start with torchrun, or unset WORLD_SIZE")
     local_rank, local_world_size = _number("LOCAL_RANK", rank), _number("LOCAL_WORLD_SIZE", world_size)
     gpus = torch.cuda.device_count() if device == "auto" or device.startswith("cuda") else 0
     if gpus:
@@ -155,11 +150,11 @@ def join(device: str) -> Processes:
             raise ValueError(f"{local_world_size} processes on this machine, but {gpus} GPUs - use --nproc-per-node {gpus}")
         torch.cuda.set_device(local_rank)
     store = _meet(rank, world_size)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", store=store, rank=rank, world_size=world_size)
-    processes = Processes(rank, world_size, local_rank, local_world_size, dist.PrefixStore("byol_core", store))
-    assert processes.watch is not None
-    processes.watch.start()
-    return processes
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", store=dist.PrefixStore("torch", store), rank=rank,
+                            world_size=world_size, timeout=NO_LIMIT)
+    watch = Watch(store, rank, world_size)
+    watch.start()
+    return Processes(rank, world_size, local_rank, local_world_size, watch)
 
 
 def restarted() -> bool:
@@ -181,6 +176,7 @@ def _meet(rank: int, world_size: int) -> dist.Store:
     until = time.monotonic() + MEETING_S
     try:
         store, *_ = next(dist.rendezvous("env://", rank, world_size, timeout=timedelta(seconds=MEETING_S)))
+        store = dist.PrefixStore(f"attempt/{_number('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # one store serves all attempts
         store.set(f"here/{rank}", "")
         absent = list(range(world_size))
         while absent := [other for other in absent if not store.check([f"here/{other}"])]:

@@ -89,7 +89,9 @@ class Run:
         self.scores: dict[str, Scores] = {}
         self.ranks: dict[str, float | None] = {"rank_features": None, "rank_features_untrained": None}
         self.report_due = 0.0
-        self.stop = StopRequest()
+        self.stop = StopRequest(patient=processes.several)
+        if processes.watch is not None:
+            processes.watch.last_words = lambda reason: self.write_end("failed", reason)
 
     def _new_model(self) -> BYOL:
         model = new_model(self.config, self.plan)
@@ -135,7 +137,7 @@ class Run:
     def _compare_classes(self, files: ImageSet) -> None:
         own, others = set(self.data.files.classes), set(files.classes)
         if own and not own & others:
-            raise ValueError(f"--eval-data {files.given} has no class folder of the same name as one in --data - measured on "
+            raise ValueError(f"--eval-data {files.root} has no class folder of the same name as one in --data - measured on "
                              "it, every accuracy would be 0")
         if own and others - own:
             self.log.say(f"warning: images of {len(others - own)} classes that --data does not have count as wrong: "
@@ -234,9 +236,9 @@ class Run:
         plan, files = self.plan, self.data.files
         weights = sum(p.numel() for p in self.model.online.parameters())
         kinds = f"{len(files.classes)} classes, used only to measure" if files.labels is not None else "no class folders"
-        for remark in files.remarks:
-            self.log.say(f"warning: {remark}")
-        self.log.say(f"data: {len(files)} images in {files.given} ({kinds})")
+        for folder in files.skipped_folders:
+            self.log.say(f"warning: cannot list {folder}")
+        self.log.say(f"data: {len(files)} images in {files.root} ({kinds})")
         self.log.say(f"network: {weights / 1e6:.1f} M parameters; {plan.updates_per_epoch} updates of {plan.batch_size} "
                      f"images per epoch, {plan.total_updates} in all")
         for choice in plan.choices:
@@ -247,9 +249,9 @@ class Run:
         self.log.say(f"device: {self.runtime.device} ({self.device_reason}); precision: {self.precision} ({self.amp_reason}); "
                      f"views: {self.views_reason}")
         if self.processes.several:
-            shared = "over all of them" if self.runtime.device.type == "cuda" else "of each process alone (this device has no other)"
-            self.log.say(f"processes: {self.processes.world_size}, each with {plan.micro_batch} images at a time; batch statistics "
-                         f"{shared}")
+            alike = "all of them" if self.runtime.device.type == "cuda" else "each alone, as on this device it must be"
+            self.log.say(f"processes: {self.processes.world_size}, each with {plan.micro_batch} images at a time; batch "
+                         f"statistics over {alike}")
         self.log.say(f"run folder: {self.folder}")
 
     def write_start(self) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,10 @@ def choose_device(asked: str, processes: Processes = ALONE) -> tuple[torch.devic
         raise ValueError(f"--device {asked} with {processes.world_size} processes - use --device cuda or cpu")
     if asked == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda", torch.cuda.current_device()), torch.cuda.get_device_name()
+            name, found = torch.cuda.get_device_name(), torch.cuda.device_count()
+            more = "" if found == 1 or processes.several else (
+                f", 1 of {found} GPUs: torchrun --nproc-per-node={found} train.py ... uses all")
+            return torch.device("cuda", torch.cuda.current_device()), name + more
         if torch.backends.mps.is_available():
             return torch.device("mps"), "Apple GPU"
         return torch.device("cpu"), "no CUDA found"
@@ -109,9 +113,10 @@ class Runtime:
         """`model`, whose backward pass averages gradients over the processes; its parameters stay where they are."""
         if not self.processes.several:
             return model
-        keyword = next(name for name in ("forward_sync_buffers", "broadcast_buffers")  # the newer name first
-                       if name in inspect.signature(DistributedDataParallel).parameters)
-        return DistributedDataParallel(model, gradient_as_bucket_view=True, **{keyword: False})
+        options = inspect.signature(DistributedDataParallel).parameters
+        keyword = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"  # the older name
+        keep_buffers: dict[str, Any] = {keyword: False}
+        return DistributedDataParallel(model, gradient_as_bucket_view=True, **keep_buffers)
 
     def accumulating(self, distributed: nn.Module, last: bool) -> contextlib.AbstractContextManager[None]:
         """Around forward and backward of a micro-batch: only the last one of an update exchanges gradients."""

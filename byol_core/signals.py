@@ -21,10 +21,12 @@ class Stopped(BaseException):
 class StopRequest:
     """Remembers a signal for whoever asks between two steps; outside of steps, or asked twice, it raises Stopped at once.
 
+    patient: asked twice, it waits all the same: a launcher passes on to its processes what a terminal has sent them already.
     signal: the number of the signal that came, or None. waits_for_a_step: whether somebody will ask.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, patient: bool = False) -> None:
+        self.patient = patient
         self.signal: int | None = None
         self.waits_for_a_step = False
 
@@ -39,6 +41,6 @@ class StopRequest:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if not self.waits_for_a_step or self.signal is not None:
+        if not self.waits_for_a_step or self.signal is not None and not self.patient:
             raise Stopped(number)
         self.signal = number

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -50,6 +50,7 @@ class Watch(threading.Thread):
         self.state, self.since = UNLIMITED, time.monotonic()
         self.longest: float | None = None  # seconds of the longest step so far
         self._step_began: float | None = None
+        self.last_words: Callable[[str], None] = lambda reason: None  # called before the process is ended for `reason`
         self._ended = threading.Event()
         self._seen: deque[list[Sign]] = deque(maxlen=4)  # the others' signs in the latest seconds of waiting too long
         self._launcher = os.getppid()
@@ -123,7 +124,10 @@ class Watch(threading.Thread):
     def _end_with_it(self) -> None:
         """Another process failed: this one may be inside an exchange with it that never ends."""
         if not self._ended.wait(GRACE_S):
-            os._exit(1)
+            try:
+                self.last_words(self.store.get(FAILED).decode())
+            finally:
+                os._exit(1)
 
     def _judge(self, before: list[Sign], after: list[Sign]) -> None:
         """This process waits for others too long: say for which of them, unless one is busy without limit."""

@@ -12,7 +12,8 @@ GROUND = {"ema", "schedules", "losses", "lars", "image_ops", "seeds"}
 # Each module and what it may import from the package; layer by layer, from the ground up.
 MAY_IMPORT: dict[str, set[str]] = {
     **{name: set() for name in GROUND},
-    "backbones": set(), "views": {"image_ops"}, "runtime": set(), "checkpoint": set(), "folder": set(), "config": set(),
+    "backbones": set(), "views": {"image_ops"}, "watch": set(), "checkpoint": set(), "folder": set(), "config": set(),
+    "processes": {"watch"}, "runtime": {"processes", "watch"},
     "sample": {"config"},
     "run_folder": {"checkpoint", "config"},
     "networks": {"ema"},
@@ -24,7 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"folder", "plan", "runtime", "views"},
     "batches": {"data", "device_views", "folder", "seeds", "views"},
     "training": {"ema", "losses", "networks", "optim", "runtime", "schedules", "seeds"},
-    "metrics": {"checkpoint", "health", "schedules", "training"},
+    "metrics": {"checkpoint", "health", "processes", "schedules", "training"},
     "evaluate": {"data", "folder", "runtime", "views"},
     "linear_probe": set(),
     "pretrained": {"backbones", "checkpoint", "seeds", "views"},
@@ -36,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "scoring": {"data", "evaluate", "runtime", "views"},
     "signals": set(),
     "run": {"backbones", "batches", "checkpoint", "config", "data", "evaluate", "folder", "losses", "metrics", "networks",
-            "optim", "pictures", "plan", "report", "runtime", "scoring", "seeds", "signals", "training"},
+            "optim", "pictures", "plan", "processes", "report", "runtime", "scoring", "seeds", "signals", "training"},
 }
 STANDARD_LIBRARY_ONLY = {"schedules", "seeds", "config", "command"}
 TORCH_ONLY = {"ema", "losses", "lars", "image_ops", "networks"}

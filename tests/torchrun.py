@@ -5,11 +5,14 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parent.parent
-SMALL = ("--arch", "conv6", "--hidden-dim", "16", "--projection-dim", "8", "--batch-size", "8", "--workers", "0", "--device", "cpu")
+SMALL = ("--arch", "conv6", "--hidden-dim", "16", "--projection-dim", "8", "--batch-size", "8", "--workers", "0",
+         "--device", "cpu")
+MARK = "BYOL_CORE_TEST"
 # What one process does after its third update, by name; `rank` is its rank and `attempt` counts torchrun's restarts.
 FAULTS = {
     "raises": "raise RuntimeError('the dog ate it')",
@@ -49,40 +52,43 @@ class Finished:
 
 
 def torchrun(folder: Path, *arguments: object, processes: int = 2, fault: str = "pass", rank: int = 1, update: int = 3,
-             options: tuple[str, ...] = (), timeout: float = 120.0) -> Finished:
+             options: tuple[str, ...] = (), timeout: float = 120.0, patience: float = 6.0) -> Finished:
     """`train.py` with these arguments in `folder`, in so many processes."""
     driver = folder / "driver.py"
     driver.write_text(DRIVER.format(repository=str(REPOSITORY), update=update, rank=rank, fault=FAULTS.get(fault, fault)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *options,
                str(driver), *map(str, arguments)]
-    return watched(command, folder, timeout)
+    return watched(command, folder, timeout, patience=patience)
 
 
-def watched(command: list[str], folder: Path, timeout: float, env: dict[str, str] | None = None) -> Finished:
-    """Run a command in a session of its own; kill what is left of that session, and say what it was."""
+def watched(command: list[str], folder: Path, timeout: float, env: dict[str, str] | None = None,
+            patience: float = 6.0) -> Finished:
+    """Run a command; say which of the processes it started are left after `patience` seconds, and kill them."""
+    mark = uuid.uuid4().hex
     began = time.monotonic()
     with open(folder / "stdout", "w") as out, open(folder / "stderr", "w") as err:
         process = subprocess.Popen(command, cwd=folder, stdout=out, stderr=err, start_new_session=True,
-                                   env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})})
+                                   env={**os.environ, "OMP_NUM_THREADS": "1", MARK: mark, **(env or {})})
         try:
             code = process.wait(timeout)
         except subprocess.TimeoutExpired:
             code = -1
         seconds = time.monotonic() - began
-    orphans = in_session(process.pid)
+    until = time.monotonic() + patience
+    while (orphans := marked(mark)) and time.monotonic() < until:
+        time.sleep(0.1)
     for pid in orphans:
         os.kill(pid, signal.SIGKILL)
     return Finished(code, (folder / "stdout").read_text(), (folder / "stderr").read_text(), seconds, orphans)
 
 
-def in_session(session: int) -> list[int]:
-    """The live processes of a session."""
+def marked(mark: str) -> list[int]:
+    """The live processes that have inherited this mark in their environment, whatever session they are in."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            state, _, _, of = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
+            if f"{MARK}={mark}".encode() in (entry / "environ").read_bytes():
+                found.append(int(entry.name))
         except OSError:
             continue
-        if int(of) == session and state != "Z":
-            found.append(int(entry.name))
     return found

@@ -82,6 +82,8 @@ class TrainConfig:
     tau_schedule: str | None = option(None, "training", "cosine: from the base to 1; constant: the base throughout",
                                       choices=("cosine", "constant"))
     accum_steps: int = option(1, "training", "micro-batches per optimizer update", type=count, metavar="N")
+    grad_checkpoint: bool = option(False, "training", "keep fewer activations and compute them again: less memory, a third "
+                                   "more time", action="store_true")
     classifier: str = option("logistic", "evaluation", "probe on frozen embeddings: logistic, knn, or the dotted name of "
                              "any scikit-learn classifier", metavar="NAME")
     eval_every: int = option(0, "evaluation", "epochs between kNN measurements while training; 0: only before and after",

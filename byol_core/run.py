@@ -23,6 +23,7 @@ from byol_core.data import ImageData, TooManyBadFilesError, choose_workers, load
 from byol_core.evaluate import embed_data, load_classifier
 from byol_core.folder import ImageSet, scan
 from byol_core.losses import effective_rank
+from byol_core.memory import peak_memory, recompute_blocks
 from byol_core.metrics import RunLog
 from byol_core.networks import BYOL
 from byol_core.optim import build_optimizer, build_scheduler
@@ -96,6 +97,8 @@ class Run:
     def _new_model(self) -> BYOL:
         model = new_model(self.config, self.plan)
         self.runtime.place_model(model)
+        if self.config.grad_checkpoint and not recompute_blocks(model.online.backbone):
+            raise ValueError(f"--grad-checkpoint: {self.plan.arch} has no repeated blocks to compute again - leave it out")
         if self.config.compile:
             model.online.compile()
             model.target.compile()
@@ -160,6 +163,7 @@ class Run:
             "views made": "on the device" if self.data.pixels is not None else "on the cpu"}))
 
     def save(self) -> None:
+        self.runtime.confirm()
         self.saved_updates = self.progress.updates
         state = {
             "identity": json.dumps(self.identity()), "version": __version__, "torch": str(torch.__version__),
@@ -310,7 +314,7 @@ class Run:
                   runtime=self.runtime, progress=self.progress, after_step=self._after_step)
         except NonFiniteError as error:
             raise NonFiniteError(
-                f"{error} at epoch {self.progress.epoch + 1}, update {self.progress.updates + 1} (lr "
+                f"{error} at epoch {self.progress.epoch + 1}, update {self.progress.updates + (not error.late)} (lr "
                 f"{self.optimizer.param_groups[0]['lr']:.3g}, precision {self.runtime.amp_dtype or torch.float32}); "
                 f"{self._what_is_saved()} - start again with a lower --lr{' or --amp off' if self.runtime.amp_dtype else ''} "
                 "and another --out") from error
@@ -417,14 +421,16 @@ class Run:
             "loss": last.get("loss"), "spread": last.get("spread"), **scores, **self.ranks,
             "measured_on": self.scorer.measured_on if self.scorer else None,
             "world_size": self.processes.world_size, "device": str(self.runtime.device),
-            "amp": AMP_FLAGS[self.runtime.amp_dtype]}
+            "amp": AMP_FLAGS[self.runtime.amp_dtype], "peak_memory_mb": round(peak_memory(self.runtime.device) / 1e6)}
 
     def check(self) -> None:
         """Say what the whole run would take; nothing is kept."""
         seconds = self.seconds_per_update()
+        where = " on the GPU" if self.runtime.device.type == "cuda" else ""
         state = sum(t.numel() * t.element_size() for t in self.model.state_dict().values())
         self.log.say(f"check: {seconds:.2f} s per update, about {seconds * self.plan.total_updates / 3600:.2f} h in all; "
                      f"{len(self.data.bad.reasons)} bad files so far; about {state * 4 / 1e6:.0f} MB of disk; "
+                     f"{peak_memory(self.runtime.device) / 1e6:.0f} MB of memory{where}; "
                      "nothing was trained")
 
     def seconds_per_update(self) -> float:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from byol_core.lars import LARS
 from byol_core.processes import ALONE, Processes
 from byol_core.watch import WAITING
 
@@ -18,7 +19,14 @@ SKIPS_IN_A_ROW = 20  # a scaler that starts at 2**16 has reached 2**-4 by then: 
 
 
 class NonFiniteError(FloatingPointError):
-    """The loss or a gradient is NaN or infinite; the weights are still those of the last good update."""
+    """The loss or a gradient is NaN or infinite; the weights are still those of the last good update.
+
+    late: whether it was noticed one update later, which has not been made.
+    """
+
+    def __init__(self, message: str, late: bool = False) -> None:
+        super().__init__(message)
+        self.late = late
 
 
 def choose_device(asked: str, processes: Processes = ALONE) -> tuple[torch.device, str]:
@@ -96,6 +104,9 @@ class Runtime:
         self.processes = processes
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp_dtype == torch.float16)
         self.skipped_in_a_row = 0
+        self.reads_late = self.device.type == "cuda"  # whether the host learns one step later if a step was finite
+        self._in_doubt: tuple[Tensor, torch.cuda.Event | None] | None = None
+        self._has_momentum = False
 
     def place_model(self, model: nn.Module) -> None:
         """Move `model` to the device, in the run's memory layout, with batch norm over all processes where that exists."""
@@ -141,13 +152,24 @@ class Runtime:
         """Apply one optimizer update and clear the gradients; False when it was skipped, as float16 may overflow.
 
         loss: what the gradients are of, unscaled.
+        On CUDA, but for float16 and optimizers that cannot skip an update on the device, the host does not wait for the
+        outcome: a step that is not finite changes no weight, and the next one says so.
         Raises: NonFiniteError, before any weight has changed, when the loss or a gradient is not finite (in float16: when
         that was so for many steps in a row).
         """
+        self.confirm()
         self.scaler.unscale_(optimizer)
-        finite = _gradients_are_finite(optimizer) and bool(torch.isfinite(loss))
-        if finite:  # asked here, as a fused optimizer that the scaler skips at its first step starts from random momentum
-            self.scaler.step(optimizer)
+        finite_there = _gradients_are_finite(optimizer) & torch.isfinite(loss)
+        # A fused optimizer that skips its very first update starts from uninitialised momentum, so that one is waited for.
+        if self.reads_late and self._has_momentum and not self.scaler.is_enabled() and _skips_on_device(optimizer):
+            _step_unless(optimizer, ~finite_there)
+            self._in_doubt = _sent_to_host(finite_there)
+            finite = True
+        else:
+            finite = bool(finite_there)
+            if finite:
+                self.scaler.step(optimizer)
+                self._has_momentum = True
         if self.scaler.is_enabled():
             self.scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -159,8 +181,46 @@ class Runtime:
                                  f"the loss or a gradient was not finite for {SKIPS_IN_A_ROW} steps in a row")
         return finite
 
+    def confirm(self) -> None:
+        """Make sure that the latest step was finite; call it before anything is made of its weights.
 
-def _gradients_are_finite(optimizer: Optimizer) -> bool:
-    """By one norm over all gradients: NaN and infinity anywhere make it so."""
+        Raises: NonFiniteError when it was not, and has changed no weight.
+        """
+        in_doubt, self._in_doubt = self._in_doubt, None
+        if in_doubt is not None:
+            finite, arrived = in_doubt
+            if arrived is not None:
+                arrived.synchronize()
+            if not finite:
+                raise NonFiniteError("the loss or a gradient is not finite", late=True)
+
+
+def _gradients_are_finite(optimizer: Optimizer) -> Tensor:
+    """() bool, by one norm over all gradients: NaN and infinity anywhere make it so."""
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    return bool(torch.isfinite(nn.utils.get_total_norm(gradients)))
+    return torch.isfinite(nn.utils.get_total_norm(gradients))
+
+
+def _skips_on_device(optimizer: Optimizer) -> bool:
+    """Whether it looks at `found_inf` itself, as torch's fused optimizers do for the gradient scaler."""
+    return isinstance(optimizer, LARS) or getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+def _step_unless(optimizer: Optimizer, skip: Tensor) -> None:
+    optimizer.grad_scale = None  # type: ignore[attr-defined]
+    optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+
+
+def _sent_to_host(finite: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """The tensor on its way to the host, and when it has arrived there."""
+    if finite.device.type != "cuda":
+        return finite, None
+    host = torch.empty((), dtype=torch.bool, pin_memory=True)
+    host.copy_(finite, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+    return host, arrived

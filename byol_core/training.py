@@ -96,7 +96,7 @@ def train(model: BYOL, batches: SeekableBatches | PlainBatches, epochs: int, *, 
     after every step, to log, to save, or to stop by raising.
     Returns: the progress, complete.
     Raises: ValueError for unusable arguments; NonFiniteError, before any weight has changed, when the loss or a gradient is
-    not finite.
+    not finite (on CUDA one step later, see `Runtime.step`).
     """
     runtime = runtime or Runtime(next(model.online.parameters()).device)
     optimizer = optimizer or torch.optim.Adam(model.online.parameters(), lr=3e-4)
@@ -138,6 +138,7 @@ def train(model: BYOL, batches: SeekableBatches | PlainBatches, epochs: int, *, 
                 progress.start_epoch(epoch + 1)
             if after_step:
                 after_step(progress, Step(loss, z1, z2, tau, lr, applied))
+    runtime.confirm()
     return progress
 
 

@@ -12,8 +12,9 @@ GROUND = {"ema", "schedules", "losses", "lars", "image_ops", "seeds"}
 # Each module and what it may import from the package; layer by layer, from the ground up.
 MAY_IMPORT: dict[str, set[str]] = {
     **{name: set() for name in GROUND},
-    "backbones": set(), "views": {"image_ops"}, "watch": set(), "checkpoint": set(), "folder": set(), "config": set(),
-    "processes": {"watch"}, "runtime": {"processes", "watch"},
+    "backbones": set(), "views": {"image_ops"}, "watch": set(), "memory": set(),
+    "checkpoint": set(), "folder": set(), "config": set(),
+    "processes": {"watch"}, "runtime": {"lars", "processes", "watch"},
     "sample": {"config"},
     "run_folder": {"checkpoint", "config"},
     "networks": {"ema"},
@@ -36,8 +37,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pictures": {"batches", "checkpoint", "data", "folder", "seeds", "views"},
     "scoring": {"data", "evaluate", "runtime", "views"},
     "signals": set(),
-    "run": {"backbones", "batches", "checkpoint", "config", "data", "evaluate", "folder", "losses", "metrics", "networks",
-            "optim", "pictures", "plan", "processes", "report", "runtime", "scoring", "seeds", "signals", "training"},
+    "run": {"backbones", "batches", "checkpoint", "config", "data", "evaluate", "folder", "losses", "memory", "metrics",
+            "networks", "optim", "pictures", "plan", "processes", "report", "runtime", "scoring", "seeds", "signals",
+            "training"},
 }
 STANDARD_LIBRARY_ONLY = {"schedules", "seeds", "config", "command"}
 TORCH_ONLY = {"ema", "losses", "lars", "image_ops", "networks"}

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from byol_core.lars import LARS
 from byol_core.runtime import NonFiniteError, Runtime, choose_device, choose_precision
 
 
@@ -71,3 +72,84 @@ def test_channels_last_keeps_values_and_changes_layout() -> None:
     view = torch.rand(2, 3, 4, 4)
     placed = Runtime("cpu", channels_last=True).place(view)
     assert torch.equal(placed, view) and placed.is_contiguous(memory_format=torch.channels_last)
+
+
+OPTIMIZERS = {
+    "lars": lambda parameters: LARS([{"params": parameters, "adapt": True}], lr=0.5, weight_decay=1e-2),
+    "lars on biases": lambda parameters: LARS([{"params": parameters, "adapt": False}], lr=0.5, weight_decay=1e-2),
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.5, momentum=0.9, fused=True),
+    "adam": lambda parameters: torch.optim.Adam(parameters, lr=0.5, fused=True),
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.5, fused=True),
+}
+
+
+def steps_until_refused(optimizer: torch.optim.Optimizer, weight: nn.Parameter, runtime: Runtime) -> list[torch.Tensor]:
+    """The weight after each of three steps, the last of which has an infinite gradient; the fourth is refused."""
+    weights = []
+    for gradient in ([1.0, -2.0], [0.5, 3.0], [1.0, torch.inf], [1.0, 1.0]):
+        weight.grad = torch.tensor([gradient])
+        runtime.step(optimizer, torch.tensor(1.0))
+        weights.append(weight.detach().clone())
+    return weights
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_infinite_gradient_noticed_late_has_changed_nothing(name: str) -> None:
+    """As on CUDA, where the host does not wait; the steps before are those of a host that does."""
+    weights = []
+    for late in (False, True):
+        weight = nn.Parameter(torch.tensor([[1.0, 2.0]]))
+        optimizer = OPTIMIZERS[name]([weight])
+        runtime = Runtime()
+        runtime.reads_late = late
+        with pytest.raises(NonFiniteError) as caught:
+            steps_until_refused(optimizer, weight, runtime)
+        assert caught.value.late is late
+        weights.append(weight.detach().clone())
+        for value in optimizer.state[weight].values():
+            assert value is None or torch.isfinite(value).all()
+    assert torch.equal(*weights) and not torch.equal(weights[0], torch.tensor([[1.0, 2.0]]))
+
+
+def test_what_is_in_doubt_is_refused_before_anything_is_made_of_it() -> None:
+    weight = nn.Parameter(torch.tensor([[1.0, 2.0]]))
+    optimizer = OPTIMIZERS["sgd"]([weight])
+    runtime = Runtime()
+    runtime.reads_late = True
+    weight.grad = torch.ones(1, 2)
+    runtime.step(optimizer, torch.tensor(1.0))
+    runtime.confirm()
+    weight.grad = torch.ones(1, 2)
+    assert runtime.step(optimizer, torch.tensor(torch.nan))
+    with pytest.raises(NonFiniteError, match="not finite"):
+        runtime.confirm()
+
+
+def test_an_optimizer_that_cannot_skip_on_the_device_is_waited_for() -> None:
+    weight = nn.Parameter(torch.tensor([[1.0, 2.0]]))
+    optimizer = torch.optim.RMSprop([weight], lr=0.5)
+    runtime = Runtime()
+    runtime.reads_late = True
+    with pytest.raises(NonFiniteError) as caught:
+        steps_until_refused(optimizer, weight, runtime)
+    assert not caught.value.late and torch.isfinite(weight).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_step_on_cuda_does_not_wait_for_the_device(name: str) -> None:
+    model = nn.Linear(8, 8).cuda()
+    optimizer = OPTIMIZERS[name](list(model.parameters()))
+    runtime = Runtime("cuda", torch.bfloat16)
+    images = torch.randn(4, 8, device="cuda")
+    for number in range(4):
+        torch.cuda.set_sync_debug_mode("error" if number else "default")  # the first step is waited for
+        try:
+            with runtime.autocast():
+                loss = model(images).square().mean()
+            runtime.backward(loss)
+            assert runtime.step(optimizer, loss.detach())
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    runtime.confirm()

@@ -484,3 +484,17 @@ def test_help_and_a_mistyped_flag_do_not_load_torch(tmp_path: Path) -> None:
     for argument in ("--help", "--epoch"):
         done = subprocess.run([sys.executable, "-c", script, argument], capture_output=True, text=True, cwd=REPOSITORY)
         assert done.stderr.endswith("[]")
+
+
+def test_recomputing_activations_changes_no_weight(image_folder: Callable[..., Path]) -> None:
+    data = image_folder(size=(8, 8), per_class=4)
+    small = ("--epochs", 1, "--batch-size", 4, "--hidden-dim", 8, "--projection-dim", 4, "--no-eval", "--device", "cpu")
+    assert run("--data", data, "--out", "kept", *small) == 0
+    assert run("--data", data, "--out", "again", *small, "--grad-checkpoint") == 0
+    kept, again = (torch.load(f"{name}/last.pt", weights_only=True)["model"] for name in ("kept", "again"))
+    assert all(torch.equal(tensor, again[name]) for name, tensor in kept.items())
+
+
+def test_a_network_without_blocks_to_compute_again_is_named(image_folder: Callable[..., Path], capsys) -> None:
+    assert run("--data", image_folder(), "--epochs", 1, "--out", "out", "--grad-checkpoint", *SMALL) == 2
+    assert "--grad-checkpoint: conv6 has no repeated blocks" in capsys.readouterr().err

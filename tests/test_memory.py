@@ -1,0 +1,60 @@
+"""Recomputed activations: the same training in less memory."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from byol_core.backbones import build_backbone
+from byol_core.memory import recompute_blocks
+from byol_core.networks import BYOL
+from byol_core.training import train
+
+
+@pytest.mark.parametrize("name,blocks", [("resnet18", 8), ("resnet50", 16), ("vit_b_16", 12), ("convnext_tiny", 18)])
+def test_blocks_are_those_of_torchvision(name: str, blocks: int) -> None:
+    with torch.device("meta"):
+        network = torchvision.models.get_model(name)
+    names = list(network.state_dict())
+    assert recompute_blocks(network) == blocks and list(network.state_dict()) == names
+
+
+def test_a_network_without_blocks_stays_as_it_is() -> None:
+    assert recompute_blocks(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())) == 0
+
+
+def test_training_is_the_same_to_the_last_bit_statistics_included() -> None:
+    """Both views pass through the same blocks before the backward pass, so statistics must not be counted twice."""
+    torch.manual_seed(0)
+    model = BYOL(*build_backbone("resnet18", small_images=True), hidden_dim=16, out_dim=8)
+    other = copy.deepcopy(model)
+    assert recompute_blocks(other.online.backbone) == 8
+    views = [(torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8)) for _ in range(2)]
+    for network in (model, other):
+        train(network, views, 1)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
+
+
+@pytest.mark.slow
+def test_it_takes_less_memory() -> None:
+    script = """
+import sys, torch
+from byol_core.backbones import build_backbone
+from byol_core.memory import peak_memory, recompute_blocks
+from byol_core.networks import BYOL
+from byol_core.training import train
+model = BYOL(*build_backbone("resnet18"), hidden_dim=64, out_dim=32)
+if sys.argv[1] == "less":
+    recompute_blocks(model.online.backbone)
+before = peak_memory(torch.device("cpu"))
+train(model, [(torch.randn(64, 3, 96, 96),) * 2], 1)
+print(peak_memory(torch.device("cpu")) - before)
+"""
+    used = {way: int(subprocess.run([sys.executable, "-c", script, way], check=True, capture_output=True, text=True).stdout)
+            for way in ("less", "all")}
+    assert used["less"] < 0.7 * used["all"], used

@@ -17,10 +17,13 @@ _WRAPPERS = (
     ("torch.distributed.algorithms._checkpoint.checkpoint_wrapper", "ActivationWrapper", "_checkpoint_wrapped_module"),
 )
 _AVERAGED = frozenset({torch.float32, torch.float64, torch.complex64, torch.complex128})
+_PLAIN = frozenset({Tensor, nn.Parameter})
 _NO_MODULE = nn.Module()
 _ONLINE = -1
 
-_Pair = tuple[str, Tensor, Tensor]  # a label such as "parameter 'conv1.weight'", target's tensor, online's tensor
+_Lists = tuple[list[Tensor], list[Tensor]]  # target's and online's, as a fused operation takes them
+_Pairs = tuple[list[str], list[Tensor], list[Tensor]]  # labels such as "parameter 'conv1.weight'", target's, online's
+_Groups = dict[tuple[object, ...], _Pairs]  # by what a fused operation wants alike; first, whether it averages
 
 
 @torch.inference_mode()  # more than no_grad: a target made under inference_mode may be written, too
@@ -54,48 +57,62 @@ def ema_update(target: nn.Module, online: nn.Module, tau: float, *,
     tau = weight
     if buffers not in ("keep", "copy", "average"):
         raise ValueError(f"ema_update: buffers must be 'keep', 'copy' or 'average', got {buffers!r}")
-    averaged, copied, unpaired = _pairs(target, online, buffers)
-    averaged, copied = _distinct(averaged, copied, unpaired)
-
-    if tau == 0.0:
-        copied = copied + averaged  # a lerp of weight 1 would keep target's nan and inf
-    elif tau < 1.0:
-        # Casts first: one that fails must find target as it was.
-        groups = [(targets, onlines if targets[0].dtype == onlines[0].dtype else
-                   [tensor.to(targets[0].dtype) for tensor in onlines]) for targets, onlines in _alike(averaged)]
-        for targets, onlines in groups:
-            torch._foreach_lerp_(targets, onlines, 1.0 - tau)
-    for targets, onlines in _alike(copied):
+    lerps, copies = _plan(target, online, tau, buffers)
+    for targets, onlines in lerps:
+        torch._foreach_lerp_(targets, onlines, 1.0 - tau)
+    for targets, onlines in copies:
         torch._foreach_copy_(targets, onlines)
 
 
-def _pairs(target: nn.Module, online: nn.Module, buffers: str) -> tuple[list[_Pair], list[_Pair], list[Tensor]]:
-    """Checked pairs to average, checked pairs to copy, and the tensors in memory that only online holds."""
+def _plan(target: nn.Module, online: nn.Module, tau: float, buffers: str) -> tuple[list[_Lists], list[_Lists]]:
+    """Targets and onlines to lerp, and those to copy, once everything is checked and cast."""
+    lerps: list[_Lists] = []
+    copies: list[_Lists] = []
+    for (average, *_), (_, targets, onlines) in _distinct(*_pairs(target, online, buffers)).items():
+        if not average or tau == 0.0:  # a lerp of weight 1 would keep target's nan and inf
+            copies.append((targets, onlines))
+        elif tau < 1.0:
+            if onlines[0].dtype != targets[0].dtype:
+                onlines = [tensor.to(targets[0].dtype) for tensor in onlines]
+            lerps.append((targets, onlines))
+    return lerps, copies
+
+
+def _pairs(target: nn.Module, online: nn.Module, buffers: str) -> tuple[_Groups, list[Tensor]]:
+    """Checked pairs in groups that one fused operation can serve, and the tensors in memory that only online holds."""
     for role, module in (("target", target), ("online", online)):
         if not isinstance(module, nn.Module):
             raise ValueError(f"ema_update: {role} must be a torch.nn.Module, got {type(module).__name__}")
     dtensor = _loaded("torch.distributed.tensor", "DTensor")
-    averaged: list[_Pair] = []
-    copied: list[_Pair] = []
+    groups: _Groups = {}
     unpaired: list[Tensor] = []
     for kind in ("parameter",) if buffers == "keep" else ("parameter", "buffer"):
-        found, rest = _walk(target, online, f"_{kind}s")
-        for name, mine, theirs in found:
-            label = f"{kind} '{name}'"
+        found, rest = _walk(target, online, kind)
+        alike: tuple[object, ...] = ()
+        for label, mine, theirs in found:
             if theirs is None:
-                raise ValueError(f"ema_update: target {label} has no partner in online{_hint(name, kind, online)}")
-            if isinstance(mine, dtensor) or isinstance(theirs, dtensor):
-                mine, theirs = _shards(label, mine, theirs, dtensor)
-            average = kind == "parameter" or buffers == "average" and _is_inexact(mine)
-            refusal = _refusal(mine, theirs, average)
-            if refusal:
-                raise ValueError(f"ema_update: target {label} {refusal}")
-            (averaged if average else copied).append((label, mine, theirs))
+                raise ValueError(f"ema_update: target {label} has no partner in online{_hint(label, kind, online)}")
+            if type(mine) not in _PLAIN or type(theirs) not in _PLAIN:
+                if isinstance(mine, dtensor) or isinstance(theirs, dtensor):
+                    mine, theirs = _shards(label, mine, theirs, dtensor)
+                alike = ()  # lazy ones among them have no shape to compare
+            properties = mine.dtype, theirs.dtype, mine.device, theirs.device, mine.layout, theirs.layout
+            # Most often a pair is like the one before it, which was checked; then little can be wrong with it.
+            if properties != alike or mine.shape != theirs.shape or not mine.is_contiguous() or mine.is_neg():
+                average = kind == "parameter" or buffers == "average" and _is_inexact(mine)
+                refusal = _refusal(mine, theirs, average)
+                if refusal:
+                    raise ValueError(f"ema_update: target {label} {refusal}")
+                labels, targets, onlines = groups.setdefault((average, *properties), ([], [], []))
+                alike = () if mine.is_complex() else properties  # a complex tensor may be conjugate: check each
+            labels.append(label)
+            targets.append(mine)
+            onlines.append(theirs)
         unpaired += [tensor.to_local() if isinstance(tensor, dtensor) else tensor for tensor in rest
                      if not is_lazy(tensor) and tensor.layout is torch.strided]
-    if not averaged and not copied:
+    if not groups:
         raise ValueError("ema_update: target holds no tensors to update")
-    return averaged, copied, unpaired
+    return groups, unpaired
 
 
 def _loaded(path: str, name: str) -> tuple[type[Any], ...]:
@@ -105,18 +122,19 @@ def _loaded(path: str, name: str) -> tuple[type[Any], ...]:
 
 
 def _walk(target: nn.Module, online: nn.Module,
-          tensors: str) -> tuple[list[tuple[str, Tensor, Tensor | None]], list[Tensor]]:
-    """(name, target's tensor, online's or None) down both module trees at once, and the tensors of online left over."""
-    wrappers = {kind: segment for path, name, segment in _WRAPPERS for kind in _loaded(path, name)}
+          kind: str) -> tuple[list[tuple[str, Tensor, Tensor | None]], list[Tensor]]:
+    """(label, target's tensor, online's or None) down both module trees at once, and online's tensors left over."""
+    wrappers = {wrapper: segment for path, name, segment in _WRAPPERS for wrapper in _loaded(path, name)}
     fsdp = _loaded("torch.distributed.fsdp", "FSDPModule")
     plain: set[type] = set()  # the types met that are none of these, as asking every module is slow
+    attribute = f"_{kind}s"
     found: list[tuple[str, Tensor, Tensor | None]] = []
     left_over: list[Tensor] = []
 
     def unwrap(module: nn.Module) -> nn.Module:
-        for wrapper, segment in wrappers.items():
-            if isinstance(module, wrapper):
-                return unwrap(getattr(module, segment))
+        for base in type(module).__mro__:
+            if base in wrappers:
+                return unwrap(getattr(module, wrappers[base]))
         if isinstance(module, fsdp):
             module.reshard()  # gathered parameters are copies: writing to them has no effect
         else:
@@ -128,35 +146,41 @@ def _walk(target: nn.Module, online: nn.Module,
             target = unwrap(target)
         if type(online) not in plain:
             online = unwrap(online)
-        own, partners = getattr(target, tensors), getattr(online, tensors)
-        for name, tensor in own.items():
-            partner = partners[name] if name in partners else None
-            if tensor is not None:
-                found.append((prefix + name, tensor, partner))
-            elif partner is not None:
-                left_over.append(partner)
-        if partners.keys() != own.keys():
-            left_over.extend(tensor for name, tensor in partners.items() if name not in own and tensor is not None)
+        own, others = getattr(target, attribute), getattr(online, attribute)
+        if own or others:
+            for name, tensor in own.items():
+                partner = others[name] if name in others else None
+                if tensor is not None:
+                    found.append((f"{prefix}{name}'", tensor, partner))
+                elif partner is not None:
+                    left_over.append(partner)
+            if others.keys() != own.keys():
+                left_over.extend(tensor for name, tensor in others.items() if name not in own and tensor is not None)
 
-        own, partners = target._modules, online._modules
-        for name, child in own.items():
-            if child is not None:
-                partner = partners[name] if name in partners else None
-                descend(child, _NO_MODULE if partner is None else partner, f"{prefix}{name}.")
-        if partners.keys() != own.keys():
-            for name, child in partners.items():
-                if child is not None and name not in own:
-                    left_over.extend(child.parameters() if tensors == "_parameters" else child.buffers())
+        own, others = target._modules, online._modules
+        if own or others:
+            for name, child in own.items():
+                if child is not None:
+                    partner = others[name] if name in others else None
+                    descend(child, _NO_MODULE if partner is None else partner, f"{prefix}{name}.")
+            if others.keys() != own.keys():
+                for name, child in others.items():
+                    if child is not None and name not in own:
+                        left_over.extend(child.parameters() if kind == "parameter" else child.buffers())
 
     target, online = unwrap(target), unwrap(online)
     if target is online:
         raise ValueError("ema_update: target and online are the same module; make target with copy.deepcopy(online)")
-    descend(target, online, "")
+    try:
+        descend(target, online, f"{kind} '")
+    except RecursionError:
+        raise ValueError("ema_update: target contains itself, or its modules are nested too deeply") from None
     return found, left_over
 
 
-def _hint(name: str, kind: str, online: nn.Module) -> str:
+def _hint(label: str, kind: str, online: nn.Module) -> str:
     """What online holds instead; the usual cause is a wrapper of unknown type around one of the two."""
+    name = label.removeprefix(f"{kind} ").strip("'")
     names = [other for other, _ in (online.named_parameters() if kind == "parameter" else online.named_buffers())]
     if not names:
         return f", which has no {kind}s"
@@ -229,31 +253,36 @@ def _is_inexact(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
-def _distinct(averaged: list[_Pair], copied: list[_Pair],
-              unpaired: list[Tensor]) -> tuple[list[_Pair], list[_Pair]]:
+def _distinct(groups: _Groups, unpaired: list[Tensor]) -> _Groups:
     """The pairs with tied tensors once; every byte of target is written once, and none of them belongs to online."""
-    pairs = averaged + copied
-    everything = unpaired + [mine for _, mine, _ in pairs] + [theirs for _, _, theirs in pairs]
+    everything = list(unpaired)
+    for _, targets, onlines in groups.values():
+        everything += targets
+        everything += onlines
     pointers = {tensor.untyped_storage().data_ptr() for tensor in everything}
     if 0 in pointers:
-        for label, mine, theirs in pairs:
-            if mine.numel() and 0 in (mine.untyped_storage().data_ptr(), theirs.untyped_storage().data_ptr()):
-                raise ValueError(f"ema_update: target {label} or online's holds no memory, as after a sharding wrapper "
-                                 "freed it; gather it first")
+        for labels, targets, onlines in groups.values():
+            for label, mine, theirs in zip(labels, targets, onlines):
+                if mine.numel() and 0 in (mine.untyped_storage().data_ptr(), theirs.untyped_storage().data_ptr()):
+                    raise ValueError(f"ema_update: target {label} or online's holds no memory, as after a sharding "
+                                     "wrapper freed it; gather it first")
     if len(pointers) == len(everything):
-        return averaged, copied
+        return groups
 
-    kept: list[list[_Pair]] = []
-    for pairs in (averaged, copied):
-        first: dict[object, _Pair] = {}
-        for label, mine, theirs in pairs:
+    kept: _Groups = {}
+    pairs: list[tuple[str, Tensor, Tensor]] = []
+    for key, (labels, targets, onlines) in groups.items():
+        first: dict[object, tuple[str, Tensor, Tensor]] = {}
+        for label, mine, theirs in zip(labels, targets, onlines):
             if mine.numel():
                 known = first.setdefault(_place(mine), (label, mine, theirs))
                 if _place(known[2]) != _place(theirs):
                     raise ValueError(f"ema_update: target ties {known[0]} and {label}, online does not; "
                                      "tie them in both, or in neither")
-        kept.append(list(first.values()))
-    pairs = kept[0] + kept[1]
+        if first:
+            pairs += first.values()
+            kept[key] = ([label for label, _, _ in first.values()], [mine for _, mine, _ in first.values()],
+                         [theirs for _, _, theirs in first.values()])
     spans = [(*_span(mine), number) for number, (_, mine, _) in enumerate(pairs)]
     spans += [(*_span(tensor), _ONLINE) for tensor in unpaired + [theirs for *_, theirs in pairs] if tensor.numel()]
 
@@ -274,7 +303,7 @@ def _distinct(averaged: list[_Pair], copied: list[_Pair],
     if shared:
         raise ValueError(f"ema_update: target and online share {pairs[min(shared)][0]}; give target its own memory, as "
                          "with copy.deepcopy(online)")
-    return kept[0], kept[1]
+    return kept
 
 
 def _place(tensor: Tensor) -> tuple[object, ...]:
@@ -290,16 +319,3 @@ def _span(tensor: Tensor) -> tuple[int, int, int]:
 def _extent(tensor: Tensor) -> int:
     """Elements from the first to the last in memory, of a tensor that is not empty."""
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
-
-
-def _alike(pairs: list[_Pair]) -> list[tuple[list[Tensor], list[Tensor]]]:
-    """Targets and onlines in groups of one device and one dtype each, as the fused operations want them."""
-    groups: dict[object, tuple[list[Tensor], list[Tensor]]] = {}
-    last: tuple[object, ...] = ()
-    for _, mine, theirs in pairs:
-        kind = (mine.device, mine.dtype, theirs.dtype)
-        if kind != last:  # most often it is that of the tensor before
-            last, (targets, onlines) = kind, groups.setdefault(kind, ([], []))
-        targets.append(mine)
-        onlines.append(theirs)
-    return list(groups.values())

@@ -11,12 +11,13 @@ from torch.optim import Optimizer
 
 @torch.no_grad()
 def lars_update(params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor], *,
-                lr: float, momentum: float, weight_decay: float, trust: float, adapt: bool) -> None:
+                lr: float, momentum: float, weight_decay: float, trust: float, adapt: bool,
+                found_inf: Tensor | None = None) -> None:
     """g' = g + wd p; r = trust |p| / |g'|; m <- momentum m + r g'; p <- p - lr m, in place for every tensor.
 
     r is 1 where |p| or |g'| is 0, and everywhere when adapt is False, which is plain heavy-ball SGD.
     params, grads, momentum_buffers: equally long, tensor by tensor of one shape, all of one dtype and device; grads
-    are only read. Nothing is read back to the host.
+    are only read. Nothing is read back to the host. found_inf: () on the device; where it is not 0, nothing changes.
     Source: You et al. 2017 (arXiv 1708.03888); DeepMind's byol/utils/optimizers.py, whose norm is of the decayed
     gradient.
     """
@@ -24,22 +25,32 @@ def lars_update(params: list[Tensor], grads: list[Tensor], momentum_buffers: lis
     size = len(params) if params and params[0].device.type != "cpu" else 1
     for start in range(0, len(params), size):
         part = slice(start, start + size)
-        _update(params[part], grads[part], momentum_buffers[part], lr, momentum, weight_decay, trust, adapt)
+        _update(params[part], grads[part], momentum_buffers[part], lr, momentum, weight_decay, trust, adapt, found_inf)
 
 
 def _update(params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], lr: float, momentum: float,
-            weight_decay: float, trust: float, adapt: bool) -> None:
-    updates = torch._foreach_add(grads, params, alpha=weight_decay) if weight_decay else grads
-    if adapt:
-        param_norms = torch.stack(torch._foreach_norm(params))
-        update_norms = torch.stack(torch._foreach_norm(updates))
-        ratios = torch.where((param_norms > 0) & (update_norms > 0), trust * param_norms / update_norms, 1.0)
-        torch._foreach_mul_(buffers, momentum)
-        torch._foreach_addcmul_(buffers, updates, ratios.unbind())
+            weight_decay: float, trust: float, adapt: bool, found_inf: Tensor | None) -> None:
+    values = params
+    if adapt and params[0].dtype.itemsize < 4:  # a norm soon leaves float16's range, or the ratio does
+        values, grads = ([tensor.float() for tensor in tensors] for tensors in (params, grads))
+    updates = torch._foreach_add(grads, values, alpha=weight_decay) if weight_decay else grads
+    if found_inf is not None:  # a skipped step: nothing is added to the momentum, nothing taken off it or the parameters
+        skip = found_inf.reshape(()) != 0
+        updates = [torch.where(skip, 0.0, update) for update in updates]
+        torch._foreach_mul_(buffers, torch.where(skip, 1.0, momentum).to(buffers[0].dtype))
     else:
         torch._foreach_mul_(buffers, momentum)
+    if adapt:
+        param_norms = torch.stack(torch._foreach_norm(values))
+        update_norms = torch.stack(torch._foreach_norm(updates))
+        ratios = torch.where((param_norms > 0) & (update_norms > 0), trust * param_norms / update_norms, 1.0)
+        torch._foreach_addcmul_(buffers, updates, ratios.unbind())
+    else:
         torch._foreach_add_(buffers, updates)
-    torch._foreach_add_(params, buffers, alpha=-lr)
+    if found_inf is not None:
+        torch._foreach_addcmul_(params, buffers, [torch.where(skip, 0.0, -lr).to(params[0].dtype)] * len(params))
+    else:
+        torch._foreach_add_(params, buffers, alpha=-lr)
 
 
 class LARS(Optimizer):
@@ -47,7 +58,8 @@ class LARS(Optimizer):
 
     Each parameter group may set its own lr, momentum, weight_decay, trust and adapt (default True). adapt and
     weight_decay are independent: see `parameter_groups`. Momentum is heavy-ball: no dampening, no Nesterov. Gradients
-    are not modified, and a step never waits for the device.
+    are not modified, and a step never waits for the device. As with torch's fused optimizers, an attribute found_inf that
+    is not 0 makes a step change nothing.
     Raises: ValueError for a value that is negative or not finite, naming it.
     Source: You et al. 2017 (arXiv 1708.03888); DeepMind's byol/utils/optimizers.py.
 
@@ -104,7 +116,8 @@ class LARS(Optimizer):
                 buffers.append(state["momentum_buffer"])
             for params, grads, buffers in alike.values():
                 lars_update(params, grads, buffers, lr=group["lr"], momentum=group["momentum"],
-                            weight_decay=group["weight_decay"], trust=group["trust"], adapt=group["adapt"])
+                            weight_decay=group["weight_decay"], trust=group["trust"], adapt=group["adapt"],
+                            found_inf=getattr(self, "found_inf", None))
         return loss
 
 

@@ -113,6 +113,19 @@ def check_refuses_other_placements(mesh: DeviceMesh) -> None:
     assert_refused(placed(0, 0), placed(1, 1), "parameter 'weight' is .*shard both networks alike")
 
 
+def check_refuses_other_global_shapes(mesh: DeviceMesh) -> None:
+    """Shards of two rows each on either side, of tensors said to have four rows and three."""
+    def placed(value: float, rows: int) -> nn.Module:
+        module = nn.Module()
+        module.weight = nn.Parameter(DTensor.from_local(torch.full((2, 2), value), mesh, [Shard(0)], run_check=False,
+                                                        shape=torch.Size((rows, 2)), stride=(2, 1)))
+        return module
+    target, online = placed(0.0, 4), placed(1.0, 3)
+    with pytest.raises(ValueError, match=r"'weight' is .* of shape \(4, 2\), online's is .* of shape \(3, 2\)"):
+        ema_update(target, online, 0.5)
+    assert target.weight.to_local().tolist() == [[0.0, 0.0], [0.0, 0.0]]
+
+
 def check_refuses_the_same_shards(mesh: DeviceMesh) -> None:
     target, online = sharded(0, mesh), nn.Module()
     for name, child in target.named_children():
@@ -122,7 +135,7 @@ def check_refuses_the_same_shards(mesh: DeviceMesh) -> None:
 
 CHECKS: list[Callable[[DeviceMesh], None]] = [
     check_matches_one_process, check_extra_modules_and_buffers, check_refuses_a_plain_partner,
-    check_refuses_other_placements, check_refuses_the_same_shards,
+    check_refuses_other_placements, check_refuses_other_global_shapes, check_refuses_the_same_shards,
 ]
 if hasattr(torch.cpu.Stream, "record_event"):  # without it, as in torch 2.6, FSDP2's own forward pass fails on a CPU
     CHECKS += [check_forward_passes_between_updates, check_training_goes_on_between_updates]

@@ -230,6 +230,17 @@ def test_lars_step_does_not_wait_for_the_gpu() -> None:
         np.testing.assert_allclose(param.detach().cpu().double().numpy(), value, rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("weight_decay", [0.0, 1e-3])
+def test_lars_step_of_a_16_bit_tensor_is_right_where_a_norm_or_the_ratio_leaves_float16(
+        dtype: torch.dtype, weight_decay: float) -> None:
+    """|g| = 2e6 is infinite in float16 and the ratio, 2.5e-8, zero there; the step is 0.1 |p| long all the same."""
+    param = nn.Parameter(torch.ones(50, 50, dtype=dtype))
+    run(LARS([param], lr=100.0, trust=1e-3, weight_decay=weight_decay), [param], [[torch.full_like(param, 4e4)]])
+    torch.testing.assert_close(param.detach().float(), torch.full((50, 50), 0.9), rtol=4e-3, atol=0.0)
+    assert param.dtype == dtype
+
+
 # Groups
 
 

@@ -84,6 +84,61 @@ def test_ema_update_either_fits_or_refuses_and_changes_nothing(tree: dict, other
             assert shape == param.shape and (dtype == param.dtype or param.dtype == torch.float64)
 
 
+EDITS = st.lists(st.tuples(st.sampled_from(["data", "replace", "dtype", "shape", "share", "tie", "drop"]),
+                           st.sampled_from(["target", "online", "both"]), st.integers(0, 7)), max_size=4)
+
+
+def change(module: nn.Module, other: nn.Module, edit: str, number: int) -> None:
+    """One edit of a parameter of module, as callers make them between two updates."""
+    places = [(owner, name) for owner in module.modules() for name in owner._parameters]
+    owner, name = places[number % len(places)]
+    param = owner._parameters[name]
+    if param is None or edit == "drop":
+        owner._parameters[name] = None
+    elif edit == "data":
+        param.data = torch.full_like(param, 3.0)
+    elif edit == "replace":
+        owner._parameters[name] = nn.Parameter(torch.full_like(param, 5.0))
+    elif edit == "dtype":
+        param.data = param.data.to(torch.float64)
+    elif edit == "shape":
+        param.data = param.data[None]
+    elif edit == "share":
+        partner = dict(other.named_parameters(remove_duplicate=False)).get(list(
+            dict(module.named_parameters(remove_duplicate=False)))[0])
+        if partner is not None:
+            next(module.parameters()).data = partner.data
+    else:
+        owner._parameters[name] = next(module.parameters())
+
+
+@steady
+@given(TREES, EDITS)
+def test_ema_update_is_right_or_refuses_after_any_edits_between_calls(
+        tree: dict, edits: list[tuple[str, str, int]]) -> None:
+    target, online = build(tree, 0), build(tree, 1)
+    ema_update(target, online, 0.5)
+    for edit, side, number in edits:
+        if side != "online":
+            change(target, online, edit, number)
+        if side != "target":
+            change(online, target, edit, number)
+        if not list(target.parameters()) or not list(online.parameters()):
+            return
+        before = [param.detach().clone() for param in target.parameters()]
+        partners = {name: param.detach().clone() for name, param in online.named_parameters(remove_duplicate=False)}
+        names = [name for name, _ in target.named_parameters()]
+        try:
+            ema_update(target, online, 0.5)
+        except ValueError:
+            assert all(torch.equal(param, old) for param, old in zip(target.parameters(), before))
+            return
+        assert {id(param) for param in target.parameters()}.isdisjoint(id(param) for param in online.parameters())
+        for name, param, old in zip(names, target.parameters(), before):
+            assert partners[name].shape == old.shape
+            torch.testing.assert_close(param.detach(), ((old + partners[name]) / 2).to(old.dtype), rtol=1e-6, atol=1e-6)
+
+
 @steady
 @given(TREES, st.floats(allow_nan=True, allow_infinity=True).filter(lambda tau: not 0 <= tau <= 1))
 def test_ema_update_refuses_every_tau_outside_0_1(tree: dict, tau: float) -> None:

@@ -356,7 +356,10 @@ def _go_on(run: RunFiles) -> str:
     asked = run.config.get("config", {})
     if not asked or not set(asked) <= known:
         return ""
+    processes = run.summary.get("world_size", 1)
     command = command_line(without_sample(TrainConfig(**asked)))
+    if processes != 1:
+        command = command.replace("python", f"torchrun --nproc-per-node={processes}", 1)
     where = "<p>In the folder where the run was started:</p>"
     if run.status == "finished":
         again = f"{command_line(without_sample(TrainConfig(**{**asked, 'out': None})))} --out NEW-FOLDER --init-from " \

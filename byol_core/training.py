@@ -106,7 +106,7 @@ def train(model: BYOL, batches: SeekableBatches | PlainBatches, epochs: int, *, 
     _check(len(batches), epochs, accum_steps, lr_scheduler_interval, tau_base, tau_schedule)
     updates_per_epoch = len(batches) // accum_steps
     model.train()
-    distributed = runtime.distribute(model)
+    forward = runtime.distribute(model)  # model itself, or a wrapper that averages gradients over processes
 
     for epoch in range(progress.epoch, epochs):
         views = _views_of_epoch(batches, epoch, progress.batch)
@@ -117,9 +117,9 @@ def train(model: BYOL, batches: SeekableBatches | PlainBatches, epochs: int, *, 
             for micro_batch in range(1, accum_steps + 1):
                 view1, view2 = map(runtime.place, next(views))
                 torch.manual_seed(seed_from(seed, "step", progress.updates, progress.batch, runtime.processes.rank))
-                with runtime.accumulating(distributed, last=micro_batch == accum_steps):
+                with runtime.accumulating(forward, last=micro_batch == accum_steps):
                     with runtime.autocast():
-                        p1, p2, z1, z2 = distributed(view1, view2)
+                        p1, p2, z1, z2 = forward(view1, view2)
                         both_directions = (criterion(p1, z2) + criterion(p2, z1)) / accum_steps
                     runtime.backward(both_directions)
                 loss += both_directions.detach()

@@ -2,8 +2,10 @@
 
 import json
 import signal
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -44,11 +46,11 @@ def test_ends_with_one_set_of_files(processes: int, image_folder: Callable[..., 
 @pytest.mark.parametrize("fault,message", [
     ("raises", "error: rank {rank} of 2: the dog ate it"),
     ("is killed", "error: rank {rank} of 2 is gone: killed, out of memory, or cut off"),
-    ("hangs", "error: rank {rank} of 2 is stuck: nothing has moved there for 2"),
+    ("hangs", "error: rank {rank} of 2 is stuck: nothing has moved there for "),
 ])
 def test_a_process_that_fails_is_named_once_and_ends_the_run(fault: str, message: str, rank: int, tmp_path: Path,
                                                              image_folder: Callable[..., Path]) -> None:
-    done = trained(tmp_path, image_folder(), fault=fault, rank=rank)
+    done = trained(tmp_path, image_folder(), fault=fault, rank=rank, stuck=20.0 if rank else 4.0)
     assert done.code == 1 and done.seconds < START_S + AFTER_FAULT_S and not done.orphans
     assert len(done.messages) == 1 and done.messages[0].startswith(message.format(rank=rank)), done.err
     if rank == 1:
@@ -60,6 +62,7 @@ def test_sigterm_to_one_process_stops_all_after_the_same_update(image_folder: Ca
     done = trained(tmp_path, images, fault="gets SIGTERM")
     assert "SIGTERM to rank 1: stopped at epoch 0, update 5" in done.out and not done.messages and not done.orphans
     assert summary(tmp_path)["status"] == "stopped"
+    assert "<pre>torchrun --nproc-per-node=2 train.py --data" in (tmp_path / "out" / "report.html").read_text()
     again = trained(tmp_path, images, "--resume")
     whole = torchrun(tmp_path, "--data", images, "--out", "whole", "--epochs", 2, "--no-eval", *SMALL)
     assert again.code == whole.code == 0
@@ -92,7 +95,7 @@ def test_a_restart_by_torchrun_resumes_bit_for_bit(image_folder: Callable[..., P
     images = image_folder(per_class=16)  # 4 updates per epoch
     whole = torchrun(tmp_path, "--data", images, "--out", "whole", "--epochs", 3, "--no-eval", *SMALL)
     done = torchrun(tmp_path, "--data", images, "--out", "out", "--epochs", 3, "--no-eval", *SMALL, fault="is killed",
-                    update=6, options=("--max-restarts", "3"))
+                    update=6, options=("--standalone", "--max-restarts", "3"))
     assert whole.code == done.code == 0, done.err
     assert "resuming at epoch 1, update 4" in done.out
     assert all(torch.equal(tensor, weights(tmp_path, "whole")[name]) for name, tensor in weights(tmp_path).items())
@@ -130,3 +133,55 @@ def test_processes_whose_torchrun_is_gone_save_and_stop(image_folder: Callable[.
                    patience=30.0)
     assert done.code == -signal.SIGKILL and not done.orphans
     assert summary(tmp_path)["status"] == "stopped" and (tmp_path / "out" / "last.pt").exists()
+
+
+NODES = ("byol1", "byol2")
+
+
+@pytest.fixture
+def two_nodes() -> Iterator[None]:
+    """Two network namespaces with addresses of their own, 10.77.0.1 and 10.77.0.2, joined by a cable."""
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True, capture_output=True)
+
+    try:
+        for node in NODES:
+            ip("netns", "add", node)
+        ip("link", "add", "cable1", "netns", NODES[0], "type", "veth", "peer", "name", "cable2", "netns", NODES[1])
+        for number, node in enumerate(NODES, 1):
+            ip("-n", node, "addr", "add", f"10.77.0.{number}/24", "dev", f"cable{number}")
+            ip("-n", node, "link", "set", f"cable{number}", "up")
+            ip("-n", node, "link", "set", "lo", "up")
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"network namespaces cannot be made here: {error}")
+    finally:
+        yield
+        for node in NODES:
+            subprocess.run(["ip", "netns", "del", node], capture_output=True)
+
+
+def on_two_nodes(folder: Path, images: Path, fault: str = "pass", **options: float) -> list[Finished]:
+    """The main job, started by a torchrun on each node, each in a folder of its own."""
+    def node(number: int) -> Finished:
+        place = folder / f"node{number}"
+        place.mkdir()
+        return torchrun(place, "--data", images, "--out", "out", "--epochs", 2, "--no-eval", *SMALL, fault=fault, options=(
+            "--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "10.77.0.1:29400", "--rdzv-id", "test",
+            "--rdzv-conf", f"is_host={int(number == 1)}", "--local-addr", f"10.77.0.{number}"), processes=1,
+            before=("ip", "netns", "exec", NODES[number - 1]), env={"GLOO_SOCKET_IFNAME": f"cable{number}"}, **options)
+
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(node, (1, 2)))
+
+
+def test_two_nodes_train_together(two_nodes: None, image_folder: Callable[..., Path], tmp_path: Path) -> None:
+    first, second = on_two_nodes(tmp_path, image_folder())
+    assert first.code == second.code == 0, first.err + second.err
+    assert summary(tmp_path / "node1")["world_size"] == 2 and not (tmp_path / "node2" / "out").exists()
+    assert "report: out/report.html" in first.out and second.out == ""
+
+
+def test_a_node_that_is_cut_off_is_named(two_nodes: None, image_folder: Callable[..., Path], tmp_path: Path) -> None:
+    first, second = on_two_nodes(tmp_path, image_folder(), "os.system('ip link set cable2 down')", timeout=50.0, stuck=4.0)
+    assert first.code == 1 and first.messages == ["error: rank 1 of 2 is silent: frozen, or cut off"], first.err
+    assert summary(tmp_path / "node1")["reason"] == "rank 1 of 2 is silent: frozen, or cut off"

@@ -25,7 +25,9 @@ DRIVER = """
 import os, signal, sys, time
 sys.path.insert(0, {repository!r})
 import train
+from byol_core import watch
 from byol_core.run import Run
+watch.STUCK_S = {stuck}
 rank, attempt = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 after_step = Run._after_step
 def faulty(run, progress, step):
@@ -52,13 +54,18 @@ class Finished:
 
 
 def torchrun(folder: Path, *arguments: object, processes: int = 2, fault: str = "pass", rank: int = 1, update: int = 3,
-             options: tuple[str, ...] = (), timeout: float = 120.0, patience: float = 6.0) -> Finished:
-    """`train.py` with these arguments in `folder`, in so many processes."""
+             options: tuple[str, ...] = ("--standalone",), before: tuple[str, ...] = (), timeout: float = 120.0,
+             patience: float = 6.0, env: dict[str, str] | None = None, stuck: float = 20.0) -> Finished:
+    """`train.py` with these arguments in `folder`, in so many processes.
+
+    options: of torchrun. before: of the command. stuck: seconds after which a process is taken to be stuck.
+    """
     driver = folder / "driver.py"
-    driver.write_text(DRIVER.format(repository=str(REPOSITORY), update=update, rank=rank, fault=FAULTS.get(fault, fault)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *options,
+    driver.write_text(DRIVER.format(repository=str(REPOSITORY), update=update, rank=rank, fault=FAULTS.get(fault, fault),
+                                    stuck=stuck))
+    command = [*before, sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), *options,
                str(driver), *map(str, arguments)]
-    return watched(command, folder, timeout, patience=patience)
+    return watched(command, folder, timeout, env, patience)
 
 
 def watched(command: list[str], folder: Path, timeout: float, env: dict[str, str] | None = None,

@@ -182,6 +182,6 @@ def test_two_nodes_train_together(two_nodes: None, image_folder: Callable[..., P
 
 
 def test_a_node_that_is_cut_off_is_named(two_nodes: None, image_folder: Callable[..., Path], tmp_path: Path) -> None:
-    first, second = on_two_nodes(tmp_path, image_folder(), "os.system('ip link set cable2 down')", timeout=50.0, stuck=4.0)
+    first, second = on_two_nodes(tmp_path, image_folder(), "os.system('ip link set cable2 down')", timeout=90.0, stuck=4.0)
     assert first.code == 1 and first.messages == ["error: rank 1 of 2 is silent: frozen, or cut off"], first.err
     assert summary(tmp_path / "node1")["reason"] == "rank 1 of 2 is silent: frozen, or cut off"

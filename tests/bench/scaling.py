@@ -1,0 +1,181 @@
+"""How cost grows with images, processes, batch and network, and what ImageNet-1k would take by calculation.
+
+    python -m tests.bench.scaling images|processes|batch|network|imagenet [--largest N] [--write]
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from byol_core.backbones import build_backbone
+from byol_core.folder import scan
+from byol_core.memory import peak_memory, recompute_blocks
+from byol_core.networks import BYOL
+from byol_core.training import Progress, Step, train
+from tests.bench.table import environment, markdown, show
+
+ROOT = Path(__file__).parent.parent.parent
+PER_FOLDER, LINKS = 1000, 30_000  # files in a folder; names of one file, of which a file system allows some 65,000
+TRAINED_AT_MOST = 100_000  # images; more are only listed
+BAR = 20  # characters of the longest bar
+TINY = ("--arch", "conv6", "--hidden-dim", "256", "--projection-dim", "64", "--no-eval", "--device", "cpu",
+        "--workers", "0")
+# For the calculation: an A100's published ResNet-50 training rate (NVIDIA DeepLearningExamples, mixed precision, one GPU),
+# bandwidths per GPU as vendors state them (NVLink 3: 300 GB/s each way; HDR InfiniBand: 25 GB/s, shared by 8 GPUs).
+SUPERVISED_RATE, IMAGENET, EPOCHS = 2_500.0, 1_281_167, (100, 300, 1000)
+NVLINK, INFINIBAND = 300e9, 25e9 / 8
+FORWARD_UNITS, SUPERVISED_UNITS = 2 * (3 + 1), 3  # forward passes per image: two views, online (with backward: 3), target
+
+
+def bars(values: list[float]) -> list[str]:
+    return ["#" * max(1, round(BAR * value / max(values))) for value in values]
+
+
+def folder_of(images: int, place: Path) -> Path:
+    """So many names of tiny PNGs, a thousand to a folder."""
+    source = place / ".sources"
+    source.mkdir(parents=True)
+    for number in range(-(-images // LINKS)):
+        Image.new("RGB", (8, 8), (number * 40 % 256, 90, 30)).save(source / f"{number}.png")
+    for start in range(0, images, PER_FOLDER):
+        folder = place / f"{start // PER_FOLDER:05d}"
+        folder.mkdir()
+        for number in range(start, min(start + PER_FOLDER, images)):
+            os.link(source / f"{number // LINKS}.png", folder / f"{number:07d}.png")
+    return place
+
+
+def images(largest: int) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Seconds to list and to train one epoch; per image both should be flat."""
+    counts = [count for count in (1_000, 10_000, 100_000, 1_000_000) if count <= largest]
+    rows, per_image = [], []
+    for count in counts:
+        with tempfile.TemporaryDirectory() as place:
+            data = folder_of(count, Path(place) / "imgs")
+            began = time.perf_counter()
+            files = scan(data)
+            listed = time.perf_counter() - began
+            epoch = None
+            if count <= TRAINED_AT_MOST:
+                epoch = run_seconds(data, Path(place) / "out", "--epochs", "1", "--batch-size", "250")
+            assert len(files) == count
+            per_image.append(1e6 * listed / count)
+            rows.append((f"{count:,}", f"{listed:.2f}", f"{per_image[-1]:.1f}", f"{len(files.names) / 1e6:.1f}",
+                         "not run" if epoch is None else f"{epoch:.1f}",
+                         "" if epoch is None else f"{1e6 * epoch / count:.0f}"))
+    return (("images", "listing, s", "us per image", "names, MB", "training an epoch, s", "us per image", "listing per image"),
+            [(*row, bar) for row, bar in zip(rows, bars(per_image))])
+
+
+def run_seconds(data: Path, out: Path, *options: str, processes: int = 1) -> float:
+    """Seconds of training that a run of the main job says it took."""
+    launcher = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [sys.executable, *launcher, str(ROOT / "train.py"), "--data", str(data), "--out", str(out), *TINY, *options]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return float(json.loads((out / "summary.json").read_text())["seconds"])
+
+
+def processes(largest: int) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Images per second of 1 to 4 processes of one thread each; more than there are cores cannot help."""
+    rows, rates = [], []
+    with tempfile.TemporaryDirectory() as place:
+        data = folder_of(4_800, Path(place) / "imgs")
+        for count in (1, 2, 3, 4):
+            seconds = run_seconds(data, Path(place) / f"out{count}", "--epochs", "2", "--batch-size", "240", processes=count)
+            rates.append(2 * 4_800 / seconds)
+    for count, rate in zip((1, 2, 3, 4), rates):
+        rows.append((str(count), f"{rate:.0f}", f"{rate / rates[0]:.2f}"))
+    return (("processes", "images/s", f"times one process ({os.cpu_count()} cores)", ""),
+            [(*row, bar) for row, bar in zip(rows, bars(rates))])
+
+
+def batch(largest: int) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Images per second of batches of 32 to 4096, in micro-batches of at most 256: accumulation should cost nothing."""
+    rows, rates = [], []
+    with tempfile.TemporaryDirectory() as place:
+        data = folder_of(8_192, Path(place) / "imgs")
+        sizes = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+        for size in sizes:
+            steps = max(1, size // 256)
+            seconds = run_seconds(data, Path(place) / f"out{size}", "--epochs", "1", "--batch-size", str(size),
+                                  "--accum-steps", str(steps))
+            rates.append(8_192 / seconds)
+            rows.append((str(size), str(steps), f"{rates[-1]:.0f}"))
+    return ("batch", "micro-batches", "images/s", ""), [(*row, bar) for row, bar in zip(rows, bars(rates))]
+
+
+def network(largest: int) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Seconds of a step of 32 images of 64 pixels, and the memory it takes, as it is and with activations computed again."""
+    rows, times = [], []
+    for name in ("resnet18", "resnet34", "resnet50", "resnet101"):
+        script = f"from tests.bench.scaling import step_of; print(*step_of({name!r}, %s))"
+        kept, again = ([float(word) for word in subprocess.run(
+            [sys.executable, "-c", script % recompute], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()]
+            for recompute in (False, True))
+        weights = sum(p.numel() for p in BYOL(*build_backbone(name)).online.parameters()) / 1e6
+        times.append(kept[0])
+        rows.append((name, f"{weights:.1f}", f"{kept[0]:.2f}", f"{kept[1] / 1e6:.0f}", f"{again[0] / kept[0]:.2f}",
+                     f"{again[1] / 1e6:.0f}"))
+    return (("network", "M parameters", "s per step", "peak MB", "computed again: times as long", "peak MB", "s per step"),
+            [(*row, bar) for row, bar in zip(rows, bars(times))])
+
+
+def step_of(name: str, recompute: bool) -> tuple[float, int]:
+    """(median seconds of a training step, peak bytes of the process); for a process of its own."""
+    model = BYOL(*build_backbone(name))
+    if recompute:
+        recompute_blocks(model.online.backbone)
+    ends: list[float] = []
+
+    def after_step(progress: Progress, step: Step) -> None:
+        ends.append(time.perf_counter())
+
+    views = [(torch.randn(32, 3, 64, 64), torch.randn(32, 3, 64, 64))] * 5
+    train(model, views, 1, after_step=after_step)
+    steps = sorted(after - before for before, after in zip(ends, ends[1:]))
+    return steps[len(steps) // 2], peak_memory(torch.device("cpu"))
+
+
+def imagenet(largest: int) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """A calculation, not a measurement: ResNet-50 at 224 pixels, batch 4096, float32 gradients, a ring per update."""
+    gradient = 4 * sum(p.numel() for p in BYOL(*build_backbone("resnet50")).online.parameters())
+    rate = SUPERVISED_RATE * SUPERVISED_UNITS / FORWARD_UNITS  # images per second and GPU
+    rows = []
+    for gpus, bandwidth in ((8, NVLINK), (64, INFINIBAND)):
+        compute = 4096 / gpus / rate
+        traffic = 2 * (gpus - 1) / gpus * gradient  # bytes that each GPU sends per update
+        exchange = traffic / bandwidth
+        updates = IMAGENET // 4096
+        hours = [epochs * updates * max(compute, exchange) / 3600 for epochs in EPOCHS]
+        rows.append((str(gpus), f"{rate:.0f}", f"{1000 * compute:.0f}", f"{traffic / 1e6:.0f}", f"{1000 * exchange:.1f}",
+                     *(f"{number:.1f}" for number in hours)))
+    return (("GPUs", "images/s and GPU", "ms of computing per update", "MB sent per GPU and update", "ms of sending",
+             *(f"hours for {epochs} epochs" for epochs in EPOCHS)), rows)
+
+
+KINDS = {"images": images, "processes": processes, "batch": batch, "network": network, "imagenet": imagenet}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("--largest", type=int, default=1_000_000, help="most images to be listed")
+    parser.add_argument("--write", action="store_true", help="append the table to RESULTS.md")
+    options = parser.parse_args()
+    kind = KINDS[options.kind]
+    columns, rows = kind(options.largest)
+    machine = f"{environment('cpu')}, load {os.getloadavg()[0]:.1f}"
+    text = f"{(kind.__doc__ or '').strip()}\n\n{markdown(columns, rows)}\n\n{machine}"
+    show(f"Scaling: {options.kind}", text, options.write)
+
+
+if __name__ == "__main__":
+    main()

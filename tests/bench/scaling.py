@@ -29,9 +29,9 @@ BAR = 20  # characters of the longest bar
 TINY = ("--arch", "conv6", "--hidden-dim", "256", "--projection-dim", "64", "--no-eval", "--device", "cpu",
         "--workers", "0")
 # For the calculation: an A100's published ResNet-50 training rate (NVIDIA DeepLearningExamples, mixed precision, one GPU),
-# bandwidths per GPU as vendors state them (NVLink 3: 300 GB/s each way; HDR InfiniBand: 25 GB/s, shared by 8 GPUs).
+# bandwidths as vendors state them (NVLink 3: 300 GB/s each way; HDR InfiniBand: 25 GB/s per machine, crossed once by a ring).
 SUPERVISED_RATE, IMAGENET, EPOCHS = 2_500.0, 1_281_167, (100, 300, 1000)
-NVLINK, INFINIBAND = 300e9, 25e9 / 8
+NVLINK, INFINIBAND = 300e9, 25e9
 FORWARD_UNITS, SUPERVISED_UNITS = 2 * (3 + 1), 3  # forward passes per image: two views, online (with backward: 3), target
 
 

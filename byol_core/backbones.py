@@ -3,9 +3,19 @@
 import difflib
 import inspect
 from collections import OrderedDict
+from importlib import metadata
 
 import torch
 from torch import Tensor, nn
+
+
+def check_torchvision() -> None:
+    """Raises: ValueError when torchvision was built for another torch, of which its own message says nothing."""
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError as error:  # an operator that does not exist
+        raise ValueError(f"torch {torch.__version__} and torchvision {metadata.version('torchvision')} do not match - "
+                         "reinstall both together") from error
 
 
 def build_backbone(name: str, small_images: bool = False, image_size: int | None = None) -> tuple[nn.Module, int]:

@@ -5,17 +5,20 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeGuard
 
 import torch
 from torch import Tensor
 
 FORMAT = 1
 KEYS = {"identity", "measured", "progress", "model", "optimizer", "scheduler", "scaler", "precision", "log", "scores"}
+WRAPPERS = ("module.", "_orig_mod.")
 LAST, PREVIOUS = "last.pt", "previous.pt"
 
 # What a checkpoint holds: tensors and plain types only, so that weights_only=True loads it.
@@ -26,10 +29,13 @@ class CheckpointError(ValueError):
     """A file that is not a usable checkpoint."""
 
 
-def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
+def atomic_write(path: Path, write: Callable[[BinaryIO], object], *, size: int | None = None,
+                 previous: Path | None = None) -> None:
     """Write a file beside `path`, flush it to the disk, and move it into place: a reader sees the old or the new file.
 
-    Raises: OSError with the path and the space left, the old file untouched and no other file left behind.
+    size: bytes that it is about to take, for the message when they do not fit. previous: where to keep the old file; it gets
+    that name only once the new one is whole, so that a failure costs neither of the two that were there.
+    Raises: OSError with the path and the space left, the old files untouched and no other file left behind.
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -37,15 +43,34 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            _keep_as(path, previous)
         os.replace(beside, path)
         _sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError about positions
+    except BaseException as error:
         with contextlib.suppress(OSError):
             beside.unlink()
+        if not isinstance(error, (OSError, RuntimeError)):  # torch reports a full disk as a RuntimeError about positions
+            raise
         free = shutil.disk_usage(path.parent).free / 1e6
+        needs = "" if size is None else f"needs {size / 1e6:.0f} MB, "
         reason = getattr(error, "strerror", None) or "not all of it could be written, as on a full disk"
         kept = " - the file before it is kept" if path.exists() else ""
-        raise OSError(f"cannot write {path}: {reason} ({free:.0f} MB free){kept}") from error
+        raise OSError(f"cannot write {path}: {reason} ({needs}{free:.0f} MB free){kept}") from error
+
+
+def _keep_as(path: Path, name: Path) -> None:
+    """Give the file in `path` a second name in the same folder, in place of what had that name."""
+    beside = name.with_name(f".{name.name}.{os.getpid()}.tmp")
+    beside.unlink(missing_ok=True)
+    try:
+        try:
+            os.link(path, beside)
+        except OSError:  # no hard links on this file system
+            shutil.copyfile(path, beside)
+        os.replace(beside, name)
+    finally:
+        beside.unlink(missing_ok=True)  # still there where both names were the same file: then replacing does nothing
 
 
 def write_text(path: Path, text: str) -> None:
@@ -74,16 +99,17 @@ def remove_leftovers(folder: Path) -> None:
 
 def save_checkpoint(folder: Path, state: Mapping[str, object]) -> None:
     """Write last.pt and keep the one before as previous.pt; at every moment one of the two is whole."""
-    last = folder / LAST
-    if last.exists():
-        second_name = folder / f".{PREVIOUS}.{os.getpid()}.tmp"
-        second_name.unlink(missing_ok=True)
-        try:
-            os.link(last, second_name)
-        except OSError:  # no hard links on this file system
-            shutil.copyfile(last, second_name)
-        os.replace(second_name, folder / PREVIOUS)
-    atomic_write(last, lambda file: torch.save({"format": FORMAT, **state}, file))
+    atomic_write(folder / LAST, lambda file: torch.save({"format": FORMAT, **state}, file), size=tensor_bytes(state),
+                 previous=folder / PREVIOUS)
+
+
+def tensor_bytes(value: object) -> int:
+    """What the tensors in nested dicts and sequences take on the disk, which is nearly all of a checkpoint."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, Mapping):
+        return sum(map(tensor_bytes, value.values()))
+    return sum(map(tensor_bytes, value)) if isinstance(value, (list, tuple)) else 0
 
 
 def read_checkpoint(path: Path) -> State:
@@ -91,12 +117,14 @@ def read_checkpoint(path: Path) -> State:
 
     Raises: CheckpointError saying what is wrong with the file.
     """
-    state = _read_verified(path)
+    state = read_verified(path)
     if not isinstance(state, dict) or "format" not in state:
-        if isinstance(state, dict) and state and all(isinstance(value, Tensor) for value in state.values()):
+        if _are_weights(state):
             raise CheckpointError(f"{path} holds weights only - use --init-from to start from them")
         raise CheckpointError(f"{path} is not a byol_core checkpoint")
-    if not isinstance(state["format"], int) or state["format"] > FORMAT:
+    if not isinstance(state["format"], int):
+        raise CheckpointError(f"{path} is not a byol_core checkpoint")
+    if state["format"] > FORMAT:
         raise CheckpointError(f"{path} has checkpoint format {state['format']}, this version reads up to {FORMAT} - "
                               "upgrade byol_core")
     missing = KEYS - state.keys()
@@ -107,39 +135,65 @@ def read_checkpoint(path: Path) -> State:
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of a weights file by name, such as backbone.pt, verified like a checkpoint."""
-    state = _read_verified(path)
-    if not (isinstance(state, dict) and state and all(isinstance(value, Tensor) for value in state.values())):
+    state = read_verified(path)
+    if not _are_weights(state):
         raise CheckpointError(f"{path} does not hold a network's weights - give a backbone.pt")
-    return state
+    return without_wrappers(state)
 
 
 def read_backbone(path: Path) -> dict[str, Tensor]:
     """The online backbone's tensors from a weights file, or from a checkpoint of a run."""
-    state = _read_verified(path)
+    state = read_verified(path)
     if isinstance(state, dict) and "format" in state:
-        start = "online.backbone."
-        model = read_checkpoint(path)["model"]
-        assert isinstance(model, dict)
-        return {name.removeprefix(start): tensor for name, tensor in model.items() if name.startswith(start)}
+        return backbone_weights(read_checkpoint(path), "online", path)
     return read_weights(path)
 
 
-def _read_verified(path: Path) -> object:
+def backbone_weights(state: State, network: str, path: Path) -> dict[str, Tensor]:
+    """The tensors of one network's backbone in a checkpoint, under the backbone's own names. network: online or target."""
+    weights = state["model"]
+    if not _are_weights(weights):
+        raise CheckpointError(f"{path} is not a whole checkpoint: its model is no network's weights")
+    for start in (f"{network}.", "backbone."):
+        weights = {name.removeprefix(start): tensor for name, tensor in without_wrappers(weights).items()
+                   if name.startswith(start)}
+    return without_wrappers(weights)
+
+
+def _are_weights(value: object) -> TypeGuard[dict[str, Tensor]]:
+    return (isinstance(value, dict) and len(value) > 0
+            and all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items()))
+
+
+def without_wrappers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors without the prefix that DataParallel, DDP or torch.compile puts before every name."""
+    for prefix in WRAPPERS:
+        if weights and all(name.startswith(prefix) for name in weights):
+            return without_wrappers({name.removeprefix(prefix): tensor for name, tensor in weights.items()})
+    return weights
+
+
+def read_verified(path: Path) -> object:
     """torch.load of plain data, checksums first: torch itself does not notice a flipped bit inside a tensor."""
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged is not None:
-            raise CheckpointError(f"{path} is damaged (checksum mismatch in {damaged})")
-        return torch.load(path, map_location="cpu", weights_only=True)
+            raise CheckpointError(f"{path} is damaged (checksum mismatch in {damaged!r})")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickles that torch did not write; they are refused, or plain all the same
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path} is not a byol_core checkpoint: it holds more than tensors and plain values, "
-                              "and nothing in it was run") from error
+        code = re.search(r"GLOBAL ([\w.]+)", str(error))
+        raise CheckpointError(f"{path} is not a byol_core checkpoint: it holds more than tensors and plain values"
+                              f"{f' ({code[1]})' if code else ''}, and nothing in it was run") from error
+    except CheckpointError:
+        raise
     except FileNotFoundError:
         raise CheckpointError(f"no such file: {path}") from None
-    except (OSError, zipfile.BadZipFile, EOFError, RuntimeError, ValueError, KeyError) as error:
-        if isinstance(error, CheckpointError):
-            raise
+    except PermissionError:
+        raise CheckpointError(f"cannot read {path}: permission denied") from None
+    except Exception as error:  # unpicklers raise whatever they like on broken input
         empty = path.is_file() and path.stat().st_size == 0
         raise CheckpointError(f"{path} is {'empty' if empty else 'damaged or not a checkpoint'}") from error
 
@@ -161,11 +215,20 @@ def newest_checkpoint(folder: Path) -> tuple[State | None, list[str]]:
     return None, damaged
 
 
-def export_backbone(folder: Path, weights: Mapping[str, Tensor], about: Mapping[str, object]) -> None:
-    """Write backbone.pt, bare tensors under torchvision's own names, and backbone.json, how to use them and their sha256."""
+def replace_damaged(folder: Path) -> None:
+    """Put the whole previous.pt in the place of a damaged last.pt, which the next save would else keep instead of it."""
+    _keep_as(folder / PREVIOUS, folder / LAST)
+
+
+def export_backbone(folder: Path, weights: Mapping[str, Tensor], about: Mapping[str, object], name: str = "backbone") -> None:
+    """Write backbone.pt, bare tensors under torchvision's own names, and backbone.json, how to use them and their sha256.
+
+    name: instead of backbone, such as best.
+    """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    atomic_write(folder / "backbone.pt", lambda file: torch.save(plain, file))
-    write_json(folder / "backbone.json", {**about, "sha256": sha256(folder / "backbone.pt")})
+    path = folder / f"{name}.pt"
+    atomic_write(path, lambda file: torch.save(plain, file))
+    write_json(path.with_suffix(".json"), {**about, "sha256": sha256(path)})
 
 
 def sha256(path: Path) -> str:

@@ -5,20 +5,22 @@ import traceback
 from collections.abc import Callable
 from typing import TypeVar
 
-from byol_core.config import Parser, auto_or_natural
+from byol_core.config import AppendPaths, Parser, auto_or_natural, one_line
 
 Prepared = TypeVar("Prepared")
 
 
-def backbone_parser(prog: str, description: str) -> Parser:
-    """A parser with the options that say which backbone sees which images, and on what machine."""
+def backbone_parser(prog: str, description: str, with_images: bool = True) -> Parser:
+    """A parser with the options that say which backbone is used, and, if wanted, on which images and on what machine."""
     parser = Parser(prog=prog, allow_abbrev=False, description=description)
-    parser.add_argument("--checkpoint", required=True, metavar="PATH", help="run folder, its backbone.pt, or its last.pt")
-    parser.add_argument("--data", required=True, metavar="DIR", help="folder of images")
+    parser.add_argument("--checkpoint", required=True, metavar="PATH", help="run folder, its backbone.pt, best.pt or last.pt")
     parser.add_argument("--network", default="online", choices=("online", "target"),
                         help="which of the two networks; the target is in last.pt only (default: online)")
-    parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
-    parser.add_argument("--workers", type=auto_or_natural, metavar="auto|N", help="data worker processes (default: auto)")
+    if with_images:
+        parser.add_argument("--data", required=True, nargs="+", action=AppendPaths, metavar="PATH",
+                            help="folders of images, a .txt list, or .tar shards")
+        parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+        parser.add_argument("--workers", type=auto_or_natural, metavar="auto|N", help="data worker processes (default: auto)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -34,7 +36,7 @@ def run_in_two_parts(prepare: Callable[[], Prepared], carry_out: Callable[[Prepa
     except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
         if debug:
             traceback.print_exc()
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {one_line(error)}\n")
         return code if isinstance(error, ValueError) else 1
     except KeyboardInterrupt:
         return 130

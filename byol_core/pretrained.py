@@ -1,7 +1,7 @@
 """A backbone out of a run folder, a backbone.pt or a checkpoint, with everything that is needed to use it."""
 
 import json
-import pickle
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from byol_core.backbones import build_backbone, load_weights
-from byol_core.checkpoint import CheckpointError, newest_checkpoint, read_checkpoint, read_weights, sha256
+from byol_core.backbones import build_backbone, check_torchvision, load_weights
+from byol_core.checkpoint import (CheckpointError, State, backbone_weights, newest_checkpoint, read_checkpoint,
+                                  read_weights, sha256, without_wrappers)
 from byol_core.seeds import seed_from
 from byol_core.views import IMAGENET_MEAN, IMAGENET_STD, ViewRecipe
 
@@ -52,6 +53,7 @@ def load_pretrained(source: str | Path, network: str = "online") -> Pretrained:
     network: "online" or "target".
     Raises: CheckpointError (a ValueError) saying what is wrong with the file or missing beside it.
     """
+    check_torchvision()
     source = Path(source)
     if not source.exists():
         raise CheckpointError(f"no such file or folder: {source} - check --checkpoint")
@@ -90,16 +92,15 @@ def _from_export(source: Path, network: str) -> Pretrained:
                               "give the run's last.pt instead") from error
 
 
-def _from_checkpoint(state: Mapping[str, object], network: str, source: Path, notes: tuple[str, ...] = ()) -> Pretrained:
-    about = json.loads(str(state["identity"]))
-    view = about["views"][0]
-    recipe = ViewRecipe(view["size"], crop_scale=view["crop_scale"], interpolation=view["interpolation"],
-                        mean=tuple(view["mean"]), std=tuple(view["std"]))
-    prefix = f"{network}.backbone."
-    model = state["model"]
-    assert isinstance(model, dict)
-    weights = {name.removeprefix(prefix): tensor for name, tensor in model.items() if name.startswith(prefix)}
-    return _build({**about, "network": network}, recipe, weights, source, notes)
+def _from_checkpoint(state: State, network: str, source: Path, notes: tuple[str, ...] = ()) -> Pretrained:
+    try:
+        about = json.loads(str(state["identity"]))
+        view = about["views"][0]
+        recipe = ViewRecipe(view["size"], crop_scale=view["crop_scale"], interpolation=view["interpolation"],
+                            mean=tuple(view["mean"]), std=tuple(view["std"]))
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise CheckpointError(f"{source} does not describe its network ({type(error).__name__}: {error})") from error
+    return _build({**about, "network": network}, recipe, backbone_weights(state, network, source), source, notes)
 
 
 def _build(about: Mapping[str, object], recipe: ViewRecipe, weights: dict[str, Tensor], source: Path,
@@ -136,9 +137,11 @@ def _read_torchvision(path: Path) -> dict[str, Tensor]:
     if not path.is_file() or zipfile.is_zipfile(path):
         return read_weights(path)
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickles that torch did not write
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpicklers raise whatever they like on broken input
         raise CheckpointError(f"--baseline-weights {path} is damaged or not a weights file") from error
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise CheckpointError(f"--baseline-weights {path} does not hold a network's weights")
-    return dict(weights)
+    return without_wrappers(dict(weights))

@@ -10,14 +10,26 @@ from byol_core.checkpoint import LAST, PREVIOUS, remove_leftovers
 from byol_core.config import TrainConfig
 
 RUNS = Path("runs")
+COPIES = 3  # checkpoints on the disk at the most: the last one, the one before, and the one being written
+SHARD_INDEX = ".shards.pt"  # where in tar shards the images are; made again when it is gone
+LONGEST_NAME = 100  # characters
 OWN_FILES = {"config.json", "metrics.jsonl", "train.log", "summary.json", "report.html", "bad_files.txt", "views.png",
-             "neighbours.png", "embedding.png", "backbone.pt", "backbone.json"}
+             "neighbours.png", "embedding.png", "backbone.pt", "backbone.json", "best.pt", "best.json"}
+EVENTS = "events.out.tfevents."  # how TensorBoard's files begin
 
 
 def choose_out(config: TrainConfig) -> Path:
     """--out, or a predictable place, so that the same command with --resume goes on; --check has a folder beside it."""
-    folder = Path(config.out) if config.out is not None else RUNS / (Path(config.data).resolve().name or "root")
+    folder = Path(config.out) if config.out is not None else RUNS / "+".join(map(_short_name, config.data))[:LONGEST_NAME]
     return Path(f"{folder.resolve()}-check") if config.check else folder
+
+
+def _short_name(data: str) -> str:
+    """Of a folder its name; of a list, a shard or a pattern of shards what comes before the suffix and the numbers."""
+    path = Path(data)
+    if path.suffix in (".txt", ".tar") and not path.is_dir():
+        return path.stem.split("{")[0].rstrip("-_.") or path.resolve().parent.name or "root"
+    return path.resolve().name or "root"
 
 
 def goes_on_in_its_folder(config: TrainConfig) -> bool:
@@ -42,6 +54,8 @@ def open_run_folder(folder: Path, may_be_used: bool) -> Iterator[Path]:
         raise ValueError(f"cannot write to {folder}: {reason} - choose another --out") from None
     with lock:
         _lock(lock.fileno(), folder)
+        if hasattr(os, "register_at_fork"):  # or a data worker would hold the lock for a while after this process is killed
+            os.register_at_fork(after_in_child=lock.close)
         lock.truncate(0)
         lock.write(f"pid {os.getpid()}")
         lock.flush()
@@ -50,7 +64,7 @@ def open_run_folder(folder: Path, may_be_used: bool) -> Iterator[Path]:
             _refuse_used(folder, may_be_used)
             yield folder
         finally:
-            if [entry.name for entry in folder.iterdir()] == [".lock"]:  # nothing came of it
+            if {entry.name for entry in folder.iterdir()} <= {".lock", SHARD_INDEX}:  # nothing came of it
                 shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -66,6 +80,15 @@ def _lock(handle: int, folder: Path) -> None:
         raise ValueError(f"another run ({holder}) is using {folder} - wait for it, or choose another --out") from None
 
 
+def space_warning(folder: Path, checkpoint: int) -> str | None:
+    """A line where the disk has less room than the checkpoints of a run need. checkpoint: bytes of one."""
+    free = shutil.disk_usage(folder).free
+    if free >= COPIES * checkpoint:
+        return None
+    return (f"warning: {free / 1e6:.0f} MB free in {folder}, but {COPIES} checkpoints of {checkpoint / 1e6:.0f} MB may be "
+            "there at once - make room, or choose another --out")
+
+
 def _refuse_used(folder: Path, may_be_used: bool) -> None:
     """What a run left that ended before its first checkpoint is cleared away; anything else is refused."""
     if (folder / LAST).exists() or (folder / PREVIOUS).exists():
@@ -73,7 +96,7 @@ def _refuse_used(folder: Path, may_be_used: bool) -> None:
             return
         raise ValueError(f"{folder} already holds a run - add --resume to go on, or choose another --out")
     visible = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
-    foreign = [entry.name for entry in visible if entry.name not in OWN_FILES]
+    foreign = [entry.name for entry in visible if entry.name not in OWN_FILES and not entry.name.startswith(EVENTS)]
     if foreign:
         raise ValueError(f"{folder} is not empty (it holds {foreign[0]}) - choose another --out")
     for entry in visible:

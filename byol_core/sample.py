@@ -16,18 +16,18 @@ HELD_OUT = 0.2  # of every class, never trained on
 
 def with_sample(config: TrainConfig) -> TrainConfig:
     """The same options, where --data digits has become a folder to train on, one to measure on, and its own recipe."""
-    if config.data != NAME:
+    if config.data != (NAME,):
         return config
     train, test = write_digits(PLACE)
-    return replace(config, data=str(train), eval_data=config.eval_data or str(test),
+    return replace(config, data=(str(train),), eval_data=config.eval_data or str(test),
                    recipe="digits" if config.recipe == "auto" else config.recipe)
 
 
 def without_sample(config: TrainConfig) -> TrainConfig:
     """The options as they were asked for: the inverse of `with_sample`."""
-    if Path(config.data) != PLACE / "train" or config.eval_data is None or config.recipe == "auto":
+    if list(map(Path, config.data)) != [PLACE / "train"] or config.eval_data is None or config.recipe == "auto":
         return config
-    return replace(config, data=NAME, eval_data=None if config.eval_data == str(PLACE / "test") else config.eval_data,
+    return replace(config, data=(NAME,), eval_data=None if config.eval_data == str(PLACE / "test") else config.eval_data,
                    recipe="auto" if config.recipe == "digits" else config.recipe)
 
 

@@ -41,6 +41,6 @@ class StopRequest:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if not self.waits_for_a_step or self.signal is not None and not self.patient:
+        first, self.signal = self.signal is None, number  # kept even if what it interrupts swallows the exception
+        if not self.waits_for_a_step or not first and not self.patient:
             raise Stopped(number)
-        self.signal = number

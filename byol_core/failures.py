@@ -1,0 +1,21 @@
+"""What goes wrong with a machine rather than with a run, in one line that says what to do about it."""
+
+# How the allocators of CUDA and MPS, torch's own for the CPU, and Python say that there is no memory left.
+NO_MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+def in_plain_words(error: Exception, device: str, batch_size: int | None = None, accum_steps: int = 1,
+                   mixed_precision: bool = False) -> str:
+    """The line to print for an error. batch_size, accum_steps: what was computed with; None before anything was."""
+    text = str(error)
+    if not isinstance(error, MemoryError) and not (
+            isinstance(error, RuntimeError) and any(words in text for words in NO_MEMORY_WORDS)):
+        return text
+    if batch_size is None:
+        where = "the device" if device == "auto" else device
+        return f"out of memory on {where} before training - try --views cpu, a smaller --arch, or --device cpu"
+    smaller = [f"--batch-size {batch_size // 2}"] if batch_size >= 4 else []
+    in_parts = [f"--accum-steps {2 * accum_steps} (the same batch in smaller parts)"] if batch_size >= 4 * accum_steps else []
+    precision = [] if mixed_precision or device == "cpu" else ["--amp bf16"]
+    return (f"out of memory on {device} at batch {batch_size} - try "
+            + ", ".join([*smaller, *in_parts, *precision] or ["--views cpu or a smaller --arch"]))

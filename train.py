@@ -14,9 +14,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from byol_core.config import TrainConfig, parse_config
+from byol_core.config import TrainConfig, one_line, parse_config
+from byol_core.failures import in_plain_words
+from byol_core.signals import Stopped, StopRequest
 
 if TYPE_CHECKING:
+    from byol_core.folder import ImageSet
     from byol_core.processes import Processes
     from byol_core.run import Run
 
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit codes: 0 finished, 1 failed while running, 2 wrong input, 130 and 143 stopped by a signal after saving."""
     config = parse_config(arguments)
+    StopRequest().listen()
     processes: "Processes | None" = None
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -37,22 +41,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except ValueError as error:
             complain(config, processes, error)
             return 2
-        except (OSError, RuntimeError, ArithmeticError) as error:
-            complain(config, processes, error)
+        except (OSError, RuntimeError, ArithmeticError, MemoryError) as error:
+            complain(config, processes, error, in_plain_words(error, config.device))
             return 1
-        except KeyboardInterrupt:
-            return 130
+        except Stopped as stopped:  # nothing was begun
+            return stopped.code
         return carry_out(run)
 
 
 def prepare(config: TrainConfig, processes: "Processes", stack: contextlib.ExitStack) -> "Run":
     """Everything that can be wrong is found here, before any training."""
+    from byol_core.backbones import check_torchvision
+
+    check_torchvision()
     from byol_core.data import look_at
     from byol_core.folder import scan
     from byol_core.plan import make_plan
     from byol_core.processes import restarted
     from byol_core.run import Run
-    from byol_core.run_folder import RUNS, choose_out, goes_on_in_its_folder, open_run_folder
+    from byol_core.run_folder import RUNS, SHARD_INDEX, choose_out, goes_on_in_its_folder, open_run_folder
     from byol_core.sample import with_sample
 
     if restarted() and config.resume is None:  # torchrun --max-restarts runs the same command again
@@ -61,7 +68,11 @@ def prepare(config: TrainConfig, processes: "Processes", stack: contextlib.ExitS
     processes.on_first(lambda: stack.enter_context(open_run_folder(folder, goes_on_in_its_folder(config))))
     processes.on_first(lambda: with_sample(config))  # which writes the sample for the others
     config = with_sample(config)
-    files = scan(config.data, leave_out=(folder, RUNS))
+
+    def look() -> "ImageSet":
+        return scan(config.data, leave_out=(folder, RUNS), kept_index=folder / SHARD_INDEX)
+
+    files = processes.on_first(look) or look()  # the others find the index of shards that the first one has made
     plan = make_plan(config, look_at(files), processes.world_size)
     run = Run(config, plan, files, folder, processes)
     if config.resume is not None:
@@ -71,8 +82,6 @@ def prepare(config: TrainConfig, processes: "Processes", stack: contextlib.ExitS
 
 
 def carry_out(run: "Run") -> int:
-    from byol_core.signals import Stopped
-
     try:
         if run.is_complete():
             if run.processes.first:
@@ -92,24 +101,34 @@ def carry_out(run: "Run") -> int:
         return 0
     except Stopped as stopped:
         run.stop.ignore()
-        run.write_end("stopped", str(stopped))
-        run.log.say(f"{stopped}: stopped at epoch {run.progress.epoch}, update {run.progress.updates}; "
+        with contextlib.suppress(OSError):  # on a full disk
+            run.write_end("stopped", str(stopped))
+        run.log.say(f"{stopped}: stopped at epoch {run.progress.epoch}, update {run.progress.updates}; {run.what_is_saved()}; "
                     "the same command with --resume goes on")
         return stopped.code
-    except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
-        run.log.note(traceback.format_exc())
+    except (ValueError, OSError, RuntimeError, ArithmeticError, MemoryError) as error:
         run.stop.ignore()
-        run.write_end("failed", complain(run.config, run.processes, error))
+        run.log.note(traceback.format_exc())
+        line = in_plain_words(error, str(run.runtime.device), run.plan.batch_size, run.plan.accum_steps,
+                              run.runtime.amp_dtype is not None)
+        if line != str(error):
+            line += f"; {run.what_is_saved()}"
+        reason = complain(run.config, run.processes, error, line)
+        with contextlib.suppress(OSError):  # on a full disk
+            run.write_end("failed", reason)
         return 1
+    finally:
+        run.stop.ignore()  # all is written
 
 
-def complain(config: TrainConfig, processes: "Processes | None", error: Exception) -> str:
-    """Say in one line, and in one process, why the run fails; that reason."""
+def complain(config: TrainConfig, processes: "Processes | None", error: Exception, line: str | None = None) -> str:
+    """Say in one line, and in one process, why the run fails; that reason. line: instead of the error's own words."""
     if config.debug:
         traceback.print_exc()
-    reason, ours = (str(error), True) if processes is None else processes.fail(error)
+    shown = error if line in (None, str(error)) else RuntimeError(line)
+    reason, ours = (str(shown), True) if processes is None else processes.fail(shown)
     if ours:
-        sys.stderr.write(f"error: {reason}\n")
+        sys.stderr.write(f"error: {one_line(reason)}\n")
     return reason
 
 

@@ -2,21 +2,24 @@
 
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
-from byol_core.data import Failure, ImageData, TooManyBadFilesError, ignore_signals
+from byol_core.data import Failure, ImageData, TooManyBadFilesError
 from byol_core.device_views import draw, render
 from byol_core.folder import BadImageError
 from byol_core.seeds import seed_from
 from byol_core.views import ViewRecipe, cpu_view
+from byol_core.workers import batches_from, close, new_loader, shared
 
 Views = tuple[Tensor, Tensor]  # two views of each image, (B, 3, S, S) each
+Read = TypeVar("Read")
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,19 @@ def replacement(seed: int, epoch: int, index: int, attempt: int, images: int) ->
     return seed_from(seed, "replacement", epoch, index, attempt) % images
 
 
+def first_readable(read: Callable[[int], Read], seed: int, epoch: int, index: int, images: int) -> tuple[Read, list[Failure]]:
+    """What `read` gives for the image, or for the stand-in that all paths take, and the files found bad on the way to it."""
+    failures: list[Failure] = []
+    source = index
+    for attempt in range(1000):
+        try:
+            return read(source), failures
+        except BadImageError as error:
+            failures.append((source, str(error)))
+        source = replacement(seed, epoch, index, attempt, images)
+    raise TooManyBadFilesError("no readable image found in 1000 tries - the images may all be bad or gone")
+
+
 class DeviceBatches:
     """Two views per image, made in batches on the device from images held there.
 
@@ -70,6 +86,9 @@ class DeviceBatches:
             view1, view2 = (render(images, draw(recipe, self.order.seed, epoch, indices, view, height, width), recipe)
                             for view, recipe in enumerate(self.recipes))
             yield view1, view2
+
+    def close(self) -> None:
+        """There are no workers to stop."""
 
     def _readable(self, epoch: int, indices: Tensor) -> Tensor:
         if not self.bad.reasons:
@@ -96,20 +115,25 @@ class WorkerBatches:
         self.order = order
         self.bad = data.bad
         self.sampler = _EpochSampler(order)
-        self.loader = DataLoader(
-            _ViewDataset(data, recipes, order.seed), batch_sampler=self.sampler, num_workers=workers,
-            collate_fn=_collate, pin_memory=pin_memory, persistent_workers=workers > 0,
-            worker_init_fn=ignore_signals)
+        self.loader = new_loader(self._dataset(data, recipes, order.seed), workers, batch_sampler=self.sampler,
+                                 collate_fn=_collate, pin_memory=pin_memory, persistent_workers=workers > 0)
 
     def __len__(self) -> int:
         return len(self.order)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Views]:
         self.sampler.place = epoch, start
-        for view1, view2, failures in self.loader:
+        for view1, view2, failures in batches_from(self.loader):
             for index, reason in failures:
                 self.bad.add(index, reason)
             yield view1, view2
+
+    def _dataset(self, data: ImageData, recipes: tuple[ViewRecipe, ViewRecipe], seed: int) -> Dataset[Any]:
+        return _ViewDataset(data, recipes, seed)
+
+    def close(self) -> None:
+        """Stop the workers; a further epoch starts new ones."""
+        close(self.loader)
 
 
 class _EpochSampler(Sampler[list[tuple[int, int]]]):
@@ -144,35 +168,49 @@ class _ViewDataset(Dataset[tuple[Tensor, Tensor, list[Failure]]]):
         return views[0], views[1], failures
 
     def _decode(self, epoch: int, index: int) -> tuple[Image.Image, list[Failure]]:
-        """The image, or the stand-in that `DeviceBatches` would take too, and the files found bad on the way to it."""
-        failures: list[Failure] = []
-        source = index
-        for attempt in range(1000):
-            try:
-                return self.data.image(source), failures
-            except BadImageError as error:
-                failures.append((source, str(error)))
-            source = replacement(self.seed, epoch, index, attempt, len(self.data))
-        raise TooManyBadFilesError("no readable image found in 1000 tries - the images may all be bad or gone")
+        return first_readable(self.data.image, self.seed, epoch, index, len(self.data))
 
 
 def _collate(samples: Sequence[tuple[Tensor, Tensor, list[Failure]]]) -> tuple[Tensor, Tensor, list[Failure]]:
     first, second, failures = zip(*samples)
-    return torch.stack(first), torch.stack(second), list(itertools.chain(*failures))
+    return shared(torch.stack(first)), shared(torch.stack(second)), list(itertools.chain(*failures))
+
+
+def made_ahead(views: Iterator[Views], device: torch.device) -> Iterator[Views]:
+    """The same views; on CUDA each batch is copied and made on a stream of its own while the one before is trained on."""
+    if device.type != "cuda":
+        yield from views
+        return
+    aside, consumer = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    aside.wait_stream(consumer)  # what the views are made of may still be on its way
+
+    def make() -> Views | None:
+        with torch.cuda.stream(aside):
+            made = next(views, None)
+            return made and (made[0].to(device, non_blocking=True), made[1].to(device, non_blocking=True))
+
+    following = make()
+    while following is not None:
+        consumer.wait_stream(aside)  # for this batch; the next is queued only then
+        for view in following:
+            view.record_stream(consumer)  # or its memory would be used again while the consumer still reads it
+        current, following = following, make()
+        yield current
 
 
 class TimedBatches:
-    """Batches whose consumer's waiting time is added up."""
+    """Batches whose consumer's waiting time is added up; made ahead where `device`, the consumer's, is a CUDA device."""
 
-    def __init__(self, batches: DeviceBatches | WorkerBatches) -> None:
+    def __init__(self, batches: DeviceBatches | WorkerBatches, device: torch.device = torch.device("cpu")) -> None:
         self.batches = batches
+        self.device = device
         self.waited = 0.0
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Views]:
-        views = self.batches.epoch(epoch, start)
+        views = made_ahead(self.batches.epoch(epoch, start), self.device)
         while True:
             began = time.monotonic()
             try:
@@ -182,3 +220,6 @@ class TimedBatches:
             finally:
                 self.waited += time.monotonic() - began
             yield batch
+
+    def close(self) -> None:
+        self.batches.close()

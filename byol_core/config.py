@@ -43,12 +43,22 @@ auto_or_natural = checked(int, lambda n: n >= 0, "a whole number, 0 or more", au
 auto_or_pixels = checked(int, lambda n: n >= 8, "a whole number of pixels, 8 or more", auto=True)
 
 
+class AppendPaths(argparse.Action):
+    """`--data A B` and `--data A --data B` alike, as a tuple; what is given takes the place of the default."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
+                 option_string: str | None = None) -> None:
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, (*(() if before is self.default else before), *values))
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything a person can ask of a run; None means "let the recipe choose from the data" (see `byol_core.plan`)."""
 
-    data: str = option("digits", "data", "folder of images, flat or nested; class sub-folders are labels, used only for "
-                       "evaluation; 'digits' is the embedded sample", metavar="DIR")
+    data: tuple[str, ...] = option(("digits",), "data", "folders of images, flat or nested; class sub-folders are labels, "
+                                   "used only for evaluation; or a .txt list of paths, or .tar shards; 'digits' is the "
+                                   "embedded sample", nargs="+", action=AppendPaths, metavar="PATH")
     epochs: int = option(100, "training", "passes over the images", type=natural, metavar="N")
     out: str | None = option(None, "run folder", "run folder (default: runs/<name of the data>)", metavar="DIR")
     eval_data: str | None = option(None, "data", "labelled folder to measure on (default: a fifth of --data, stratified)",
@@ -91,14 +101,16 @@ class TrainConfig:
     eval: bool = option(True, "evaluation", "no evaluation before and after training", flag="--no-eval",
                         action="store_false")
     save_every: int = option(1, "run folder", "epochs between checkpoints", type=count, metavar="N")
-    views: str = option("auto", "machine", "where views are made: device: batched, from images held in memory; cpu: "
-                        "torchvision in worker processes", choices=("auto", "device", "cpu"))
+    views: str = option("auto", "machine", "where views are made: device: in batches on the device, from images held in memory "
+                        "or cropped by workers; cpu: by torchvision in workers, the reference", choices=("auto", "device", "cpu"))
     device: str = option("auto", "machine", "auto, cpu, cuda, cuda:N or mps", metavar="NAME")
     amp: str = option("auto", "machine", "mixed precision; auto: bf16 or fp16 where the device is faster with it",
                       choices=("auto", "bf16", "fp16", "off"))
     compile: bool = option(False, "machine", "torch.compile the network", action="store_true")
     workers: int | None = option(None, "machine", "data worker processes, or auto", type=auto_or_natural,
                                  metavar="auto|N")
+    tensorboard: bool = option(False, "run folder", "write numbers and pictures for TensorBoard too, where it is installed",
+                               action="store_true")
     seed: int = option(0, "training", "seed of everything random in the run", type=natural, metavar="N")
     resume: str | None = option(None, "run folder", "go on from the run folder's last checkpoint, or from PATH", nargs="?",
                                 const="", metavar="PATH")
@@ -106,6 +118,12 @@ class TrainConfig:
     check: bool = option(False, "run folder", "look at the data, draw the views, time a few steps, train nothing",
                          action="store_true")
     debug: bool = option(False, "run folder", "show the traceback of an error", action="store_true")
+
+
+def one_line(message: object) -> str:
+    """Its text with line breaks as spaces, and whatever else a terminal could stumble over as escapes."""
+    text = " ".join(str(message).splitlines())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 class Parser(argparse.ArgumentParser):
@@ -117,7 +135,7 @@ class Parser(argparse.ArgumentParser):
         near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1) if unknown else []
         hint = f" - did you mean {near[0]}?" if near else " - see --help" if unknown else ""
         first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts, one is enough to say it
-        self.exit(2, f"error: {message}{hint}\n" if first else None)
+        self.exit(2, f"error: {one_line(message + hint)}\n" if first else None)
 
 
 def _flag(option_field: "Field[Any]") -> tuple[str, dict[str, Any]]:
@@ -125,7 +143,9 @@ def _flag(option_field: "Field[Any]") -> tuple[str, dict[str, Any]]:
     described = dict(option_field.metadata)
     del described["group"]
     flag = described.pop("flag", "--" + option_field.name.replace("_", "-"))
-    if option_field.default is not None and "action" not in described:
+    if isinstance(option_field.default, tuple):
+        described["help"] += f" (default: {' '.join(option_field.default)})"
+    elif option_field.default is not None and "action" not in described:
         described["help"] += f" (default: {option_field.default})"
     return flag, {**described, "dest": option_field.name, "default": option_field.default}
 
@@ -161,6 +181,9 @@ def command_line(config: TrainConfig) -> str:
             continue
         if isinstance(value, bool):
             words.append(flag if value or flag.startswith("--no-") else "--no-" + flag.removeprefix("--"))
+        elif isinstance(value, tuple) and not any(part.startswith("-") for part in value):
+            words += [flag, *value]
         else:
-            words += [f"{flag}={value}"] if str(value).startswith("-") else [flag, str(value)]
+            for part in value if isinstance(value, tuple) else (str(value),):
+                words += [f"{flag}={part}"] if part.startswith("-") else [flag, part]
     return shlex.join(words)

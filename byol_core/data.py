@@ -1,20 +1,23 @@
 """The images of a run: which of them can be read, where their pixels are held, and plain batches of them."""
 
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from byol_core.folder import BadImageError, ImageSet, decode, decode_all, printable, typical_size
+from byol_core.folder import BadImageError, ImageSet, decode, printable, typical_size
 from byol_core.plan import Facts
 from byol_core.runtime import usable_cpus
 from byol_core.views import ViewRecipe, normalise, plain_view
+from byol_core.workers import batches_from, new_loader, shared
 
 BAD_LIMIT = 0.1  # share of the files; with more the folder is not what its owner thinks
+DECODED_AT_A_TIME = 32  # images a worker hands over together
+DECODED_ALONE = 4_000  # images below which starting workers takes longer than decoding
 MEMORY_BUDGET = 2**31  # bytes of decoded images held at once: 700,000 images of 32 pixels
 
 Failure = tuple[int, str]  # index of a file that could not be decoded, and why
@@ -50,8 +53,9 @@ class BadFiles:
                 f"(the last: {printable(self.files.name(index))}: {printable(reason)}) - all of them are named above",
                 self.listing())
 
-    def listing(self) -> str:
-        return "".join(f"{printable(self.files.name(index))}\t{printable(reason)}\n"
+    def listing(self, place: str = "") -> str:
+        """A line per file: its name, below `place`, and why it was skipped."""
+        return "".join(f"{printable(place + self.files.name(index))}\t{printable(reason)}\n"
                        for index, reason in sorted(self.reasons.items()))
 
 
@@ -69,12 +73,12 @@ class ImageData:
     def __len__(self) -> int:
         return len(self.files)
 
-    def image(self, index: int) -> Image.Image:
-        """Image `index` as RGB. Raises: BadImageError."""
+    def image(self, index: int, reduce: int = 1) -> Image.Image:
+        """Image `index` as RGB; reduce: of a file, as `decode` takes it. Raises: BadImageError."""
         if index in self.bad.reasons:
             raise BadImageError(self.bad.reasons[index])
         if self.pixels is None:
-            return decode(self.files.path(index))
+            return decode(self.files.source(index), reduce)
         return Image.fromarray(self.pixels[index].permute(1, 2, 0).cpu().numpy())
 
 
@@ -84,10 +88,13 @@ def look_at(files: ImageSet) -> Facts:
     return Facts(len(files), min(height, width), same_size)
 
 
-def load_images(files: ImageSet, where: str, device: torch.device, report: Callable[[str], None]) -> tuple[ImageData, str]:
-    """(the images, where views are made and why). where: "auto", "device" (decode all now) or "cpu" (decode as needed).
+def load_images(files: ImageSet, where: str, device: torch.device, report: Callable[[str], None],
+                workers: int = 0) -> tuple[ImageData, str]:
+    """(the images, where views are made and why). where: "cpu" (decode as needed), or "auto" or "device", which are one here:
+    decode all now where they are of one size and fit in memory.
 
-    Raises: ValueError when `where` is "device" and the images do not allow it; TooManyBadFilesError.
+    workers: processes that may be started to decode.
+    Raises: ValueError when none can be opened; TooManyBadFilesError.
     """
     bad = BadFiles(files, report)
     if where == "cpu":
@@ -95,22 +102,55 @@ def load_images(files: ImageSet, where: str, device: torch.device, report: Calla
     height, width, same = typical_size(files)
     needed = len(files) * 3 * height * width
     if same and needed <= MEMORY_BUDGET:
-        pixels = decode_all(files, bad.add)
+        pixels = decode_all(files, bad.add, workers)
         if pixels is not None:
             return ImageData(files, bad, pixels.to(device)), f"device ({len(files)} images of {width}x{height} in memory)"
         same = False
     reason = (f"{needed / 1e9:.1f} GB of images, over the budget of {MEMORY_BUDGET / 1e9:.1f} GB" if same
               else "images of different sizes")
-    if where == "device":
-        raise ValueError(f"--views device needs images of one size that fit in memory: {reason} - use --views cpu")
-    return ImageData(files, bad), f"cpu ({reason})"
+    return ImageData(files, bad), f"worker crops, finished on {device} ({reason})"
 
 
-def ignore_signals(worker: int) -> None:
-    """Signals sent to the whole process group are the main process's to answer; it then shuts its workers down."""
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+def decode_all(files: ImageSet, on_bad: Callable[[int, str], None], workers: int = 0) -> Tensor | None:
+    """Every image of a same-sized set as one uint8 tensor (N, 3, H, W), zeros for bad ones; None when sizes differ.
+
+    The same, and bad ones in the same order, whatever `workers` is.
+    """
+    pixels: Tensor | None = None
+    loader = new_loader(_PixelDataset(files), workers if len(files) >= DECODED_ALONE else 0, batch_size=None,
+                        generator=torch.Generator())
+    for indices, images, failures in batches_from(loader):
+        for index, reason in failures:
+            on_bad(index, reason)
+        if pixels is None and len(images):
+            pixels = torch.zeros(len(files), *images.shape[1:], dtype=torch.uint8)
+        if len(images) != len(indices) or pixels is not None and len(images) and pixels.shape[1:] != images.shape[1:]:
+            return None
+        if pixels is not None:
+            pixels[indices] = images
+    return pixels
+
+
+class _PixelDataset(Dataset[tuple[Tensor, Tensor, list[Failure]]]):
+    """Images by the block: (their indices, (n, 3, H, W) uint8, those that could not be decoded); n is 0 where sizes differ."""
+
+    def __init__(self, files: ImageSet) -> None:
+        self.files = files
+
+    def __len__(self) -> int:
+        return -(-len(self.files) // DECODED_AT_A_TIME)
+
+    def __getitem__(self, block: int) -> tuple[Tensor, Tensor, list[Failure]]:
+        images: dict[int, np.ndarray] = {}  # (H, W, 3)
+        failures: list[Failure] = []
+        for index in range(block * DECODED_AT_A_TIME, min((block + 1) * DECODED_AT_A_TIME, len(self.files))):
+            try:
+                images[index] = np.array(decode(self.files.source(index)))
+            except BadImageError as error:
+                failures.append((index, str(error)))
+        same = len({image.shape for image in images.values()}) == 1
+        pixels = np.stack(list(images.values())) if same else np.empty((0, 0, 0, 3), np.uint8)
+        return torch.tensor(list(images), dtype=torch.int64), shared(torch.from_numpy(pixels)).permute(0, 3, 1, 2), failures
 
 
 def choose_workers(asked: int | None, processes: int = 1) -> int:
@@ -126,9 +166,8 @@ def plain_batches(data: ImageData, recipe: ViewRecipe, indices: Tensor, workers:
         for part in good.split(batch_size):
             yield part, normalise(data.pixels[part.to(data.pixels.device)].float() / 255, recipe)
         return
-    loader = DataLoader(_PlainDataset(data, recipe, indices), batch_size=batch_size, num_workers=workers,
-                        collate_fn=_collate_plain, worker_init_fn=ignore_signals)
-    for found, images, failures in loader:
+    loader = new_loader(_PlainDataset(data, recipe, indices), workers, batch_size=batch_size, collate_fn=_collate_plain)
+    for found, images, failures in batches_from(loader):
         for index, reason in failures:
             data.bad.add(index, reason)
         if len(found):
@@ -155,5 +194,5 @@ class _PlainDataset(Dataset[tuple[int, "Tensor | str"]]):
 def _collate_plain(samples: "Sequence[tuple[int, Tensor | str]]") -> tuple[Tensor, Tensor, list[Failure]]:
     good = [(index, image) for index, image in samples if isinstance(image, Tensor)]
     failures = [(index, reason) for index, reason in samples if isinstance(reason, str)]
-    images = torch.stack([image for _, image in good]) if good else torch.empty(0)
+    images = shared(torch.stack([image for _, image in good])) if good else torch.empty(0)
     return torch.tensor([index for index, _ in good], dtype=torch.int64), images, failures

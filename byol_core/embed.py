@@ -65,7 +65,10 @@ def prepare(options: Namespace) -> Embedding:
         say(f"warning: {line}")
     runtime = Runtime(device, choose_precision("auto", device, tiny=pretrained.arch == "conv6")[0], channels_last=True)
     runtime.place_model(pretrained.backbone)
-    return Embedding(pretrained, scan(options.data), runtime, choose_workers(options.workers), out)
+    files = scan(options.data)
+    for line in files.remarks:
+        say(f"warning: {line}")
+    return Embedding(pretrained, files, runtime, choose_workers(options.workers), out)
 
 
 def carry_out(embedding: Embedding) -> None:
@@ -95,7 +98,7 @@ def carry_out(embedding: Embedding) -> None:
             found[indices] = True
             bar.update(len(indices))
         if not found.any():
-            raise ValueError(f"none of the {len(files)} images under {files.root} can be read")
+            raise ValueError(f"none of the {len(files)} images of {files.given} can be read")
         rows.seek(0)
         atomic_write(out, lambda file: _assemble(file, rows, embedding, found.nonzero().flatten(), data.bad.reasons))
     sys.stdout.write(f"{out}: {int(found.sum())} embeddings of {pretrained.feature_dim} numbers"
@@ -108,7 +111,7 @@ def _assemble(file: IO[bytes], rows: IO[bytes], embedding: Embedding, indices: "
 
     files, pretrained = embedding.files, embedding.pretrained
     about = {"checkpoint": str(pretrained.path), "network": pretrained.network, "arch": pretrained.arch,
-             "data": str(files.root)}
+             "data": files.given}
     with zipfile.ZipFile(file, "w") as archive:
         with _entry(archive, "embeddings", "<f4", (len(indices), pretrained.feature_dim)) as entry:
             shutil.copyfileobj(rows, entry)

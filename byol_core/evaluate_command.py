@@ -25,7 +25,6 @@ if TYPE_CHECKING:  # torch and scikit-learn are loaded when there is something t
 
 NEIGHBOURS = (20, 200)
 FEW_LABELS, FEW_LABELS_CLASSES = (1, 5, 10), 100  # labels per class; classes above which these probes take too long
-SKLEARN_UP_TO = 500_000_000  # images x dimensions x classes: 100,000 x 512 x 10, about a minute on one core
 COLLAPSED = 0.01  # spread below which features tell images apart no more; that of untrained networks is higher
 SHOWN_CLASSES, SHOWN_CONFUSIONS = 20, 20  # on the console; --json holds the whole matrix
 
@@ -98,13 +97,15 @@ def prepare(options: Namespace) -> Evaluation:
     return evaluation
 
 
-def _labelled(flag: str, folder: str) -> "ImageSet":
+def _labelled(flag: str, data: str | Sequence[str]) -> "ImageSet":
     from byol_core.folder import scan
 
-    files = scan(folder, flag)
+    files = scan(data, flag)
+    for line in files.remarks:
+        say(f"warning: {line}")
     if files.labels is None:
-        raise ValueError(f"{flag} {folder} has no class sub-folders, and measuring needs at least 2 classes - put the images "
-                         "of each class in a sub-folder of its own")
+        raise ValueError(f"{flag} {files.given} has no class sub-folders, and measuring needs at least 2 classes - put the "
+                         "images of each class in a sub-folder of its own")
     return files
 
 
@@ -114,8 +115,8 @@ def _check_classes(evaluation: Evaluation) -> None:
         return
     unknown = [name for name in evaluation.eval_files.classes if name not in evaluation.files.classes]
     if len(unknown) == len(evaluation.eval_files.classes):
-        raise ValueError(f"no class of --eval-data {evaluation.eval_files.root} is a class of --data "
-                         f"{evaluation.files.root} - name the sub-folders alike")
+        raise ValueError(f"no class of --eval-data {evaluation.eval_files.given} is a class of --data "
+                         f"{evaluation.files.given} - name the sub-folders alike")
     if unknown:
         images = int((_known_labels(evaluation) < 0).sum())
         evaluation.note(f"warning: classes of --eval-data that --data does not have: {', '.join(unknown)}; "
@@ -145,46 +146,46 @@ def _check_overlap(evaluation: Evaluation) -> None:
         assert files.labels is not None
         fit, test = (rows.tolist() for rows in split(Features(torch.empty(len(files), 0), files.labels)))
         eval_files = files
-    same_file, same_content = overlap([files.path(row) for row in fit], [eval_files.path(row) for row in test])
+    same_file, same_content = overlap(files, fit, eval_files, test)
     if same_file or same_content:
         evaluation.note(f"warning: {same_file + same_content} of {len(test)} images measured on are also fitted on "
                         f"({same_file} the same file, {same_content} a file of the same content), which flatters the "
                         "accuracies")
 
 
-def overlap(fit: Sequence[Path], test: Sequence[Path]) -> tuple[int, int]:
-    """How many files of `test` are in `fit` too: (as the same real path, as another file of the same content).
+def overlap(files: "ImageSet", fit: Sequence[int], eval_files: "ImageSet", test: Sequence[int]) -> tuple[int, int]:
+    """How many images of `test` are in `fit` too: (as the same real path, as another file of the same content).
 
     Only files of a size that occurs on both sides are read.
     """
-    real, sizes = {os.path.realpath(path) for path in fit}, defaultdict(list)
-    for path in fit:
-        sizes[_size(path)].append(path)
+    real, sizes = {os.path.realpath(files.path(row)) for row in fit}, defaultdict(list)
+    for row in fit:
+        sizes[_size(files, row)].append(row)
     contents: dict[int, set[bytes]] = {}  # of the files to fit on, by size
     same_file = same_content = 0
-    for path in test:
-        size = _size(path)
-        if os.path.realpath(path) in real:
+    for row in test:
+        size = _size(eval_files, row)
+        if os.path.realpath(eval_files.path(row)) in real:
             same_file += 1
         elif size in sizes:
             if size not in contents:
-                contents[size] = {_digest(other) for other in sizes[size]}
-            same_content += _digest(path) in contents[size]
+                contents[size] = {_digest(files, other) for other in sizes[size]}
+            same_content += _digest(eval_files, row) in contents[size]
     return same_file, same_content
 
 
-def _size(path: Path) -> int:
+def _size(files: "ImageSet", row: int) -> int:
     try:
-        return path.stat().st_size
+        return files.size(row)
     except OSError:  # decoding will name it
         return -1
 
 
-def _digest(path: Path) -> bytes:
+def _digest(files: "ImageSet", row: int) -> bytes:
     try:
-        return hashlib.blake2b(path.read_bytes()).digest()
+        return hashlib.blake2b(files.read(row)).digest()
     except OSError:
-        return os.fsencode(path)
+        return os.fsencode(files.path(row))
 
 
 def carry_out(evaluation: Evaluation) -> None:
@@ -193,20 +194,21 @@ def carry_out(evaluation: Evaluation) -> None:
     from byol_core.data import load_images
 
     device = evaluation.runtime.device
-    data = load_images(evaluation.files, "auto", device, evaluation.note)[0]
+    workers = evaluation.workers
+    data = load_images(evaluation.files, "auto", device, evaluation.note, workers)[0]
     eval_data = (None if evaluation.eval_files is None
-                 else load_images(evaluation.eval_files, "auto", device, evaluation.note)[0])
+                 else load_images(evaluation.eval_files, "auto", device, evaluation.note, workers)[0])
     accuracies: dict[str, dict[str, float]] = {"majority": {}}
     for name, (backbone, recipe) in evaluation.networks.items():
         fit, test = _features(evaluation, backbone, recipe, data, eval_data)
         say(f"{name}: {len(fit.y)} images to fit on, {len(test.y)} to measure on")
         _check_spread(evaluation, name, fit)
         accuracies[name], predicted = _measure(evaluation, name, fit, test)
-    majority = float((test.y == fit.y.mode().values).float().mean())
+    majority = float((test.y == fit.y.mode().values).double().mean())
     accuracies["majority"] = dict.fromkeys(accuracies[name], majority)
-    split = (f"fitted on {len(fit.y)} images of {data.files.root}, measured on " +
+    split = (f"fitted on {len(fit.y)} images of {data.files.given}, measured on " +
              (f"the {len(test.y)} held out of it, a fifth of every class" if eval_data is None
-              else f"{len(test.y)} images of {eval_data.files.root}"))
+              else f"{len(test.y)} images of {eval_data.files.given}"))
     confusion = confusion_matrix(test.y, predicted, len(data.files.classes))
     if evaluation.options.json is not None:
         write_json(Path(evaluation.options.json), _as_json(evaluation, accuracies, confusion, split))
@@ -247,7 +249,7 @@ def _measure(evaluation: Evaluation, name: str, fit: "Features", test: "Features
     from sklearn.base import clone
 
     from byol_core.evaluate import few_label_accuracy, fit_classifier, knn_accuracy, unconverged
-    from byol_core.linear_probe import LinearProbe
+    from byol_core.linear_probe import LinearProbe, too_large_for_sklearn
 
     def predict(classifier: "Classifier | None", metric: str) -> "Tensor":
         fitted = fit_classifier(fit.x, fit.y, classifier)
@@ -255,7 +257,7 @@ def _measure(evaluation: Evaluation, name: str, fit: "Features", test: "Features
         if remark is not None:
             evaluation.note(f"note: {metric} of {name}: {remark}")
         predicted = torch.as_tensor(fitted.predict(test.x.numpy()))
-        accuracies[metric] = float((predicted == test.y).float().mean())
+        accuracies[metric] = float((predicted == test.y).double().mean())
         return predicted
 
     accuracies: dict[str, float] = {}
@@ -271,7 +273,7 @@ def _measure(evaluation: Evaluation, name: str, fit: "Features", test: "Features
                                                             f"a class has only {fewest} images to fit on"))
         else:
             accuracies[f"linear_{count}"] = few_label_accuracy(fit, test, count)
-    large = fit.x.numel() * len(per_class) > SKLEARN_UP_TO
+    large = too_large_for_sklearn(fit.x, len(per_class))
     by_sgd = evaluation.options.linear == "sgd" or large and evaluation.options.linear == "auto"
     evaluation.note("note: linear is " + ("SGD on frozen features, the published protocol" if by_sgd else
                                           "scikit-learn's logistic regression on standardised features"))

@@ -5,6 +5,12 @@ import torch
 from torch import Tensor, nn
 
 MOMENTUM = 0.9  # Nesterov's
+SKLEARN_UP_TO = 500_000_000  # images x dimensions x classes: 100,000 x 512 x 10, about a minute on one core
+
+
+def too_large_for_sklearn(features: Tensor, classes: int) -> bool:
+    """Whether logistic regression by scikit-learn on features (n, d) would take longer than it tells."""
+    return features.numel() * classes > SKLEARN_UP_TO
 
 
 class LinearProbe:

@@ -15,6 +15,7 @@ from byol_core.checkpoint import write_text
 from byol_core.health import RECENT, find_collapse, measure
 from byol_core.processes import ALONE, Processes
 from byol_core.schedules import due
+from byol_core.tensorboard import Board
 from byol_core.training import Progress, Step
 
 RECORD_EVERY = 10  # updates; each record reads a few numbers back from the device
@@ -51,6 +52,7 @@ class RunLog:
         self.loss_count = 0
         self.skipped = 0
         self.last: dict[str, Value] = {}
+        self.board: Board | None = None  # gets every record too
         self._bar: tqdm | None = None
         self._printed = self._marked = time.monotonic()
         self._recorded = (0.0, 0.0, 0)  # seconds, waited, updates at the last record
@@ -77,6 +79,8 @@ class RunLog:
         """One line of metrics.jsonl."""
         line = {"update": progress.updates, "epoch": round(self._epochs_done(progress), 6), **values}
         self._append("metrics.jsonl", json.dumps(line, allow_nan=False) + "\n")
+        if self.board is not None:
+            self.board.scalars(progress.updates, values)
 
     def start(self, progress: Progress) -> None:
         """The clock starts; call before training, and again after a pause that is not training."""
@@ -154,13 +158,14 @@ class RunLog:
     def state_dict(self) -> dict[str, Any]:
         return {"seconds": self.seconds, "waited": self.waited, "loss_sum": float(self.loss_sum),
                 "loss_count": self.loss_count, "skipped": self.skipped, "last": self.last,
-                "collapse_reported": self._collapse_reported}
+                "collapse_reported": self._collapse_reported, "recent": list(self._recent)}
 
     def resume(self, state: dict[str, Any], progress: Progress) -> None:
         """Go on as if never stopped: drop the records of updates that will be made again, and what a crash tore."""
         self.seconds, self.waited, self.loss_sum = state["seconds"], state["waited"], state["loss_sum"]
         self.loss_count, self.skipped, self.last = state["loss_count"], state["skipped"], state["last"]
         self._collapse_reported = state["collapse_reported"]
+        self._recent.extend(state.get("recent", []))  # which checkpoints did not always hold
         self._recorded = (self.seconds, self.waited, progress.updates)
         path = self.folder / "metrics.jsonl"
         if self.processes.first and path.exists():

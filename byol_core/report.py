@@ -147,7 +147,7 @@ def compare(folders: Sequence[Path], out: Path) -> None:
     verdicts = [{"status": run.status, "verdict": run.verdict.word, "why": run.verdict.why} for run in runs]
     results = [{**verdict, **{key: value for key, value in run.summary.items() if key != "status"}}
                for verdict, run in zip(verdicts, runs)]
-    options = [flatten({**run.config.get("config", {}), **run.plan, "data": run.config.get("config", {}).get("data"),
+    options = [flatten({**run.config.get("config", {}), **run.plan, "data": " ".join(_data(run.config.get("config", {}))),
                         **run.config.get("versions", {}), "images": run.config.get("data", {}).get("images")}) for run in runs]
     sections = [
         ("", f'<p class="legend">{legend}</p>'),
@@ -247,7 +247,8 @@ def _facts(run: RunFiles) -> str:
              ("training time", _duration(summary.get("seconds"))),
              ("images per second", _count(summary.get("images_per_second"))),
              ("waiting for data", _percent(summary.get("wait_fraction"))),
-             ("device", html.escape(" ".join(str(summary[key]) for key in ("device", "amp") if key in summary)))]
+             ("device", html.escape(", ".join(str(summary[key]) for key in ("device", "amp") if summary.get(key, "off") != "off"))),
+             ("processes", _count(summary["world_size"]) if summary.get("world_size", 1) != 1 else "")]
     return '<dl class="facts">' + "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts if value) \
         + "</dl>"
 
@@ -266,7 +267,14 @@ def _scores(run: RunFiles) -> str:
             rows.append([title, *(_bar(summary.get(key + suffix), suffix) for suffix, _ in columns)])
     later = "" if summary.get("knn") is not None else " The trained network is measured when the run is complete."
     return (f"<p>Accuracy on {html.escape(str(summary.get('measured_on')))}.{later}</p>"
-            + _table(rows, ["", *(title for _, title in columns)]))
+            + _table(rows, ["", *(title for _, title in columns)]) + _best(run))
+
+
+def _best(run: RunFiles) -> str:
+    best = run.summary.get("best_knn")
+    return "" if best is None else (f"<p>Best k nearest neighbours on the way: <b>{best:.1%}</b> after epoch "
+                                    f"{run.summary['best_epoch']}; that network is best.pt, to be used as backbone.pt is. "
+                                    "Chosen by these images, it is a little flattered on them.</p>")
 
 
 def _bar(value: float | None, suffix: str) -> str:
@@ -356,6 +364,7 @@ def _go_on(run: RunFiles) -> str:
     asked = run.config.get("config", {})
     if not asked or not set(asked) <= known:
         return ""
+    asked = {**asked, "data": _data(asked)}
     processes = run.summary.get("world_size", 1)
     command = command_line(without_sample(TrainConfig(**asked)))
     if processes != 1:
@@ -368,6 +377,12 @@ def _go_on(run: RunFiles) -> str:
     if run.status == "running":
         return f"{where}<pre>{html.escape(command)} --resume</pre><p>goes on after an interruption, exactly.</p>"
     return f"{where}<pre>{html.escape(command)} --resume</pre><p>goes on from the last checkpoint, exactly.</p>"
+
+
+def _data(asked: Mapping[str, Any]) -> tuple[str, ...]:
+    """The paths of --data; runs from before there could be several have one text."""
+    data = asked.get("data", ())
+    return (data,) if isinstance(data, str) else tuple(data)
 
 
 def _choices(run: RunFiles) -> str:
@@ -419,7 +434,7 @@ def _side_by_side(names: Sequence[str], columns: Sequence[Mapping[str, object]],
         values = [column.get(key) for column in columns]
         if only_differences and all(value == values[0] for value in values) or all(value is None for value in values):
             continue
-        accuracy = key.startswith(tuple(SCORES))
+        accuracy = key.startswith((*SCORES, "best_knn"))
         cells = [_percent(value) if accuracy and isinstance(value, float) else html.escape(_plain(value)) for value in values]
         rows.append([html.escape(key.replace("_", " ")), *cells])
     return _table(rows, ["", *map(html.escape, names)]) if rows else ""

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import platform
-import textwrap
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -17,11 +16,13 @@ from byol_core import __version__
 from byol_core.backbones import build_backbone, check_backbone, load_weights
 from byol_core.batches import DeviceBatches, Order, TimedBatches, WorkerBatches
 from byol_core.checkpoint import (LAST, CheckpointError, State, export_backbone, newest_checkpoint, read_backbone,
-                                  read_checkpoint, save_checkpoint, write_json, write_text)
+                                  read_checkpoint, replace_damaged, save_checkpoint, tensor_bytes, write_json,
+                                  write_text)
 from byol_core.config import TrainConfig
-from byol_core.data import ImageData, TooManyBadFilesError, choose_workers, load_images
+from byol_core.crops import CropBatches
+from byol_core.data import BadFiles, ImageData, TooManyBadFilesError, choose_workers, load_images
 from byol_core.evaluate import embed_data, load_classifier
-from byol_core.folder import ImageSet, scan
+from byol_core.folder import ImageSet, scan, with_several_frames
 from byol_core.losses import effective_rank
 from byol_core.memory import peak_memory, recompute_blocks
 from byol_core.metrics import RunLog
@@ -31,11 +32,14 @@ from byol_core.pictures import save_embedding, save_neighbours, save_views
 from byol_core.plan import Plan
 from byol_core.processes import ALONE, Processes
 from byol_core.report import how_to_load, read_run, write_report
+from byol_core.run_folder import COPIES, space_warning
 from byol_core.runtime import NonFiniteError, Runtime, choose_device, choose_precision
 from byol_core.scoring import Scorer, Scores, some_indices
 from byol_core.seeds import seed_from
 from byol_core.signals import Stopped, StopRequest
+from byol_core.tensorboard import Board, check_tensorboard
 from byol_core.training import Progress, Step, train
+from byol_core.workers import WorkerError
 
 PICTURED_AT_MOST = 2_000  # images among which neighbours are looked for
 PIXELS_UP_TO = 16  # image size up to which raw pixels are a baseline
@@ -76,6 +80,8 @@ class Run:
         channels_last = device.type == "cuda" or plan.arch == "conv6"
         self.runtime = Runtime(device, amp_dtype, channels_last, processes)
         self.classifier = load_classifier(config.classifier)
+        if config.tensorboard:
+            check_tensorboard()
         self.log = RunLog(folder, plan.epochs, plan.updates_per_epoch, plan.batch_size, processes)
         self.model = self._new_model()
         self.optimizer = build_optimizer(self.model.online, plan)
@@ -85,9 +91,11 @@ class Run:
         self.workers = choose_workers(config.workers, processes.local_world_size)
         self.data, self.views_reason = self._load(files, config.views)
         self._compare_processes()
+        self.bad_eval_files: BadFiles | None = None
         self.scorer = self._new_scorer() if processes.first else None
-        self.batches = TimedBatches(self._new_batches())
+        self.batches = TimedBatches(self._new_batches(), device)
         self.scores: dict[str, Scores] = {}
+        self.best: dict[str, float] = {}  # knn and epoch of best.pt
         self.ranks: dict[str, float | None] = {"rank_features": None, "rank_features_untrained": None}
         self.report_due = 0.0
         self.stop = StopRequest(patient=processes.several)
@@ -106,7 +114,7 @@ class Run:
 
     def _load(self, files: ImageSet, views: str) -> tuple[ImageData, str]:
         try:
-            return load_images(files, views, self.runtime.device, self.log.say)
+            return load_images(files, views, self.runtime.device, self.log.say, self.workers)
         except TooManyBadFilesError as error:
             if self.processes.first:
                 write_text(self.folder / "bad_files.txt", error.listing)
@@ -132,6 +140,7 @@ class Run:
             if files.labels is None:
                 raise ValueError(f"--eval-data {config.eval_data} has no class sub-folders, so there is nothing to measure")
             eval_data = self._load(files, "auto")[0]
+            self.bad_eval_files = eval_data.bad
             self._compare_classes(files)
             if data.files.labels is None:  # then both the fitting and the measuring are done on parts of --eval-data
                 data, eval_data = eval_data, None
@@ -140,7 +149,7 @@ class Run:
     def _compare_classes(self, files: ImageSet) -> None:
         own, others = set(self.data.files.classes), set(files.classes)
         if own and not own & others:
-            raise ValueError(f"--eval-data {files.root} has no class folder of the same name as one in --data - measured on "
+            raise ValueError(f"--eval-data {files.given} has no class folder of the same name as one in --data - measured on "
                              "it, every accuracy would be 0")
         if own and others - own:
             self.log.say(f"warning: images of {len(others - own)} classes that --data does not have count as wrong: "
@@ -152,6 +161,8 @@ class Run:
                       self.processes.world_size)
         if self.data.pixels is not None:
             return DeviceBatches(self.data, plan.views, order)
+        if self.config.views != "cpu":
+            return CropBatches(self.data, plan.views, order, self.workers, self.runtime.device)
         return WorkerBatches(self.data, plan.views, order, self.workers, pin_memory=self.runtime.device.type == "cuda")
 
     def identity(self) -> dict[str, object]:
@@ -160,19 +171,21 @@ class Run:
         del plan["choices"], plan["micro_batch"]  # the latter follows from the number of processes
         return json.loads(json.dumps({
             "images": len(self.data), "image names": self.data.files.fingerprint(), **plan, "seed": self.config.seed,
-            "views made": "on the device" if self.data.pixels is not None else "on the cpu"}))
+            "views made": ("on the device" if self.data.pixels is not None else
+                           "on the cpu" if self.config.views == "cpu" else "of worker crops")}))
 
     def save(self) -> None:
         self.runtime.confirm()
-        self.saved_updates = self.progress.updates
         state = {
             "identity": json.dumps(self.identity()), "version": __version__, "torch": str(torch.__version__),
             "progress": self.progress.state_dict(), "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
             "scaler": self.runtime.scaler.state_dict(), "precision": self.precision, "log": self.log.state_dict(),
-            "scores": self.scores, "measured": self._how_measured(), "world_size": self.processes.world_size,
+            "scores": self.scores, "best": self.best, "measured": self._how_measured(), "world_size": self.processes.world_size,
+            "bad_files": self.data.bad.reasons,
         }
         self.processes.on_first(lambda: save_checkpoint(self.folder, state))
+        self.saved_updates = self.progress.updates
 
     def resume(self) -> None:
         """Go on from --resume's checkpoint, where there is one; a fresh start in an empty folder.
@@ -180,8 +193,13 @@ class Run:
         Raises: CheckpointError for a file that cannot be used, ValueError when it belongs to a different run.
         """
         state = self.processes.from_first(self._saved_state)
-        if state is not None:
+        if state is None:
+            return
+        try:
             self._restore(state)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"the checkpoint to resume from is not of this program's making ({type(error).__name__}: "
+                                  f"{error})") from error
 
     def _saved_state(self) -> State | None:
         asked = Path(self.config.resume or self.folder)
@@ -190,6 +208,8 @@ class Run:
         state, damaged = newest_checkpoint(asked)
         for line in damaged:
             self.log.say(f"warning: {line}; using the checkpoint before it")
+        if damaged and asked.resolve() == self.folder.resolve():
+            replace_damaged(self.folder)
         if state is None and self.config.resume:
             raise CheckpointError(f"no checkpoint in {asked}")
         if state is None:
@@ -216,11 +236,26 @@ class Run:
                          "and batch statistics are taken over other parts, so this is not an exact resume")
         self.progress = Progress(**state["progress"])  # type: ignore[arg-type]
         self.saved_updates = self.progress.updates
+        self.data.bad.reasons.update(state.get("bad_files", {}))  # type: ignore[call-overload]
         if state["measured"] == self._how_measured():
             self.scores = state["scores"]  # type: ignore[assignment]
+            if (self.folder / "best.pt").exists():
+                self.best = state.get("best", {})  # type: ignore[assignment]
         if not self.is_complete():
             self.log.resume(state["log"], self.progress)  # type: ignore[arg-type]
-            self.log.say(f"resuming at epoch {self.progress.epoch}, update {self.progress.updates}")
+            self.log.say(f"resuming at epoch {self.progress.epoch}, update {self.progress.updates}"
+                         f"{self._other_changes()}")
+
+    def _other_changes(self) -> str:
+        """Which options differ from those that the run was last started with and do not change its result."""
+        try:
+            before = json.loads((self.folder / "config.json").read_text("utf-8"))["config"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return ""
+        now = json.loads(json.dumps(asdict(self.config)))
+        changed = [f"{key} {before[key]} -> {now[key]}" for key in now
+                   if key in before and key not in ("resume", "debug") and before[key] != now[key]]
+        return f"; changed, without effect on the result: {', '.join(changed)}" if changed else ""
 
     def _how_measured(self) -> str:
         """What scores depend on beside the network: those of another classifier or test set are not to be compared."""
@@ -232,6 +267,11 @@ class Run:
         return self.processes.from_first(lambda: self.progress.epoch >= self.plan.epochs and summary.exists()
                                          and json.loads(summary.read_text("utf-8")).get("status") == "finished")
 
+    def checkpoint_bytes(self) -> int:
+        """What a checkpoint will take on the disk: both networks, and what the optimizer keeps for each parameter."""
+        kept = 2 if isinstance(self.optimizer, torch.optim.Adam) else 1  # AdamW is an Adam
+        return tensor_bytes(self.model.state_dict()) + kept * tensor_bytes(list(self.model.online.parameters()))
+
     @property
     def precision(self) -> str:
         return str(self.runtime.amp_dtype or torch.float32).removeprefix("torch.")
@@ -240,9 +280,12 @@ class Run:
         plan, files = self.plan, self.data.files
         weights = sum(p.numel() for p in self.model.online.parameters())
         kinds = f"{len(files.classes)} classes, used only to measure" if files.labels is not None else "no class folders"
-        for folder in files.skipped_folders:
-            self.log.say(f"warning: cannot list {folder}")
-        self.log.say(f"data: {len(files)} images in {files.root} ({kinds})")
+        for remark in files.remarks:
+            self.log.say(f"warning: {remark}")
+        several = with_several_frames(files)
+        if several:
+            self.log.say(f"note: {several} of the files looked at have several frames; of each file the first one is used")
+        self.log.say(f"data: {len(files)} images in {files.given} ({kinds})")
         self.log.say(f"network: {weights / 1e6:.1f} M parameters; {plan.updates_per_epoch} updates of {plan.batch_size} "
                      f"images per epoch, {plan.total_updates} in all")
         for choice in plan.choices:
@@ -257,12 +300,17 @@ class Run:
             self.log.say(f"processes: {self.processes.world_size}, each with {plan.micro_batch} images at a time; batch "
                          f"statistics over {alike}")
         self.log.say(f"run folder: {self.folder}")
+        warning = space_warning(self.folder, self.checkpoint_bytes())
+        if warning is not None:
+            self.log.say(warning)
 
     def write_start(self) -> None:
         """config.json and views.png, before the first step."""
         self.processes.on_first(self._write_start)
 
     def _write_start(self) -> None:
+        if self.config.tensorboard and not self.config.check:
+            self.log.board = Board(self.folder, self.progress.updates, self.log.say)
         write_json(self.folder / "config.json", {
             "config": asdict(self.config), "choices": [asdict(choice) for choice in self.plan.choices],
             "plan": {key: value for key, value in asdict(self.plan).items() if key != "choices"},
@@ -275,6 +323,12 @@ class Run:
             order = self.batches.batches.order
             save_views(self.folder / "views.png", self.data, self.plan.views, order.epoch(0)[0],
                        next(self.batches.batches.epoch(0)))
+            self._show_on_board("views.png")
+
+    def _show_on_board(self, *pictures: str) -> None:
+        if self.log.board is not None:
+            for name in pictures:
+                self.log.board.picture(self.progress.updates, self.folder / name)
 
     def measure_untrained(self) -> None:
         """What the network gives before it has learned anything, and, for images that small, what bare pixels give."""
@@ -316,15 +370,30 @@ class Run:
             raise NonFiniteError(
                 f"{error} at epoch {self.progress.epoch + 1}, update {self.progress.updates + (not error.late)} (lr "
                 f"{self.optimizer.param_groups[0]['lr']:.3g}, precision {self.runtime.amp_dtype or torch.float32}); "
-                f"{self._what_is_saved()} - start again with a lower --lr{' or --amp off' if self.runtime.amp_dtype else ''} "
+                f"{self.what_is_saved()} - start again with a lower --lr{' or --amp off' if self.runtime.amp_dtype else ''} "
                 "and another --out") from error
+        except WorkerError as error:
+            self._save_between_updates()
+            if self.stop.signal is not None and not self.processes.several:  # they may have died of the same signal
+                raise Stopped(self.stop.signal) from error
+            raise WorkerError(f"{error}; {self.what_is_saved()}") from error
         finally:
             self.stop.waits_for_a_step = False
             self.log.close()
+            self.batches.close()
         if self.plan.epochs == 0:
             self.save()
 
-    def _what_is_saved(self) -> str:
+    def _save_between_updates(self) -> None:
+        """Save what no checkpoint has yet, unless an update is half made: batch norm has seen its first micro-batches.
+
+        Of several processes one cannot know where the others are.
+        """
+        between = self.progress.batch % self.plan.accum_steps == 0
+        if self.progress.updates > self.saved_updates and between and not self.processes.several:
+            self.save()
+
+    def what_is_saved(self) -> str:
         last = self.folder / LAST
         return f"{last} has the weights of update {self.saved_updates}" if last.exists() else "nothing was saved yet"
 
@@ -356,8 +425,17 @@ class Run:
     def _measure_on_the_way(self) -> None:
         if self.scorer is not None:
             with contextlib.suppress(ValueError):  # labels that allow no measurement: said before training
-                self.log.record(self.progress, knn=self.scorer.knn(self.model.online.backbone))
+                knn = self.scorer.knn(self.model.online.backbone)
+                self.log.record(self.progress, knn=knn)
+                self._keep_best(knn)
             self.log.start(self.progress)
+
+    def _keep_best(self, knn: float) -> None:
+        """best.pt is the network as it is now, unless one measured before was better; of equals it is the later one."""
+        if knn >= self.best.get("knn", 0.0):
+            self.best = {"knn": knn, "epoch": self.progress.epoch}
+            export_backbone(self.folder, self.model.online.backbone.state_dict(), {**self._about_backbone(), **self.best},
+                            "best")
 
     def _report_under_way(self) -> None:
         """report.html as the run goes, so that it is true whenever someone looks; it never stops the run."""
@@ -378,6 +456,9 @@ class Run:
         backbone, untrained = self.model.online.backbone, self._new_model().online.backbone
         export_backbone(self.folder, backbone.state_dict(), self._about_backbone())
         self.measure("trained", backbone)
+        knn = self.scores.get("trained", {}).get("knn")
+        if self.config.eval_every and knn is not None:
+            self._keep_best(knn)
         if self.config.eval:
             indices = some_indices(len(self.data), PICTURED_AT_MOST)
             recipe = self.plan.views[0]
@@ -389,6 +470,7 @@ class Run:
                            self.data.files.classes, self.config.seed)
             self.ranks = {"rank_features": float(effective_rank(trained)),
                           "rank_features_untrained": float(effective_rank(before))}
+            self._show_on_board("neighbours.png", "embedding.png")
         self.write_end("finished")
 
     def _about_backbone(self) -> dict[str, object]:
@@ -403,9 +485,14 @@ class Run:
         if not self.processes.first:
             return
         write_json(self.folder / "summary.json", self._summary(status, reason))
-        if self.data.bad.reasons:
-            write_text(self.folder / "bad_files.txt", self.data.bad.listing())
+        listing = self.data.bad.listing()
+        if self.bad_eval_files is not None:
+            listing += self.bad_eval_files.listing(f"{self.config.eval_data}/")
+        if listing:
+            write_text(self.folder / "bad_files.txt", listing)
         write_report(self.folder)
+        if self.log.board is not None:
+            self.log.board.close()
 
     def _summary(self, status: str, reason: str | None = None) -> dict[str, object]:
         scores: dict[str, float | int | str | None] = {}
@@ -414,11 +501,13 @@ class Run:
         last, log, files = self.log.last, self.log, self.data.files
         return {
             "status": status, "reason": reason, "images": len(files), "classes": len(files.classes),
-            "bad_files": len(self.data.bad.reasons), "epochs": self.progress.epoch, "updates": self.progress.updates,
-            "seconds": round(log.seconds, 3),
+            "bad_files": len(self.data.bad.reasons),
+            "bad_eval_files": len(self.bad_eval_files.reasons) if self.bad_eval_files else 0,
+            "epochs": self.progress.epoch, "updates": self.progress.updates, "seconds": round(log.seconds, 3),
             "images_per_second": round(self.progress.updates * self.plan.batch_size / max(log.seconds, 1e-9), 2),
             "wait_fraction": round(log.waited / max(log.seconds, 1e-9), 4),
             "loss": last.get("loss"), "spread": last.get("spread"), **scores, **self.ranks,
+            "best_knn": self.best.get("knn"), "best_epoch": self.best.get("epoch"),
             "measured_on": self.scorer.measured_on if self.scorer else None,
             "world_size": self.processes.world_size, "device": str(self.runtime.device),
             "amp": AMP_FLAGS[self.runtime.amp_dtype], "peak_memory_mb": round(peak_memory(self.runtime.device) / 1e6)}
@@ -427,11 +516,10 @@ class Run:
         """Say what the whole run would take; nothing is kept."""
         seconds = self.seconds_per_update()
         where = " on the GPU" if self.runtime.device.type == "cuda" else ""
-        state = sum(t.numel() * t.element_size() for t in self.model.state_dict().values())
         self.log.say(f"check: {seconds:.2f} s per update, about {seconds * self.plan.total_updates / 3600:.2f} h in all; "
-                     f"{len(self.data.bad.reasons)} bad files so far; about {state * 4 / 1e6:.0f} MB of disk; "
-                     f"{peak_memory(self.runtime.device) / 1e6:.0f} MB of memory{where}; "
-                     "nothing was trained")
+                     f"{len(self.data.bad.reasons)} bad files so far; about "
+                     f"{COPIES * self.checkpoint_bytes() / 1e6:.0f} MB of disk; "
+                     f"{peak_memory(self.runtime.device) / 1e6:.0f} MB of memory{where}; nothing was trained")
 
     def seconds_per_update(self) -> float:
         """Measured on a few updates, which change the networks: for a run that will not be trained."""
@@ -460,8 +548,11 @@ class Run:
                 values = [self.scores[name].get(key) for name in names]
                 self.log.say(f"{key:<12}" + "".join(f"{'-' if value is None else f'{value:.1%}':>12}" for value in values))
         elif self.config.eval:
-            self.log.say("no class folders, so no accuracy: look at neighbours.png, or pass a labelled folder")
+            self.log.say("no class folders, so no accuracy: look at neighbours.png, or pass a labelled folder as --eval-data")
+        if self.data.bad.reasons:
+            self.log.say(f"skipped {len(self.data.bad.reasons)} of {len(self.data)} images (bad_files.txt)")
         verdict = read_run(self.folder).verdict
         self.log.say(f"{verdict.word}: {verdict.why}" + (f" - {verdict.advice}" if verdict.advice else ""))
-        self.log.say(f"report: {self.folder / 'report.html'}\nuse it:\n"
-                     + textwrap.indent(how_to_load(self.folder, self._about_backbone()), "  "))
+        if self.best:
+            self.log.say(f"best: kNN {self.best['knn']:.1%} after epoch {self.best['epoch']}, in {self.folder / 'best.pt'}")
+        self.log.say(f"report: {self.folder / 'report.html'}\nuse it:\n{how_to_load(self.folder, self._about_backbone())}")

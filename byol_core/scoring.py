@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from byol_core.data import ImageData
 from byol_core.evaluate import (Classifier, Features, classifier_accuracy, embed_data, few_label_accuracy, knn_accuracy,
                                 split)
+from byol_core.linear_probe import LinearProbe, too_large_for_sklearn
 from byol_core.runtime import Runtime
 from byol_core.views import ViewRecipe
 
@@ -20,7 +21,7 @@ FEW_LABELS, FEW_LABELS_CLASSES = (1, 5), 100  # labels per class for which a pro
 class Scorer:
     """Measures backbones on the labelled images of a run: fits on --data, tests on --eval-data or a fifth kept apart.
 
-    data: labelled. eval_data: labelled, or None. classifier: a scikit-learn classifier, None for logistic regression.
+    data: labelled. eval_data: labelled, or None. classifier: a scikit-learn classifier; None for logistic regression, by SGD on large sets.
     """
 
     def __init__(self, data: ImageData, eval_data: ImageData | None, recipe: ViewRecipe, runtime: Runtime, workers: int,
@@ -29,7 +30,7 @@ class Scorer:
         self.recipe, self.runtime, self.workers = recipe, runtime, workers
         self.classifier = classifier
         self.measured_on = ("a fifth of the images, whose labels the probe did not see" if eval_data is None
-                            else f"{len(eval_data)} images of {eval_data.files.root}")
+                            else f"{len(eval_data)} images of {eval_data.files.given}")
 
     def knn(self, backbone: nn.Module) -> float:
         """Accuracy of weighted kNN alone, for measuring on the way."""
@@ -39,11 +40,13 @@ class Scorer:
     def measure(self, backbone: nn.Module) -> Scores:
         """All accuracies. Raises: ValueError when the labels do not allow any."""
         fit, test = self.features(backbone)
+        per_class = torch.bincount(fit.y)
         classifier = None if self.classifier is None else clone(self.classifier, safe=False)
+        if classifier is None and too_large_for_sklearn(fit.x, len(per_class)):
+            classifier = LinearProbe(device=self.runtime.device)
         scores: Scores = {"knn": knn_accuracy(fit.x, fit.y, test.x, test.y), "linear": None}
         with contextlib.suppress(ValueError):  # the labels do not suit this classifier
             scores["linear"] = classifier_accuracy(fit.x, fit.y, test.x, test.y, classifier)
-        per_class = torch.bincount(fit.y)
         if len(per_class) <= FEW_LABELS_CLASSES:
             scores |= {f"linear_{count}": few_label_accuracy(fit, test, count) for count in FEW_LABELS
                        if count <= per_class.min()}

@@ -1,14 +1,16 @@
 """Order, replacement of bad files, and the two interchangeable sources of views."""
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 from byol_core.batches import DeviceBatches, Order, WorkerBatches
-from byol_core.data import BadFiles, ImageData, TooManyBadFilesError, load_images, plain_batches
-from byol_core.folder import scan
+from byol_core.data import BadFiles, ImageData, TooManyBadFilesError, decode_all, load_images, plain_batches
+from byol_core.folder import ImageSet, scan
 from byol_core.views import ViewRecipe, inverse_normalise, paper_recipes
 
 CPU = torch.device("cpu")
@@ -96,6 +98,63 @@ def test_data_can_be_sent_to_workers_whatever_the_console_is(image_folder: Calla
     assert again.image(0).size == (16, 16)
 
 
+@pytest.mark.slow
+def test_worker_processes_decode_the_same_and_report_bad_files_in_the_same_order(image_folder: Callable[..., Path],
+                                                                                 monkeypatch) -> None:
+    root = image_folder(classes=0, per_class=100)
+    for number in (3, 97, 32, 31):
+        (root / f"{number:03d}.png").write_bytes(b"torn")
+    monkeypatch.setattr("byol_core.data.DECODED_ALONE", 50)
+    files, bad = scan(root), ([], [])
+    alone, shared = (decode_all(files, lambda index, reason: seen.append((index, reason)), workers)
+                     for seen, workers in zip(bad, (0, 2)))
+    assert alone is not None and shared is not None and torch.equal(alone, shared)
+    assert bad[0] == bad[1] and [index for index, _ in bad[0]] == [3, 31, 32, 97]
+    image_folder("imgs", classes=0, per_class=1, size=(8, 8))
+    assert decode_all(files, lambda index, reason: None, 2) is None
+
+
+class Touched(Dataset[int]):
+    """Looks up 20,000 names an item, as an epoch does; gives the memory that only this process holds, in bytes."""
+
+    def __init__(self, files: ImageSet) -> None:
+        self.files = files
+
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, item: int) -> int:
+        gc.collect()  # which touches, and so copies, every object there is; better at once than some time
+        for index in range(item * len(self.files) // 10, (item + 1) * len(self.files) // 10):
+            self.files.name(index)
+        private = [line for line in Path("/proc/self/smaps_rollup").read_text().splitlines() if line.startswith("Private")]
+        return sum(int(line.split()[1]) * 1024 for line in private)
+
+
+@pytest.fixture
+def long_list(tmp_path: Path) -> ImageSet:
+    """200,000 paths of 46 bytes that no file stands behind: 9 MB of names, 30 MB as Python objects."""
+    lines = "".join(f"some/folder/of/a/large/set/of/images/{number:07d}.jpg\n" for number in range(200_000))
+    (tmp_path / "list.txt").write_text(lines)
+    return scan(tmp_path / "list.txt")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="the system does not tell a process its memory")
+def test_memory_of_a_worker_does_not_grow_with_the_names_it_has_seen(long_list: ImageSet) -> None:
+    private = [int(size) for size in DataLoader(Touched(long_list), batch_size=None, num_workers=1)]
+    assert max(private[2:]) - private[2] < 1e6, private  # at first it copies what any process touches
+
+
+def test_a_million_names_are_sent_to_a_worker_as_shared_memory(long_list: ImageSet) -> None:
+    from multiprocessing.reduction import ForkingPickler
+
+    import torch.multiprocessing  # noqa: F401  (teaches it to share tensors)
+    assert len(ForkingPickler.dumps(long_list)) < 5_000
+    held = sum(part.numel() * part.element_size() for part in (long_list.names, long_list.ends))
+    assert held * 5 < 60e6 and long_list.name(123_456).endswith("/0123456.jpg")  # for a million
+
+
 def test_each_bad_file_is_reported_once_and_too_many_stop(image_folder: Callable[..., Path]) -> None:
     lines: list[str] = []
     bad = BadFiles(scan(image_folder(classes=0, per_class=20)), lines.append)
@@ -113,10 +172,9 @@ def test_sets_of_one_size_are_held_in_memory_and_others_are_not(image_folder: Ca
     image_folder("mixed", classes=1, per_class=1, size=(20, 10))
     data, reason = load_images(scan(same), "auto", CPU, print)
     assert data.pixels is not None and data.pixels.shape == (16, 3, 16, 16) and "16 images of 16x16 in memory" in reason
-    data, reason = load_images(scan(mixed), "auto", CPU, print)
-    assert data.pixels is None and "different sizes" in reason
-    with pytest.raises(ValueError, match="--views device needs images of one size"):
-        load_images(scan(mixed), "device", CPU, print)
+    for where in ("auto", "device"):
+        data, reason = load_images(scan(mixed), where, CPU, print)
+        assert data.pixels is None and reason == "worker crops, finished on cpu (images of different sizes)"
 
 
 def test_a_set_over_the_memory_budget_is_not_held(image_folder: Callable[..., Path], monkeypatch) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchvision.models import resnet18
 
 import train
-from byol_core import evaluate_command
+from byol_core import evaluate_command, linear_probe
 from byol_core.checkpoint import export_backbone, read_checkpoint, read_weights
 from byol_core.config import TrainConfig
 from byol_core.data import load_images
@@ -215,7 +215,7 @@ def test_sgd_takes_over_by_size_and_on_request(trained: Path, monkeypatch, capsy
     assert "note: linear is scikit-learn's" in capsys.readouterr().err
     assert run(trained, trained.parent / "imgs", "--linear", "sgd") == 0
     assert "note: linear is SGD" in capsys.readouterr().err
-    monkeypatch.setattr(evaluate_command, "SKLEARN_UP_TO", 10)
+    monkeypatch.setattr(linear_probe, "SKLEARN_UP_TO", 10)
     assert run(trained, trained.parent / "imgs") == 0
     assert "note: linear is SGD" in capsys.readouterr().err
     assert run(trained, trained.parent / "imgs", "--linear", "sklearn") == 0
@@ -369,11 +369,12 @@ def test_a_folder_with_copies_overlaps_with_itself(trained: Path, image_folder: 
 def test_overlap_reads_only_files_whose_size_occurs_on_both_sides(tmp_path: Path, monkeypatch) -> None:
     for name, content in (("a", b"12"), ("b", b"345"), ("c", b"12"), ("d", b"34"), ("e", b"6789")):
         (tmp_path / name).write_bytes(content)
+    (tmp_path / "list.txt").write_text("a\nb\nc\nd\ne\nf")  # f is missing
     read = []
     real = Path.read_bytes
+    files = scan(tmp_path / "list.txt")
     monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path.name) or real(path))
-    fit, test = [tmp_path / "a", tmp_path / "b", tmp_path / "gone"], [tmp_path / name for name in ("c", "d", "e")]
-    assert overlap(fit, test) == (0, 1)
+    assert overlap(files, [0, 1, 5], files, [2, 3, 4]) == (0, 1)
     assert sorted(read) == ["a", "c", "d"]
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from byol_core import folder as folder_module
-from byol_core.folder import BadImageError, decode, decode_all, printable, scan, typical_size
+from byol_core.data import decode_all
+from byol_core.folder import BadImageError, decode, printable, scan, typical_size
 
 
 def touch(*paths: Path) -> None:
@@ -74,8 +74,8 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch) ->
             raise PermissionError(13, "Permission denied")
         return real(path)
 
-    monkeypatch.setattr(folder_module.os, "scandir", scandir)
-    assert scan(tmp_path).skipped_folders == ("locked/: Permission denied",)
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert scan(tmp_path).remarks == ("cannot list locked/: Permission denied",)
 
 
 def test_fingerprint_changes_with_the_files(tmp_path: Path) -> None:

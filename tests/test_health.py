@@ -53,6 +53,13 @@ def test_measures_of_rows_that_agree() -> None:
     assert found == {"spread": 0.0, "rank": 0.0, "alignment": 0.0, "uniformity": 0.0, "cosine": 1.0, "rank_limit": 4}
 
 
+def test_one_image_with_long_features_is_no_loss_of_rank() -> None:
+    rows = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
+    plain = measure(rows, rows)
+    rows[5] *= 100
+    assert measure(rows, rows) == pytest.approx(plain, rel=1e-5) and plain["rank"] > 14
+
+
 def test_a_large_batch_costs_no_more_than_its_first_rows() -> None:
     rows = torch.randn(ROWS + 50, 16, dtype=torch.bfloat16)
     changed = rows.clone()

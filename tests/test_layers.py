@@ -12,21 +12,23 @@ GROUND = {"ema", "schedules", "losses", "lars", "image_ops", "seeds"}
 # Each module and what it may import from the package; layer by layer, from the ground up.
 MAY_IMPORT: dict[str, set[str]] = {
     **{name: set() for name in GROUND},
-    "backbones": set(), "views": {"image_ops"}, "watch": set(), "memory": set(),
-    "checkpoint": set(), "folder": set(), "config": set(),
+    "backbones": set(), "views": {"image_ops"}, "watch": set(), "memory": set(), "checkpoint": set(), "config": set(),
+    "listing": set(), "shards": {"checkpoint", "listing"}, "folder": {"listing", "shards"},
     "processes": {"watch"}, "runtime": {"lars", "processes", "watch"},
     "sample": {"config"},
-    "run_folder": {"checkpoint", "config"},
+    "run_folder": {"checkpoint", "config"}, "failures": set(), "workers": {"signals"},
     "networks": {"ema"},
     "device_views": {"image_ops", "views", "seeds"},
     "health": {"losses"}, "charts": set(),
     "report_style": set(), "report": {"charts", "checkpoint", "config", "health", "report_style", "sample"},
     "plan": {"config", "schedules", "views"},
     "optim": {"lars", "networks", "plan", "schedules"},
-    "data": {"folder", "plan", "runtime", "views"},
-    "batches": {"data", "device_views", "folder", "seeds", "views"},
+    "data": {"folder", "plan", "runtime", "views", "workers"},
+    "batches": {"data", "device_views", "folder", "seeds", "views", "workers"},
+    "crops": {"batches", "data", "device_views", "folder", "views"},
     "training": {"ema", "losses", "networks", "optim", "runtime", "schedules", "seeds"},
-    "metrics": {"checkpoint", "health", "processes", "schedules", "training"},
+    "tensorboard": set(),
+    "metrics": {"checkpoint", "health", "processes", "schedules", "tensorboard", "training"},
     "evaluate": {"data", "folder", "runtime", "views"},
     "linear_probe": set(),
     "pretrained": {"backbones", "checkpoint", "seeds", "views"},
@@ -34,14 +36,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluate_command": {"checkpoint", "command", "config", "data", "evaluate", "folder", "linear_probe", "losses",
                          "pretrained", "runtime", "views"},
     "embed": {"checkpoint", "command", "config", "data", "evaluate", "folder", "pretrained", "runtime"},
+    "export": {"checkpoint", "command", "config", "pretrained"},
     "pictures": {"batches", "checkpoint", "data", "folder", "seeds", "views"},
-    "scoring": {"data", "evaluate", "runtime", "views"},
+    "scoring": {"data", "evaluate", "linear_probe", "runtime", "views"},
     "signals": set(),
-    "run": {"backbones", "batches", "checkpoint", "config", "data", "evaluate", "folder", "losses", "memory", "metrics",
-            "networks", "optim", "pictures", "plan", "processes", "report", "runtime", "scoring", "seeds", "signals",
-            "training"},
+    "run": {"backbones", "batches", "checkpoint", "config", "crops", "data", "evaluate", "folder", "losses", "memory",
+            "metrics", "networks", "optim", "pictures", "plan", "processes", "report", "run_folder", "runtime", "scoring", "seeds",
+            "signals", "tensorboard", "training", "workers"},
 }
-STANDARD_LIBRARY_ONLY = {"schedules", "seeds", "config", "command"}
+STANDARD_LIBRARY_ONLY = {"schedules", "seeds", "config", "command", "failures", "signals"}
 TORCH_ONLY = {"ema", "losses", "lars", "image_ops", "networks"}
 
 

@@ -7,9 +7,11 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
+from sklearn.naive_bayes import GaussianNB
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from byol_core import linear_probe, scoring
 from byol_core.data import load_images
 from byol_core.evaluate import Features, classifier_accuracy, embed_data
 from byol_core.folder import scan
@@ -111,3 +113,15 @@ def test_sgd_and_scikit_learn_agree_on_many_rows() -> None:
     sgd = LinearProbe().fit(x[:20_000], y[:20_000])
     accuracies = [(probe.predict(x[20_000:]) == y[20_000:]).mean() for probe in (sklearn, sgd)]
     assert 0.5 < accuracies[0] < 0.95 and accuracies[1] == pytest.approx(accuracies[0], abs=0.005)
+
+
+def test_a_run_on_a_large_set_is_measured_by_sgd_unless_a_classifier_is_asked_for(tmp_path: Path, monkeypatch) -> None:
+    data, held_out = (load_images(scan(folder), "device", torch.device("cpu"), lambda line: None)[0]
+                      for folder in write_digits(tmp_path / "digits"))
+    fitted: list[str] = []
+    monkeypatch.setattr(scoring, "classifier_accuracy", lambda *sets: fitted.append(type(sets[4]).__name__) or 0.5)
+    monkeypatch.setattr(scoring, "FEW_LABELS", ())
+    for limit, classifier in ((10**9, None), (10, None), (10, GaussianNB())):
+        monkeypatch.setattr(linear_probe, "SKLEARN_UP_TO", limit)
+        scoring.Scorer(data, held_out, digits_recipes()[0], Runtime("cpu"), 0, classifier).measure(torch.nn.Flatten())
+    assert fitted == ["NoneType", "LinearProbe", "GaussianNB"]

@@ -18,7 +18,7 @@ PARSERS = {"train.py": build_parser(), "byol_core.evaluate": evaluate_command.bu
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-SHELL_BLOCKS = re.findall(r"```\n(.*?)```", README, flags=re.DOTALL)
+SHELL_BLOCKS = re.findall(r"```\n(.*?)```", re.sub(r"```[a-z]+\n.*?```", "", README, flags=re.DOTALL), flags=re.DOTALL)
 
 
 def test_quick_start_is_two_commands_that_set_themselves_up() -> None:
@@ -33,7 +33,7 @@ def test_every_command_parses() -> None:
     commands = [(name, line.split(f"{name} ", 1)[1]) for line in lines for name in PARSERS if f"{name} " in line]
     assert len(commands) >= 2
     for name, arguments in commands:
-        PARSERS[name].parse_args(shlex.split(arguments))
+        PARSERS[name].parse_args(shlex.split(arguments, comments=True))
 
 
 def test_every_flag_that_is_mentioned_exists() -> None:

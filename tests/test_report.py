@@ -114,7 +114,7 @@ def test_stopped_and_failed_runs_say_where_why_and_how_to_go_on(tmp_path: Path) 
     assert "Stopped after 1 of 2 epochs by SIGTERM" in stopped and "measured when the run is complete" in stopped
     command = re.search(r"python train.py .* --resume", stopped)
     assert command and parse_config(shlex.split(command[0])[2:]) == TrainConfig(
-        data="<b>", out=str(tmp_path / "s"), epochs=2, seed=5, resume="")
+        data=("<b>",), out=str(tmp_path / "s"), epochs=2, seed=5, resume="")
     failed = page(write_run(tmp_path / "f", status="failed", reason="disk <full>", epochs=1))
     assert "Failed after 1 of 2 epochs" in failed and "disk <full>" in failed
 
@@ -208,7 +208,8 @@ def test_flatten_names_every_leaf() -> None:
 
 @pytest.mark.parametrize("arguments", [
     [], ["--data", "a b", "--epochs", "7", "--lr", "0.1"], ["--no-eval", "--compile", "--no-small-stem"], ["--small-stem"],
-    ["--data=-x", "--out", "a'b", "--tau-base", "0.5", "--workers", "0"]])
+    ["--data=-x", "--out", "a'b", "--tau-base", "0.5", "--workers", "0"], ["--data", "a", "b c"],
+    ["--data=-x", "--data", "y"]])
 def test_command_line_asks_for_the_same_run(arguments: list[str]) -> None:
     config = parse_config(arguments)
     assert parse_config(shlex.split(command_line(config))[2:]) == config

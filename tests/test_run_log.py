@@ -68,6 +68,18 @@ def test_collapse_is_said_once(tmp_path: Path, capsys) -> None:
     assert capsys.readouterr().out.count("features are collapsing: spread 0.000") == 1
 
 
+def test_collapse_is_judged_by_the_records_before_a_resume_too(tmp_path: Path, capsys) -> None:
+    state = train_log(tmp_path, 20, [1.0]).state_dict()
+    resumed = RunLog(tmp_path, 2, 25, 4)
+    resumed.resume(json.loads(json.dumps(state)), Progress(updates=20, batch=20))
+    resumed.step(Progress(updates=30, batch=5), step(spread=0.0), 0.0)
+    assert "collapsing" not in capsys.readouterr().out  # one odd record after two healthy ones
+    older = RunLog(tmp_path, 2, 25, 4)
+    older.resume({key: value for key, value in state.items() if key != "recent"}, Progress(updates=20, batch=20))
+    older.step(Progress(updates=30, batch=5), step(spread=0.0), 0.0)
+    assert "collapsing" in capsys.readouterr().out
+
+
 def test_no_false_alarm_on_healthy_features(tmp_path: Path, capsys) -> None:
     train_log(tmp_path, 30, [1.0])
     assert "collapsing" not in capsys.readouterr().out

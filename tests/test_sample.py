@@ -38,6 +38,6 @@ def test_an_existing_sample_is_left_alone(tmp_path: Path) -> None:
 def test_the_sample_brings_its_recipe_and_a_folder_of_its_own_does_not(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = with_sample(TrainConfig())
-    assert config.recipe == "digits" and Path(config.data).is_dir() and config.eval_data is not None
+    assert config.recipe == "digits" and Path(config.data[0]).is_dir() and config.eval_data is not None
     assert with_sample(TrainConfig(recipe="paper")).recipe == "paper"
-    assert with_sample(TrainConfig(data="./imgs")) == TrainConfig(data="./imgs")
+    assert with_sample(TrainConfig(data=("./imgs",))) == TrainConfig(data=("./imgs",))

@@ -1,6 +1,7 @@
 """Time `python -m byol_core.embed` beside lightly's embedding loop, from image files to features, names and labels:
 
     python -m tests.bench.embed --threads 1 --rounds 5
+    python -m tests.bench.embed --threads 1 --rounds 2 --images cifar10/train
 """
 
 import contextlib
@@ -25,7 +26,7 @@ from tests.bench.table import arguments, environment, markdown, show, side_by_si
 IMAGES, SIZE, BATCH = 512, 32, 256  # what one core does in half a minute
 
 
-def write_images(folder: Path) -> None:
+def write_images(folder: Path) -> Path:
     """JPEGs of the size of CIFAR's, smooth as photographs are, in ten classes."""
     generator = np.random.default_rng(0)
     for number in range(IMAGES):
@@ -33,6 +34,7 @@ def write_images(folder: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         coarse = Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8))
         coarse.resize((SIZE, SIZE), Image.Resampling.BICUBIC).save(path, quality=95)
+    return folder
 
 
 def write_backbone(folder: Path, small_stem: bool) -> Path:
@@ -72,30 +74,32 @@ def lightly(backbone: Path, data: Path, device: str) -> Callable[[], tuple]:
 
 
 def main() -> None:
-    options = arguments(__doc__)
+    options = arguments(__doc__, images=f"folder of {SIZE}-pixel JPEGs (default: {IMAGES} drawn ones); then with the ImageNet "
+                        "stem alone, and without runs to warm up")
     rows = []
     with tempfile.TemporaryDirectory() as name, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         place = Path(name)
-        write_images(place / "images")
-        for stem, small_stem in (("ImageNet stem", False), ("small stem", True)):
+        images = options.images or write_images(place / "images")
+        count = sum(1 for path in images.rglob("*.jpg"))
+        for stem, small_stem in (("ImageNet stem", False), ("small stem", True))[:1 if options.images else 2]:
             backbone, out = write_backbone(place / stem, small_stem), place / "embeddings.npz"
             functions: dict[str, Callable[[], object]] = {
-                "**byol_core.embed**": ours(backbone, place / "images", out, options.device)}
+                "**byol_core.embed**": ours(backbone, images, out, options.device)}
             try:
-                theirs = lightly(backbone, place / "images", options.device)
+                theirs = lightly(backbone, images, options.device)
                 functions["lightly SelfSupervisedEmbedding.embed"] = theirs
                 functions["**byol_core.embed**"]()
                 assert np.allclose(np.load(out)["embeddings"], theirs()[0], atol=1e-3)  # the same work is done
             except ImportError as error:
                 print(f"lightly skipped: {error}")
-            times = side_by_side(functions, options.device, options.rounds)
+            times = side_by_side(functions, options.device, options.rounds, warm_up=0 if options.images else 2)
             for function, value in times.items():
                 ratio = value / times["**byol_core.embed**"]
-                rows.append((f"resnet18, {stem}: {function}", f"{value:.0f}", f"{1000 * IMAGES / value:.0f}", f"{ratio:.2f}"))
+                rows.append((f"resnet18, {stem}: {function}", f"{value:.0f}", f"{1000 * count / value:.0f}", f"{ratio:.2f}"))
     table = markdown(("embedding", "median ms", "images/s", "times ours"), rows)
-    packages = ["lightly"] if len(rows) == 4 else []
-    show(f"Embedding {IMAGES} JPEGs of {SIZE}x{SIZE} from files", f"{environment(options.device, *packages)}\n\n{table}",
+    packages = ["lightly"] if any("lightly" in row[0] for row in rows) else []
+    show(f"Embedding {count} JPEGs of {SIZE}x{SIZE} from files", f"{environment(options.device, *packages)}\n\n{table}",
          options.write)
 
 

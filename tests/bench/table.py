@@ -15,8 +15,11 @@ import torch
 RESULTS = Path(__file__).with_name("RESULTS.md")
 
 
-def arguments(description: str | None) -> argparse.Namespace:
+def arguments(description: str | None, images: str | None = None) -> argparse.Namespace:
+    """The options of a benchmark. images: what --images is for, where there is such an option."""
     parser = argparse.ArgumentParser(description=description)
+    if images is not None:
+        parser.add_argument("--images", type=Path, metavar="DIR", help=images)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of torch")
     parser.add_argument("--rounds", type=int, default=15, help="times each row is measured; the median counts")
@@ -26,17 +29,17 @@ def arguments(description: str | None) -> argparse.Namespace:
     return options
 
 
-def side_by_side(functions: dict[str, Callable[[], object]], device: str, rounds: int) -> dict[str, float]:
+def side_by_side(functions: dict[str, Callable[[], object]], device: str, rounds: int, warm_up: int = 2) -> dict[str, float]:
     """Median milliseconds of each function; every round runs all of them, so that a slow moment hits all alike."""
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     times: dict[str, list[float]] = {name: [] for name in functions}
-    for number in range(rounds + 2):  # two to warm up
+    for number in range(warm_up + rounds):
         for name, function in functions.items():
             wait()
             start = time.perf_counter()
             function()
             wait()
-            if number >= 2:
+            if number >= warm_up:
                 times[name].append(1000 * (time.perf_counter() - start))
     return {name: statistics.median(values) for name, values in times.items()}
 

@@ -1,0 +1,138 @@
+"""best.pt: the network whose kNN was best on the way, through stops and resumes; the snippet that loads a backbone."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import train as command
+from byol_core import evaluate_command
+from byol_core.report import read_run, write_report
+from byol_core.run import Run
+from byol_core.scoring import Scorer
+from tests.test_train_command import SMALL, checkpoint
+
+Folder = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*arguments: object) -> int:
+    return command.main([str(argument) for argument in arguments])
+
+
+def script_scores(monkeypatch: pytest.MonkeyPatch, knn: dict[int, float], last: float) -> None:
+    """Let kNN on the way and in the end be these, by epoch."""
+    def on_the_way(self: Run) -> None:
+        monkeypatch.setattr(Scorer, "knn", lambda scorer, backbone: knn[self.progress.epoch])
+        original(self)
+
+    original = Run._measure_on_the_way
+    monkeypatch.setattr(Run, "_measure_on_the_way", on_the_way)
+    monkeypatch.setattr(Scorer, "measure", lambda scorer, backbone: {"knn": last, "linear": None})
+
+
+def keep_weights(monkeypatch: pytest.MonkeyPatch, kept: dict[int, dict]) -> None:
+    """Remember the backbone's weights after every epoch."""
+    original = Run._after_step
+
+    def remember(self: Run, progress, step) -> None:
+        if progress.batch == 0:
+            kept[progress.epoch] = {name: tensor.clone() for name, tensor in self.model.online.backbone.state_dict().items()}
+        original(self, progress, step)
+
+    monkeypatch.setattr(Run, "_after_step", remember)
+
+
+def best(out: str) -> tuple[dict, dict]:
+    """(weights, description)."""
+    return torch.load(f"{out}/best.pt", weights_only=True), json.loads(Path(out, "best.json").read_text())
+
+
+@pytest.mark.parametrize("knn, last, epoch", [
+    ({1: 0.5, 2: 0.75, 3: 0.25, 4: 0.5}, 0.5, 2), ({1: 0.5, 2: 0.75, 3: 0.75, 4: 0.5}, 0.5, 3),
+    ({1: 0.5, 2: 0.75, 3: 0.25, 4: 0.5}, 0.875, 4), ({1: 0.0, 2: 0.0, 3: 0.0, 4: 0.0}, 0.0, 4)])
+def test_best_is_the_network_with_the_best_knn_and_of_equals_the_later(image_folder: Folder, monkeypatch, capsys, knn: dict,
+                                                                       last: float, epoch: int) -> None:
+    kept: dict[int, dict] = {}
+    script_scores(monkeypatch, knn, last)
+    keep_weights(monkeypatch, kept)
+    assert run("--data", image_folder(), "--epochs", 4, "--eval-every", 1, "--out", "out", *SMALL) == 0
+    weights, about = best("out")
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in kept[epoch].items())
+    assert not all(torch.equal(tensor, weights[name]) for name, tensor in kept[epoch % 4 + 1].items())
+    summary = json.loads(Path("out/summary.json").read_text())
+    score = max(*knn.values(), last)
+    assert (summary["best_knn"], summary["best_epoch"]) == (about["knn"], about["epoch"]) == (score, epoch)
+    write_report(Path("out"))
+    told = f"{score:.1%}</b> after epoch {epoch}; that network is best.pt"
+    assert told in Path("out/report.html").read_text()
+    assert f"best: kNN {score:.1%} after epoch {epoch}, in out/best.pt" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("save_every, stop_at", [(1, 2), (4, 3)])
+def test_a_resumed_run_knows_the_best_and_does_not_overwrite_it(image_folder: Folder, monkeypatch, save_every: int,
+                                                                stop_at: int) -> None:
+    arguments = ["--data", image_folder(), "--epochs", 4, "--eval-every", 1, "--save-every", save_every, *SMALL]
+    script_scores(monkeypatch, {1: 0.5, 2: 0.75, 3: 0.25, 4: 0.5}, 0.5)
+    assert run(*arguments, "--out", "whole") == 0
+    original = Run._after_step
+
+    def terminate(self: Run, progress, step) -> None:
+        if progress.epoch == stop_at and progress.batch == 1 and self.config.resume is None:
+            os.kill(os.getpid(), signal.SIGTERM)
+        original(self, progress, step)
+
+    monkeypatch.setattr(Run, "_after_step", terminate)
+    assert run(*arguments, "--out", "parts") == 143
+    assert checkpoint("parts")["best"] == {"knn": 0.75, "epoch": 2}
+    assert run(*arguments, "--out", "parts", "--resume") == 0
+    (weights, about), (whole, about_whole) = best("parts"), best("whole")
+    assert {**about, "sha256": ""} == {**about_whole, "sha256": ""} and about["epoch"] == 2
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in weights.items())
+
+
+def test_a_best_that_is_in_another_folder_is_not_claimed(image_folder: Folder, monkeypatch) -> None:
+    arguments = ["--data", image_folder(), "--epochs", 4, "--eval-every", 2, *SMALL]
+    script_scores(monkeypatch, {2: 0.75, 4: 0.5}, 0.5)
+    assert run(*arguments, "--out", "first") == 0
+    assert run(*arguments, "--out", "second", "--resume", "first/previous.pt") == 0
+    assert best("second")[1]["epoch"] == json.loads(Path("second/summary.json").read_text())["best_epoch"] == 4
+
+
+@pytest.mark.parametrize("classes, options", [(0, ["--eval-every", "1"]), (2, []), (2, ["--eval-every", "1", "--no-eval"])])
+def test_without_labels_or_measurements_nothing_is_called_best(image_folder: Folder, classes: int, options: list[str]) -> None:
+    assert run("--data", image_folder(classes=classes), "--epochs", 1, "--out", "out", *SMALL, *options) == 0
+    assert not Path("out/best.pt").exists() and not Path("out/best.json").exists()
+    assert read_run(Path("out")).summary["best_knn"] is None
+
+
+def test_best_is_accepted_wherever_a_backbone_is(image_folder: Folder, capsys) -> None:
+    data = image_folder(per_class=10)
+    assert run("--data", data, "--epochs", 2, "--eval-every", 1, "--out", "out", *SMALL) == 0
+    assert evaluate_command.main(["--checkpoint", "out/best.pt", "--data", str(data), "--workers", "0", "--device", "cpu",
+                                  "--json", "scores.json"]) == 0
+    knn = [record["accuracy"] for record in json.loads(Path("scores.json").read_text())["results"]
+           if record["network"] == "online" and record["metric"] == "knn_20"]
+    assert knn == [json.loads(Path("out/summary.json").read_text())["best_knn"]]
+    assert run("--data", data, "--epochs", 0, "--out", "again", "--init-from", "out/best.pt", *SMALL) == 0
+    assert torch.equal(best("out")[0]["conv1.weight"], torch.load("again/backbone.pt", weights_only=True)["conv1.weight"])
+
+
+def test_the_lines_that_load_the_backbone_run_as_printed(image_folder: Folder, capsys) -> None:
+    assert run("--data", image_folder(), "--epochs", 1, "--no-eval", "--out", "a 'run'", *SMALL) == 0
+    snippet = capsys.readouterr().out.split("\nuse it:\n")[1]
+    assert snippet.count("\n") == 3
+    done = subprocess.run([sys.executable, "-c", f"{snippet}print(dim, float(backbone.conv1.weight.sum()))"], text=True,
+                          capture_output=True, env={**os.environ, "PYTHONPATH": str(Path(command.__file__).parent)})
+    expected = float(torch.load("a 'run'/backbone.pt", weights_only=True)["conv1.weight"].sum())
+    assert done.stdout == f"128 {expected}\n", done.stderr

@@ -1,6 +1,7 @@
 """The main job in several processes: one set of files, the same weights everywhere, and every way in which one may fail."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -135,7 +136,7 @@ def test_processes_whose_torchrun_is_gone_save_and_stop(image_folder: Callable[.
     assert summary(tmp_path)["status"] == "stopped" and (tmp_path / "out" / "last.pt").exists()
 
 
-NODES = ("byol1", "byol2")
+NODES = tuple(f"byol{number}-{os.getpid()}" for number in (1, 2))  # other runs of these tests have others
 
 
 @pytest.fixture

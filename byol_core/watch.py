@@ -140,6 +140,8 @@ class Watch(threading.Thread):
             text = f"{self._named(silent)} silent: frozen, or cut off"
         elif stuck:
             text = f"{self._named(stuck)} stuck: nothing has moved there for {after[stuck[0]].seconds:.0f} s"
+        elif all(sign.state == WAITING and sign.seconds > max(FIRST_STEP_S, self.limit) for sign in after):
+            text = f"all {self.world_size} processes have waited for each other for {after[self.rank].seconds:.0f} s"
         if text and self._have_the_word(text)[1]:
             sys.stderr.write(f"error: {text}\n")
             sys.stderr.flush()

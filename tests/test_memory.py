@@ -1,18 +1,24 @@
 """Recomputed activations: the same training in less memory."""
 
 import copy
+import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torchvision
+from PIL import Image
 from torch import nn
 
 from byol_core.backbones import build_backbone
 from byol_core.memory import recompute_blocks
 from byol_core.networks import BYOL
 from byol_core.training import train
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize("name,blocks", [("resnet18", 8), ("resnet50", 16), ("vit_b_16", 12), ("convnext_tiny", 18)])
@@ -58,3 +64,16 @@ print(peak_memory(torch.device("cpu")) - before)
     used = {way: int(subprocess.run([sys.executable, "-c", script, way], check=True, capture_output=True, text=True).stdout)
             for way in ("less", "all")}
     assert used["less"] < 0.7 * used["all"], used
+
+
+@pytest.mark.slow
+def test_check_predicts_the_peak_memory_of_a_run(tmp_path: Path) -> None:
+    for number in range(24):
+        Image.new("RGB", (48, 48), (number * 10, 90, 30)).save(tmp_path / f"{number:02d}.png")
+    command = [sys.executable, str(ROOT / "train.py"), "--data", str(tmp_path), "--out", str(tmp_path / "out"), "--epochs", "3",
+               "--batch-size", "12", "--no-eval", "--device", "cpu", "--workers", "0"]
+    checked = subprocess.run([*command, "--check"], check=True, capture_output=True, text=True, cwd=tmp_path).stdout
+    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
+    predicted = int(re.search(r"; (\d+) MB of memory;", checked)[1])  # type: ignore[index]
+    used = json.loads((tmp_path / "out" / "summary.json").read_text())["peak_memory_mb"]
+    assert used == pytest.approx(predicted, rel=0.25)

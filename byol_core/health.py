@@ -12,7 +12,7 @@ from byol_core.losses import alignment, effective_rank, mean_cosine, spread, uni
 ROWS = 128  # of a batch that are measured; the singular values of more cost more than they tell
 RECENT = 3  # records judged together, so that one odd batch is not a verdict
 SPREAD_COLLAPSED, SPREAD_COLLAPSING = 0.1, 0.4  # a healthy run stays well above 0.5
-RANK_COLLAPSED, RANK_COLLAPSING = 3.0, 5.0  # dimensions in use; the digits use 10 to 50 of 63 while they are learned
+RANK_COLLAPSED, RANK_COLLAPSING = 3.0, 5.0  # dimensions in use; the digits use 13 to 54 of 63 while they are learned
 FLAT_CHANGE = 0.05  # less than this share of change in loss, spread and rank since the start is no change
 FLAT_RECORDS, FLAT_SHARE = 10, 0.1  # records, and share of the run, before it may be called flat
 SCORES = ("linear", "knn", "linear_5", "linear_1")  # accuracies that decide together, where they were measured
@@ -42,8 +42,8 @@ def measure(view1: Tensor, view2: Tensor) -> dict[str, float]:
     where it is 16.
     """
     first, second = (view[:ROWS].float().cpu() for view in (view1, view2))
-    measures = {"spread": spread(first), "rank": effective_rank(nn.functional.normalize(first)), "alignment": alignment(first, second),
-                "uniformity": uniformity(first), "cosine": mean_cosine(first)}
+    measures = {"spread": spread(first), "rank": effective_rank(nn.functional.normalize(first)),
+                "alignment": alignment(first, second), "uniformity": uniformity(first), "cosine": mean_cosine(first)}
     rows, dimensions = first.shape
     return {name: round(float(value), 7) for name, value in measures.items()} | {"rank_limit": min(rows - 1, dimensions)}
 

@@ -241,14 +241,16 @@ def _facts(run: RunFiles) -> str:
     summary, data = run.summary, run.config.get("data", {})
     images, classes = summary.get("images", data.get("images")), summary.get("classes", len(data.get("classes", [])))
     last = run.records[-1] if run.records else {}
+    machine = [str(summary[key]) for key in ("device", "amp") if summary.get(key, "off") != "off"]
+    if summary.get("world_size", 1) != 1:
+        machine.append(f"{summary['world_size']} processes")
     facts = [("images", _count(images)), ("classes", _count(classes) if classes else "no labels"),
              ("network", html.escape(str(run.plan.get("arch", "")))),
              ("updates", _count(summary.get("updates", last.get("update")))),
              ("training time", _duration(summary.get("seconds"))),
              ("images per second", _count(summary.get("images_per_second"))),
              ("waiting for data", _percent(summary.get("wait_fraction"))),
-             ("device", html.escape(", ".join(str(summary[key]) for key in ("device", "amp") if summary.get(key, "off") != "off"))),
-             ("processes", _count(summary["world_size"]) if summary.get("world_size", 1) != 1 else "")]
+             ("device", html.escape(", ".join(machine)))]
     return '<dl class="facts">' + "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts if value) \
         + "</dl>"
 
@@ -391,13 +393,13 @@ def _choices(run: RunFiles) -> str:
         value = f"{choice['value']:.6g}" if isinstance(choice["value"], float) else str(choice["value"])
         if choice["name"] == "lr" and "lr" in run.plan:
             value += f" x {run.plan['batch_size']}/256 = {run.plan['lr']:.6g}"
-        rows.append([html.escape(str(choice["name"])), html.escape(value), html.escape(str(choice["reason"]))])
+        rows.append([html.escape(str(choice["name"])), _named(html.escape(value), html.escape(str(choice["reason"])))])
     asked = run.config.get("config", {})
-    rows += [[name, html.escape(str(run.plan[name])), "per update" if name == "batch_size" else "as asked"]
+    rows += [[name, _named(html.escape(str(run.plan[name])), "per update" if name == "batch_size" else "as asked")]
              for name in ("epochs", "batch_size") if name in run.plan]
     if "seed" in asked:
-        rows.append(["seed", html.escape(str(asked["seed"])), "of everything random"])
-    return _table(rows, ["", "value", "reason"]) if rows else ""
+        rows.append(["seed", _named(html.escape(str(asked["seed"])), "of everything random")])
+    return _table(rows, ["", "value, and why"]) if rows else ""
 
 
 def _views(run: RunFiles) -> str:

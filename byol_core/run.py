@@ -181,8 +181,8 @@ class Run:
             "progress": self.progress.state_dict(), "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
             "scaler": self.runtime.scaler.state_dict(), "precision": self.precision, "log": self.log.state_dict(),
-            "scores": self.scores, "best": self.best, "measured": self._how_measured(), "world_size": self.processes.world_size,
-            "bad_files": self.data.bad.reasons,
+            "scores": self.scores, "best": self.best, "measured": self._how_measured(),
+            "world_size": self.processes.world_size, "bad_files": self.data.bad.reasons,
         }
         self.processes.on_first(lambda: save_checkpoint(self.folder, state))
         self.saved_updates = self.progress.updates

@@ -21,7 +21,8 @@ FEW_LABELS, FEW_LABELS_CLASSES = (1, 5), 100  # labels per class for which a pro
 class Scorer:
     """Measures backbones on the labelled images of a run: fits on --data, tests on --eval-data or a fifth kept apart.
 
-    data: labelled. eval_data: labelled, or None. classifier: a scikit-learn classifier; None for logistic regression, by SGD on large sets.
+    data: labelled. eval_data: labelled, or None. classifier: a scikit-learn classifier; None for logistic regression, by SGD
+    on large sets.
     """
 
     def __init__(self, data: ImageData, eval_data: ImageData | None, recipe: ViewRecipe, runtime: Runtime, workers: int,

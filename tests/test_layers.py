@@ -41,8 +41,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "scoring": {"data", "evaluate", "linear_probe", "runtime", "views"},
     "signals": set(),
     "run": {"backbones", "batches", "checkpoint", "config", "crops", "data", "evaluate", "folder", "losses", "memory",
-            "metrics", "networks", "optim", "pictures", "plan", "processes", "report", "run_folder", "runtime", "scoring", "seeds",
-            "signals", "tensorboard", "training", "workers"},
+            "metrics", "networks", "optim", "pictures", "plan", "processes", "report", "run_folder", "runtime", "scoring",
+            "seeds", "signals", "tensorboard", "training", "workers"},
 }
 STANDARD_LIBRARY_ONLY = {"schedules", "seeds", "config", "command", "failures", "signals"}
 TORCH_ONLY = {"ema", "losses", "lars", "image_ops", "networks"}

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from byol_core import embed, evaluate_command
+from byol_core import embed, evaluate_command, export
 from byol_core.config import build_parser
 from tests.test_train_command import FILES
 
 PARSERS = {"train.py": build_parser(), "byol_core.evaluate": evaluate_command.build_parser(),
-           "byol_core.embed": embed.build_parser()}
+           "byol_core.embed": embed.build_parser(), "byol_core.export": export.build_parser()}
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
@@ -44,7 +44,8 @@ def test_every_flag_that_is_mentioned_exists() -> None:
 
 def test_every_file_of_a_run_is_explained() -> None:
     section = README.split("## What the run folder holds")[1].split("\n## ")[0]
-    assert FILES | {"bad_files.txt"} == set(re.findall(r"`([a-z_]+\.[a-z]+)`", section.split("Exit codes")[0]))
+    explained = set(re.findall(r"`([a-z_]+\.[a-z]+)`", section.split("Exit codes")[0]))
+    assert FILES | {"bad_files.txt", "best.pt", "best.json"} == explained
 
 
 def test_the_lines_of_the_loop_are_those_of_the_code() -> None:

@@ -82,6 +82,10 @@ HELD_BY = {
     "torch and torchvision": "environment.libraries_that_do_not_fit_are_named",
     "no class folders; classes": "bad_files.labels_that_allow_no_measuring_stop_no_training "
                                  "evaluate_command.labels_that_allow_no_measuring_are_refused",
+    "`--tensorboard` without": "tensorboard.without_the_package_it_is_one_line_and_code_2 "
+                               "tensorboard.events_that_cannot_be_written_are_said_once_and_stop_nothing",
+    "an export without": "export.without_the_packages_of_onnx_it_says_what_to_install "
+                         "export.a_file_that_gives_other_features_is_not_kept",
     "features are not finite": "evaluate_command.features_that_are_not_finite_name_the_first_file",
     "features are all alike": "evaluate_command.collapsed_features_are_scored_with_a_warning_beside_the_majority "
                               "evaluate_command.images_on_both_sides_are_counted_by_path_and_by_content",

@@ -103,6 +103,20 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     assert HOSTILE in Page(tmp_path / "compare.html").text
 
 
+def test_several_processes_are_shown_and_one_is_not(tmp_path: Path) -> None:
+    assert "cpu, bf16, 2 processes" in page(write_run(tmp_path / "two", amp="bf16", world_size=2, status="stopped"))
+    assert "torchrun --nproc-per-node=2 train.py" in Page(tmp_path / "two" / "report.html").text
+    alone = page(write_run(tmp_path / "one", amp="off", world_size=1))
+    assert "1 processes" not in alone and "cpu, off" not in alone
+
+
+def test_best_on_the_way_is_named_where_there_is_one(tmp_path: Path) -> None:
+    assert "best.pt" not in page(write_run(tmp_path / "none", best_knn=None, best_epoch=None))
+    assert "98.1%  after epoch 20; that network is best.pt" in page(write_run(tmp_path / "one", best_knn=0.981, best_epoch=20))
+    compare([tmp_path / "none", tmp_path / "one"], tmp_path / "both.html")
+    assert re.search(r"best knn +98\.1% ", Page(tmp_path / "both.html").text)
+
+
 def test_without_labels_it_says_so_and_shows_health(tmp_path: Path) -> None:
     text = page(write_run(tmp_path, labels=False))
     assert "no class folders, so no accuracy" in text and "no labels" in text and "Finished well" in text

@@ -3,6 +3,7 @@
 import argparse
 import datetime
 import importlib.metadata
+import os
 import platform
 import statistics
 import subprocess
@@ -20,32 +21,38 @@ def arguments(description: str | None, images: str | None = None) -> argparse.Na
     parser = argparse.ArgumentParser(description=description)
     if images is not None:
         parser.add_argument("--images", type=Path, metavar="DIR", help=images)
+    return parse(parser)
+
+
+def parse(parser: argparse.ArgumentParser, rounds: int = 15, threads: int | None = None) -> argparse.Namespace:
+    """The options of a benchmark that has some of its own. rounds, threads: the defaults."""
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of torch")
-    parser.add_argument("--rounds", type=int, default=15, help="times each row is measured; the median counts")
+    parser.add_argument("--threads", type=int, default=threads or torch.get_num_threads(), help="CPU threads of torch")
+    parser.add_argument("--rounds", type=int, default=rounds, help="times each row is measured; the median counts")
     parser.add_argument("--write", action="store_true", help=f"append the table to {RESULTS.name} beside this file")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     return options
 
 
-def side_by_side(functions: dict[str, Callable[[], object]], device: str, rounds: int, warm_up: int = 2) -> dict[str, float]:
+def side_by_side(functions: dict[str, Callable[[], object]], device: str, rounds: int, warm_up: int = 2,
+                 clock: Callable[[], float] = time.perf_counter) -> dict[str, float]:
     """Median milliseconds of each function; every round runs all of them, so that a slow moment hits all alike."""
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     times: dict[str, list[float]] = {name: [] for name in functions}
     for number in range(warm_up + rounds):
         for name, function in functions.items():
             wait()
-            start = time.perf_counter()
+            start = clock()
             function()
             wait()
             if number >= warm_up:
-                times[name].append(1000 * (time.perf_counter() - start))
+                times[name].append(1000 * (clock() - start))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
 def environment(device: str, *packages: str) -> str:
-    """Date, commit, device and versions in one line."""
+    """Date, commit, device, versions and the load of the machine in one line."""
     try:
         commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=RESULTS.parent, capture_output=True,
                                 text=True, check=True).stdout.strip()
@@ -60,7 +67,8 @@ def environment(device: str, *packages: str) -> str:
         name = f"{models[0] if models else platform.machine()}, {torch.get_num_threads()} thread(s)"
     versions = [f"{package} {importlib.metadata.version(package)}" for package in ("torch", *packages)]
     python = f"Python {platform.python_version()}"
-    return ", ".join((str(datetime.date.today()), f"commit {commit}", name, python, *versions))
+    load = [f"load {os.getloadavg()[0]:.1f} (1 min)"] if hasattr(os, "getloadavg") else []
+    return ", ".join((str(datetime.date.today()), f"commit {commit}", name, python, *versions, *load))
 
 
 def markdown(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

@@ -1,0 +1,107 @@
+"""Two finished views per image, in images per second of one core: our three paths beside what others put into a DataLoader.
+
+    python -m tests.bench.loader --images cifar/train --photos photos
+    python -m tests.bench.loader --photos photos --device cuda     ours finished on the GPU, others' views copied to it
+
+Everything runs in one process with --threads threads (1: rates per core), file by file as from disk; the contenders take
+turns, and a rate is the median over --rounds turns.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from byol_core.batches import DeviceBatches, Order, WorkerBatches, made_ahead
+from byol_core.crops import CropBatches
+from byol_core.data import ImageData, load_images
+from byol_core.folder import ImageSet, scan
+from byol_core.views import paper_recipes
+from tests.bench import rivals
+from tests.bench.table import environment, markdown, parse, show, side_by_side
+from tests.bench.views import find, torchvision_view
+
+BATCH = 32
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=Path, help="folder of small images, for views of 32 pixels")
+    parser.add_argument("--photos", type=Path, help="folder of photographs, for views of 224 pixels")
+    parser.add_argument("--count", type=int, default=96, help="images of a folder to use (default 96)")
+    options = parse(parser, rounds=5, threads=1)
+    for folder, size in ((options.images, 32), (options.photos, 224)):
+        if folder is not None:
+            compare(find(folder, options.count), size, options)
+
+
+def compare(paths: list[Path], size: int, options: argparse.Namespace) -> None:
+    device, recipes = torch.device(options.device), paper_recipes(size)
+    count = len(paths) // BATCH * BATCH
+    with tempfile.TemporaryDirectory() as folder:
+        listing = Path(folder, "images.txt")
+        listing.write_text("".join(f"{path.resolve()}\n" for path in paths[:count]))
+        files = scan(listing)
+    order = Order(count, BATCH)
+    undecoded = load_images(files, "cpu", device, print)[0]
+    crops = CropBatches(undecoded, recipes, order, 0, device)
+    rows: dict[str, Callable[[], object]] = {
+        "**byol_core**: worker crops, finished on the device": lambda: consume(made_ahead(crops.epoch(0), device)),
+        "**byol_core**: worker crops, a worker's part alone": lambda: cropped(crops),
+        "byol_core: the reference, --views cpu": partial(reference, WorkerBatches(undecoded, recipes, order, 0), device),
+    }
+    held = in_memory(files, device)
+    if held is not None:
+        resident = DeviceBatches(held, recipes, order)
+        rows["**byol_core**: decoded once, held on the device"] = lambda: consume(made_ahead(resident.epoch(0), device))
+    pipeline = [torchvision_view(recipe, tensors=False) for recipe in recipes]
+    makers: dict[str, Callable[[], Any]] = {
+        "torchvision v2 on PIL, in a DataLoader": lambda: lambda image: [view(image) for view in pipeline],
+        "lightly's BYOL transform, in a DataLoader": lambda: rivals.lightly_transform(size, blur=True)}
+    for name, transform in rivals.present(makers):
+        loader = DataLoader(rivals.Photos(paths[:count], transform), batch_size=BATCH)
+        rows[name] = partial(copied, loader, device)
+
+    milliseconds = side_by_side(rows, options.device, options.rounds, warm_up=1)
+    rates = {name: 1000 * count / value for name, value in milliseconds.items()}
+    peer = rates.get("lightly's BYOL transform, in a DataLoader")
+    table = [(name, f"{rate:,.0f}", f"{rate / peer:.2f}" if peer else "-")
+             for name, rate in sorted(rates.items(), key=lambda item: -item[1])]
+    text = f"{environment(options.device, 'torchvision')}\n\n" + markdown(
+        ("two views of each image", "images/s", "times lightly's"), table)
+    show(f"Loader: {count} images to {size} pixels, per core", text, options.write)
+
+
+def in_memory(files: ImageSet, device: torch.device) -> ImageData | None:
+    data = load_images(files, "device", device, print)[0]
+    return data if data.pixels is not None else None
+
+
+def consume(views: Iterable[Any]) -> None:
+    for _ in views:
+        pass
+
+
+def cropped(crops: CropBatches) -> None:
+    """What a worker does and sends."""
+    dataset: Any = crops.loader.dataset
+    for indices in crops.order.epoch(0).tolist():
+        crops.loader.collate_fn(dataset.__getitems__([(0, index) for index in indices]))
+
+
+def reference(batches: WorkerBatches, device: torch.device) -> None:
+    copied(batches.epoch(0), device)
+
+
+def copied(batches: Iterable[Any], device: torch.device) -> None:
+    for view1, view2 in batches:
+        view1.to(device), view2.to(device)
+
+
+if __name__ == "__main__":
+    main()

@@ -101,8 +101,9 @@ class TrainConfig:
     eval: bool = option(True, "evaluation", "no evaluation before and after training", flag="--no-eval",
                         action="store_false")
     save_every: int = option(1, "run folder", "epochs between checkpoints", type=count, metavar="N")
-    views: str = option("auto", "machine", "where views are made: device: in batches on the device, from images held in memory "
-                        "or cropped by workers; cpu: by torchvision in workers, the reference", choices=("auto", "device", "cpu"))
+    views: str = option("auto", "machine", "where views are made: device: in batches on the device, from images in memory or "
+                        "cropped by workers; cpu: by torchvision in workers, the reference",
+                        choices=("auto", "device", "cpu"))
     device: str = option("auto", "machine", "auto, cpu, cuda, cuda:N or mps", metavar="NAME")
     amp: str = option("auto", "machine", "mixed precision; auto: bf16 or fp16 where the device is faster with it",
                       choices=("auto", "bf16", "fp16", "off"))

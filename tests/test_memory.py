@@ -70,7 +70,8 @@ print(peak_memory(torch.device("cpu")) - before)
 def test_check_predicts_the_peak_memory_of_a_run(tmp_path: Path) -> None:
     for number in range(24):
         Image.new("RGB", (48, 48), (number * 10, 90, 30)).save(tmp_path / f"{number:02d}.png")
-    command = [sys.executable, str(ROOT / "train.py"), "--data", str(tmp_path), "--out", str(tmp_path / "out"), "--epochs", "3",
+    out = tmp_path / "out"
+    command = [sys.executable, str(ROOT / "train.py"), "--data", str(tmp_path), "--out", str(out), "--epochs", "3",
                "--batch-size", "12", "--no-eval", "--device", "cpu", "--workers", "0"]
     checked = subprocess.run([*command, "--check"], check=True, capture_output=True, text=True, cwd=tmp_path).stdout
     subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)

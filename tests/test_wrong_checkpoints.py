@@ -230,7 +230,7 @@ def test_another_precision_is_noted_and_the_run_goes_on(image_folder: Folder, st
 
 
 def test_harmless_options_may_change_and_change_nothing(image_folder: Folder, stopped_after: Callable[..., None],
-                                                         capsys) -> None:
+                                                        capsys) -> None:
     arguments = ["--data", image_folder(), "--epochs", 2, "--views", "cpu", *SMALL]
     assert run(*arguments, "--out", "whole") == 0
     stopped_after(3, *arguments, "--out", "parts")

@@ -62,7 +62,7 @@ def prepare(config: TrainConfig, processes: "Processes", stack: contextlib.ExitS
     from byol_core.run_folder import RUNS, SHARD_INDEX, choose_out, goes_on_in_its_folder, open_run_folder
     from byol_core.sample import with_sample
 
-    if restarted() and config.resume is None:  # torchrun --max-restarts runs the same command again
+    if any(processes.gather(restarted())) and config.resume is None:  # torchrun --max-restarts runs the same command again
         config = replace(config, resume="")
     folder = choose_out(config)
     processes.on_first(lambda: stack.enter_context(open_run_folder(folder, goes_on_in_its_folder(config))))
@@ -117,8 +117,12 @@ def carry_out(run: "Run") -> int:
         with contextlib.suppress(OSError):  # on a full disk
             run.write_end("failed", reason)
         return 1
+    except Exception as error:  # nobody foresaw it, so it keeps its traceback; but the other processes must learn of it
+        run.processes.fail(RuntimeError(one_line(f"{type(error).__name__}: {error}")))
+        raise
     finally:
         run.stop.ignore()  # all is written
+        run.batches.close()  # workers left over would be waited for at the exit, and never end
 
 
 def complain(config: TrainConfig, processes: "Processes | None", error: Exception, line: str | None = None) -> str:
@@ -126,7 +130,7 @@ def complain(config: TrainConfig, processes: "Processes | None", error: Exceptio
     if config.debug:
         traceback.print_exc()
     shown = error if line in (None, str(error)) else RuntimeError(line)
-    reason, ours = (str(shown), True) if processes is None else processes.fail(shown)
+    reason, ours = (str(shown), True) if processes is None else processes.fail(RuntimeError(one_line(shown)))
     if ours:
         sys.stderr.write(f"error: {one_line(reason)}\n")
     return reason

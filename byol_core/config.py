@@ -135,7 +135,8 @@ class Parser(argparse.ArgumentParser):
         flags = [flag for action in self._actions for flag in action.option_strings]
         near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1) if unknown else []
         hint = f" - did you mean {near[0]}?" if near else " - see --help" if unknown else ""
-        first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts, one is enough to say it
+        alone = os.environ.get("WORLD_SIZE", "1") == "1"  # of the processes that torchrun starts, one is enough to say it
+        first = alone or os.environ.get("RANK", "0") == "0"
         self.exit(2, f"error: {one_line(message + hint)}\n" if first else None)
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import TypeVar
@@ -47,7 +48,8 @@ class Processes:
         if not self.several:
             return value
         total = value.detach().clone()
-        dist.all_reduce(total)
+        with self._waiting():
+            dist.all_reduce(total)
         return total / self.world_size
 
     def mean_values(self, values: Mapping[str, float]) -> dict[str, float]:
@@ -61,7 +63,8 @@ class Processes:
         if not self.several:
             return [value]
         values: list[T] = [value] * self.world_size
-        dist.all_gather_object(values, value)
+        with self._waiting():
+            dist.all_gather_object(values, value)
         return values
 
     def from_first(self, make: Callable[[], T]) -> T:
@@ -69,7 +72,8 @@ class Processes:
         if not self.several:
             return make()
         made = [self.on_first(make)]
-        dist.broadcast_object_list(made, src=0)
+        with self._waiting():
+            dist.broadcast_object_list(made, src=0)
         return made[0]  # type: ignore[return-value]
 
     def on_first(self, work: Callable[[], T]) -> T | None:
@@ -78,8 +82,13 @@ class Processes:
             return work()
         with contextlib.nullcontext() if self.watch is None else self.watch.without_limit():
             result = work() if self.first else None
+        with self._waiting():
             self._everyone_is_here()
         return result
+
+    def _waiting(self) -> contextlib.AbstractContextManager[None]:
+        """Around an exchange, so that whoever keeps the others waiting is found."""
+        return contextlib.nullcontext() if self.watch is None else self.watch.waiting()
 
     def _everyone_is_here(self) -> None:
         """Wait for the others, so that a signal is answered all the while."""
@@ -102,7 +111,8 @@ class Processes:
         before, self._opinions = self._opinions, (dist.all_reduce(opinion, async_op=True), opinion)
         for work, opinions in filter(None, (before, self._opinions if now else None)):
             if work is not None:
-                work.wait()
+                with self._waiting():
+                    work.wait()
             asked = opinions.nonzero().flatten().tolist()
             if asked:
                 whom = "" if len(asked) == self.world_size else f" to rank {', '.join(map(str, asked))}"
@@ -176,13 +186,23 @@ def _meet(rank: int, world_size: int) -> dist.Store:
     until = time.monotonic() + MEETING_S
     try:
         store, *_ = next(dist.rendezvous("env://", rank, world_size, timeout=timedelta(seconds=MEETING_S)))
-        store = dist.PrefixStore(f"attempt/{_number('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # one store serves all attempts
-        store.set(f"here/{rank}", "")
-        absent = list(range(world_size))
-        while absent := [other for other in absent if not store.check([f"here/{other}"])]:
+        store = dist.PrefixStore("byol_core", store)
+        mine = meeting = uuid.uuid4().hex
+        absent = list(range(1, world_size)) if rank == 0 else [0]
+        if rank:
+            store.set(f"here/{rank}", mine)
+        while absent:
             if time.monotonic() > until:
                 raise TimeoutError(f"rank {absent[0]} did not come")
+            if rank == 0:  # one store serves all attempts, and machines count these differently: the first process names each
+                for other in filter(lambda other: store.check([f"here/{other}"]), absent):
+                    store.set(f"meeting of/{store.get(f'here/{other}').decode()}", meeting)
+                absent = [other for other in absent if not store.check([f"{meeting}/{other}"])]
+            elif store.check([f"meeting of/{mine}"]):
+                meeting, absent = store.get(f"meeting of/{mine}").decode(), []
+                store.set(f"{meeting}/{rank}", "")
             time.sleep(POLL_S[0])
+        store = dist.PrefixStore(meeting, store)
     except (RuntimeError, OSError) as error:
         raise ValueError(f"WORLD_SIZE is {world_size}, but after {MEETING_S:.0f} s the processes have not met at {place} "
                          f"({str(error).splitlines()[0]}) - start all of them with torchrun, or unset WORLD_SIZE") from error

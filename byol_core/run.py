@@ -122,7 +122,10 @@ class Run:
 
     def _compare_processes(self) -> None:
         """Raises: ValueError when the processes of the run were not given the same images and options."""
-        identities = self.processes.gather(self.identity())
+        config = self.config
+        schedule = {"--resume": config.resume is not None, "--check": config.check, "--save-every": config.save_every,
+                    "--eval-every": config.eval_every}  # what decides when processes meet
+        identities = self.processes.gather({**self.identity(), "precision": self.precision, **schedule})
         for rank, identity in enumerate(identities):
             for key, value in identities[0].items():
                 if identity[key] != value:
@@ -300,7 +303,7 @@ class Run:
             self.log.say(f"processes: {self.processes.world_size}, each with {plan.micro_batch} images at a time; batch "
                          f"statistics over {alike}")
         self.log.say(f"run folder: {self.folder}")
-        warning = space_warning(self.folder, self.checkpoint_bytes())
+        warning = space_warning(self.folder, self.checkpoint_bytes()) if self.processes.first else None  # whose folder it is
         if warning is not None:
             self.log.say(warning)
 
@@ -395,7 +398,8 @@ class Run:
 
     def what_is_saved(self) -> str:
         last = self.folder / LAST
-        return f"{last} has the weights of update {self.saved_updates}" if last.exists() else "nothing was saved yet"
+        there = last.exists() or self.saved_updates  # on a machine of its own a process does not see the folder
+        return f"{last} has the weights of update {self.saved_updates}" if there else "nothing was saved yet"
 
     def _after_step(self, progress: Progress, step: Step) -> None:
         self.log.step(progress, step, self.batches.waited)

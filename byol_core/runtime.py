@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from byol_core.lars import LARS
 from byol_core.processes import ALONE, Processes
-from byol_core.watch import WAITING
+from byol_core.watch import WAITING, WORKING
 
 SKIPS_IN_A_ROW = 20  # a scaler that starts at 2**16 has reached 2**-4 by then: the gradients themselves are not finite
 
@@ -127,13 +127,25 @@ class Runtime:
         options = inspect.signature(DistributedDataParallel).parameters
         keyword = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"  # the older name
         keep_buffers: dict[str, Any] = {keyword: False}
-        return DistributedDataParallel(model, gradient_as_bucket_view=True, **keep_buffers)
+        distributed = DistributedDataParallel(model, gradient_as_bucket_view=True, **keep_buffers)
+        # It puts gradients together anew after its first exchange, and sums of three or more depend on their places there:
+        # a resumed run is exact only if that exchange is none of an update.
+        distributed.reducer.prepare_for_backward([])
+        torch.stack([p.sum() for p in model.parameters() if p.requires_grad]).sum().backward()
+        model.zero_grad(set_to_none=True)
+        return distributed
 
-    def accumulating(self, distributed: nn.Module, last: bool) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def accumulating(self, distributed: nn.Module, last: bool) -> Iterator[None]:
         """Around forward and backward of a micro-batch: only the last one of an update exchanges gradients."""
-        if isinstance(distributed, DistributedDataParallel) and not last:
-            return distributed.no_sync()
-        return contextlib.nullcontext()
+        watch = self.processes.watch
+        if watch is not None and self.device.type == "cuda":
+            watch.enter(WAITING)  # synchronised batch norm waits for the others in the forward pass
+        alone = isinstance(distributed, DistributedDataParallel) and not last
+        with distributed.no_sync() if alone else contextlib.nullcontext():  # type: ignore[operator]
+            yield
+        if watch is not None and not last:
+            watch.enter(WORKING)  # until the views of the next one are there
 
     @contextlib.contextmanager
     def autocast(self) -> Iterator[None]:

@@ -77,6 +77,14 @@ class Watch(threading.Thread):
         self._step_began = None
         self.enter(WORKING)
 
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around an exchange with the others."""
+        before = self.state
+        self.enter(WAITING)
+        yield
+        self.enter(before)
+
     def end(self) -> None:
         self._ended.set()
         self.join()
@@ -131,13 +139,13 @@ class Watch(threading.Thread):
 
     def _judge(self, before: list[Sign], after: list[Sign]) -> None:
         """This process waits for others too long: say for which of them, unless one is busy without limit."""
-        if any(sign.state == UNLIMITED for sign in after):
-            return
         silent = [rank for rank in range(self.world_size) if after[rank].number == before[rank].number]
         stuck = [rank for rank, sign in enumerate(after) if sign.state == WORKING and sign.seconds > self.limit]
         text = ""
         if silent:
             text = f"{self._named(silent)} silent: frozen, or cut off"
+        elif any(sign.state == UNLIMITED for sign in after):
+            return
         elif stuck:
             text = f"{self._named(stuck)} stuck: nothing has moved there for {after[stuck[0]].seconds:.0f} s"
         elif all(sign.state == WAITING and sign.seconds > max(FIRST_STEP_S, self.limit) for sign in after):

@@ -1,5 +1,6 @@
 """The main job in several processes: one set of files, the same weights everywhere, and every way in which one may fail."""
 
+import contextlib
 import json
 import os
 import signal
@@ -93,10 +94,11 @@ def test_processes_with_different_images_are_refused(image_folder: Callable[...,
 
 
 def test_a_restart_by_torchrun_resumes_bit_for_bit(image_folder: Callable[..., Path], tmp_path: Path) -> None:
-    images = image_folder(per_class=16)  # 4 updates per epoch
-    whole = torchrun(tmp_path, "--data", images, "--out", "whole", "--epochs", 3, "--no-eval", *SMALL)
-    done = torchrun(tmp_path, "--data", images, "--out", "out", "--epochs", 3, "--no-eval", *SMALL, fault="is killed",
-                    update=6, options=("--standalone", "--max-restarts", "3"))
+    """With three processes, whose sums depend on the places that DistributedDataParallel gives to gradients."""
+    common = ("--data", image_folder(per_class=24), "--epochs", 2, "--no-eval", *SMALL, "--batch-size", 12)  # 4 updates each
+    whole = torchrun(tmp_path, "--out", "whole", *common, processes=3)
+    done = torchrun(tmp_path, "--out", "out", *common, processes=3, fault="is killed", update=5,
+                    options=("--standalone", "--max-restarts", "3"))
     assert whole.code == done.code == 0, done.err
     assert "resuming at epoch 1, update 4" in done.out
     assert all(torch.equal(tensor, weights(tmp_path, "whole")[name]) for name, tensor in weights(tmp_path).items())
@@ -129,6 +131,11 @@ def test_a_stale_environment_ends_at_once_or_after_the_meeting_time(missing: str
     assert done.code == 2 and len(done.err.splitlines()) == 1 and "unset WORLD_SIZE" in done.err
 
 
+def test_check_ends_although_data_workers_live(image_folder: Callable[..., Path], tmp_path: Path) -> None:
+    done = trained(tmp_path, image_folder(), "--check", "--views", "cpu", "--workers", 1, timeout=60.0)
+    assert done.code == 0 and done.out.count("nothing was trained") == 1 and not done.orphans
+
+
 def test_processes_whose_torchrun_is_gone_save_and_stop(image_folder: Callable[..., Path], tmp_path: Path) -> None:
     done = trained(tmp_path, image_folder(per_class=24), "--epochs", 4000, fault="os.kill(os.getppid(), signal.SIGKILL)",
                    patience=30.0)
@@ -136,7 +143,7 @@ def test_processes_whose_torchrun_is_gone_save_and_stop(image_folder: Callable[.
     assert summary(tmp_path)["status"] == "stopped" and (tmp_path / "out" / "last.pt").exists()
 
 
-NODES = tuple(f"byol{number}-{os.getpid()}" for number in (1, 2))  # other runs of these tests have others
+NODES = tuple(f"byol{number}-{os.getpid()}" for number in (1, 2))  # the suite may run twice at once
 
 
 @pytest.fixture
@@ -144,6 +151,11 @@ def two_nodes() -> Iterator[None]:
     """Two network namespaces with addresses of their own, 10.77.0.1 and 10.77.0.2, joined by a cable."""
     def ip(*words: str) -> None:
         subprocess.run(["ip", *words], check=True, capture_output=True)
+
+    def remove() -> None:
+        for node in NODES:
+            with contextlib.suppress(OSError):
+                subprocess.run(["ip", "netns", "del", node], capture_output=True)
 
     try:
         for node in NODES:
@@ -154,11 +166,10 @@ def two_nodes() -> Iterator[None]:
             ip("-n", node, "link", "set", f"cable{number}", "up")
             ip("-n", node, "link", "set", "lo", "up")
     except (OSError, subprocess.CalledProcessError) as error:
+        remove()
         pytest.skip(f"network namespaces cannot be made here: {error}")
-    finally:
-        yield
-        for node in NODES:
-            subprocess.run(["ip", "netns", "del", node], capture_output=True)
+    yield
+    remove()
 
 
 def on_two_nodes(folder: Path, images: Path, fault: str = "pass", **options: float) -> list[Finished]:

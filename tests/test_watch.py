@@ -41,6 +41,14 @@ def test_a_process_without_new_signs_is_silent(capsys) -> None:
     assert judged(before, after, capsys) == "error: rank 1 of 3 is silent: frozen, or cut off\n"
 
 
+def test_an_exchange_is_waiting_and_what_comes_after_it_is_not() -> None:
+    one = Watch(dist.HashStore(), 0, 2)
+    one.enter(WORKING)
+    with one.waiting():
+        assert one.state == WAITING
+    assert one.state == WORKING
+
+
 def test_the_limit_follows_the_longest_step() -> None:
     one = Watch(dist.HashStore(), 0, 2)
     assert one.limit == 600

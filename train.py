@@ -8,6 +8,7 @@
 
 import contextlib
 import io
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from byol_core.config import TrainConfig, one_line, parse_config
-from byol_core.failures import in_plain_words
+from byol_core.failures import in_plain_words, show
 from byol_core.signals import Stopped, StopRequest
 
 if TYPE_CHECKING:
@@ -27,8 +28,11 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit codes: 0 finished, 1 failed while running, 2 wrong input, 130 and 143 stopped by a signal after saving."""
     config = parse_config(arguments)
-    StopRequest().listen()
+    request = StopRequest()
+    request.listen()
+    open_missing_streams()
     processes: "Processes | None" = None
+    run: "Run | None" = None
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file name that the terminal cannot show stops nothing
@@ -38,14 +42,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             processes = join(config.device)
             run = prepare(config, processes, stack)
-        except ValueError as error:
-            complain(config, processes, error)
-            return 2
-        except (OSError, RuntimeError, ArithmeticError, MemoryError) as error:
+            if request.signal is not None:  # and what it interrupted has swallowed the exception
+                raise Stopped(request.signal)
+        except Exception as error:
+            if request.signal is not None:  # a library whose loading it broke off may fail in any way
+                return Stopped(request.signal).code
+            if isinstance(error, ValueError):
+                complain(config, processes, error)
+                return 2
             complain(config, processes, error, in_plain_words(error, config.device))
             return 1
         except Stopped as stopped:  # nothing was begun
             return stopped.code
+        finally:
+            if run is None:
+                request.ignore()  # one that comes while Python itself ends would only be noise
         return carry_out(run)
 
 
@@ -81,11 +92,23 @@ def prepare(config: TrainConfig, processes: "Processes", stack: contextlib.ExitS
     return run
 
 
+def open_missing_streams() -> None:
+    """Started without stdin, stdout or stderr, files of the run would get their numbers, and what libraries print."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+
+
 def carry_out(run: "Run") -> int:
     try:
         if run.is_complete():
             if run.processes.first:
-                sys.stdout.write(f"already complete ({run.progress.epoch}/{run.plan.epochs} epochs)\n")  # nothing is touched
+                show(sys.stdout, f"already complete ({run.progress.epoch}/{run.plan.epochs} epochs)\n")  # nothing is touched
         elif run.config.check:
             run.describe()
             run.write_start()
@@ -106,7 +129,7 @@ def carry_out(run: "Run") -> int:
         run.log.say(f"{stopped}: stopped at epoch {run.progress.epoch}, update {run.progress.updates}; {run.what_is_saved()}; "
                     "the same command with --resume goes on")
         return stopped.code
-    except (ValueError, OSError, RuntimeError, ArithmeticError, MemoryError) as error:
+    except Exception as error:  # a mistake of the program's own is told in a line too; train.log has the rest
         run.stop.ignore()
         run.log.note(traceback.format_exc())
         line = in_plain_words(error, str(run.runtime.device), run.plan.batch_size, run.plan.accum_steps,
@@ -114,12 +137,9 @@ def carry_out(run: "Run") -> int:
         if line != str(error):
             line += f"; {run.what_is_saved()}"
         reason = complain(run.config, run.processes, error, line)
-        with contextlib.suppress(OSError):  # on a full disk
+        with contextlib.suppress(Exception):  # on a full disk, or of what made it fail
             run.write_end("failed", reason)
         return 1
-    except Exception as error:  # nobody foresaw it, so it keeps its traceback; but the other processes must learn of it
-        run.processes.fail(RuntimeError(one_line(f"{type(error).__name__}: {error}")))
-        raise
     finally:
         run.stop.ignore()  # all is written
         run.batches.close()  # workers left over would be waited for at the exit, and never end
@@ -129,10 +149,10 @@ def complain(config: TrainConfig, processes: "Processes | None", error: Exceptio
     """Say in one line, and in one process, why the run fails; that reason. line: instead of the error's own words."""
     if config.debug:
         traceback.print_exc()
-    shown = error if line in (None, str(error)) else RuntimeError(line)
-    reason, ours = (str(shown), True) if processes is None else processes.fail(RuntimeError(one_line(shown)))
+    line = one_line(str(error) if line is None else line)
+    reason, ours = (line, True) if processes is None else processes.fail(RuntimeError(line))
     if ours:
-        sys.stderr.write(f"error: {one_line(reason)}\n")
+        show(sys.stderr, f"error: {reason}\n")
     return reason
 
 

@@ -20,6 +20,7 @@ FORMAT = 1
 KEYS = {"identity", "measured", "progress", "model", "optimizer", "scheduler", "scaler", "precision", "log", "scores"}
 WRAPPERS = ("module.", "_orig_mod.")
 LAST, PREVIOUS = "last.pt", "previous.pt"
+LEFTOVER = re.compile(r"\..+\.\d+\.tmp")  # what `atomic_write` writes to, by its name
 
 # What a checkpoint holds: tensors and plain types only, so that weights_only=True loads it.
 State = dict[str, object]
@@ -94,13 +95,29 @@ def _sync_folder(folder: Path) -> None:
 def remove_leftovers(folder: Path) -> None:
     """Delete what a killed process left half-written."""
     for leftover in folder.glob(".*.tmp"):
-        leftover.unlink(missing_ok=True)
+        if LEFTOVER.fullmatch(leftover.name) and leftover.is_file():
+            leftover.unlink(missing_ok=True)
 
 
 def save_checkpoint(folder: Path, state: Mapping[str, object]) -> None:
     """Write last.pt and keep the one before as previous.pt; at every moment one of the two is whole."""
     atomic_write(folder / LAST, lambda file: torch.save({"format": FORMAT, **state}, file), size=tensor_bytes(state),
                  previous=folder / PREVIOUS)
+
+
+def check_tensors(found: Mapping[object, object], like: Mapping[object, Tensor]) -> None:
+    """Raises: CheckpointError unless every tensor in `found` is a plain one of the same shape as that of its name in `like`.
+
+    An optimizer's kernels take that for granted, and would read and write beyond it. Numbers have no shape and pass.
+    """
+    for name, value in found.items():
+        for tensor in value.values() if isinstance(value, Mapping) else [value]:
+            if not isinstance(tensor, Tensor) or tensor.dim() == 0:
+                continue
+            plain = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_meta
+            if name not in like or tensor.shape != like[name].shape or not plain \
+                    or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+                raise CheckpointError(f"its tensor {name} is not that of this network")
 
 
 def tensor_bytes(value: object) -> int:
@@ -177,6 +194,8 @@ def read_verified(path: Path) -> object:
     """torch.load of plain data, checksums first: torch itself does not notice a flipped bit inside a tensor."""
     try:
         with zipfile.ZipFile(path) as archive:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                raise CheckpointError(f"{path} is not a checkpoint: it is compressed, and may unpack to any size")
             damaged = archive.testzip()
         if damaged is not None:
             raise CheckpointError(f"{path} is damaged (checksum mismatch in {damaged!r})")

@@ -1,5 +1,9 @@
 """What goes wrong with a machine rather than with a run, in one line that says what to do about it."""
 
+import contextlib
+import os
+from typing import TextIO
+
 # How the allocators of CUDA and MPS, torch's own for the CPU, and Python say that there is no memory left.
 NO_MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory")
 
@@ -7,7 +11,8 @@ NO_MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory"
 def in_plain_words(error: Exception, device: str, batch_size: int | None = None, accum_steps: int = 1,
                    mixed_precision: bool = False) -> str:
     """The line to print for an error. batch_size, accum_steps: what was computed with; None before anything was."""
-    text = str(error)
+    known = (ValueError, OSError, RuntimeError, ArithmeticError, MemoryError)
+    text = str(error) if isinstance(error, known) else f"{type(error).__name__}: {error}"
     if not isinstance(error, MemoryError) and not (
             isinstance(error, RuntimeError) and any(words in text for words in NO_MEMORY_WORDS)):
         return text
@@ -19,3 +24,15 @@ def in_plain_words(error: Exception, device: str, batch_size: int | None = None,
     precision = [] if mixed_precision or device == "cpu" else ["--amp bf16"]
     return (f"out of memory on {device} at batch {batch_size} - try "
             + ", ".join([*smaller, *in_parts, *precision] or ["--views cpu or a smaller --arch"]))
+
+
+def show(stream: TextIO, text: str) -> None:
+    """Write `text` for the person. A console that is gone (a closed terminal, `| head`) stops no run."""
+    try:
+        stream.write(text)
+        stream.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):  # what it still holds would fail again, at the latest at the end
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)

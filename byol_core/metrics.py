@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from byol_core.checkpoint import write_text
+from byol_core.failures import show
 from byol_core.health import RECENT, find_collapse, measure
 from byol_core.processes import ALONE, Processes
 from byol_core.schedules import due
@@ -28,7 +29,7 @@ def update_of(line: str) -> int:
     """The update that a line of metrics.jsonl is about; -1 for a line that is torn or empty."""
     try:
         return int(json.loads(line)["update"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         return -1
 
 
@@ -67,8 +68,7 @@ class RunLog:
             return
         if self._bar is not None:
             self._bar.clear()
-        sys.stdout.write(text + "\n")
-        sys.stdout.flush()
+        show(sys.stdout, text + "\n")
         self.note(text)
 
     def note(self, text: str) -> None:
@@ -142,8 +142,7 @@ class RunLog:
         if self._bar is not None:
             self._bar.set_description_str(line)
         elif self.processes.first:
-            sys.stderr.write(line + "\n")
-            sys.stderr.flush()
+            show(sys.stderr, line + "\n")
         self.note(line)
 
     def _epochs_done(self, progress: Progress) -> float:
@@ -182,4 +181,4 @@ class RunLog:
         except OSError as error:
             if not self._warned:
                 self._warned = True
-                sys.stderr.write(f"warning: cannot write {self.folder / name}: {error.strerror} - the run goes on\n")
+                show(sys.stderr, f"warning: cannot write {self.folder / name}: {error.strerror} - the run goes on\n")

@@ -4,23 +4,24 @@ import contextlib
 import json
 import platform
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import sklearn
 import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 
 from byol_core import __version__
 from byol_core.backbones import build_backbone, check_backbone, load_weights
 from byol_core.batches import DeviceBatches, Order, TimedBatches, WorkerBatches
-from byol_core.checkpoint import (LAST, CheckpointError, State, export_backbone, newest_checkpoint, read_backbone,
-                                  read_checkpoint, replace_damaged, save_checkpoint, tensor_bytes, write_json,
-                                  write_text)
+from byol_core.checkpoint import (LAST, CheckpointError, State, check_tensors, export_backbone, newest_checkpoint,
+                                  read_backbone, read_checkpoint, replace_damaged, save_checkpoint, tensor_bytes,
+                                  write_json, write_text)
 from byol_core.config import TrainConfig
 from byol_core.crops import CropBatches
-from byol_core.data import BadFiles, ImageData, TooManyBadFilesError, choose_workers, load_images
+from byol_core.data import BAD_LIMIT, BadFiles, ImageData, TooManyBadFilesError, choose_workers, load_images
 from byol_core.evaluate import embed_data, load_classifier
 from byol_core.folder import ImageSet, scan, with_several_frames
 from byol_core.losses import effective_rank
@@ -200,9 +201,9 @@ class Run:
             return
         try:
             self._restore(state)
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, IndexError, json.JSONDecodeError, CheckpointError) as error:
             raise CheckpointError(f"the checkpoint to resume from is not of this program's making ({type(error).__name__}: "
-                                  f"{error})") from error
+                                  f"{error}) - take another, or start a new run in another --out") from error
 
     def _saved_state(self) -> State | None:
         asked = Path(self.config.resume or self.folder)
@@ -226,6 +227,7 @@ class Run:
             raise ValueError(f"{EXACT}: {'; '.join(changed)} - repeat the options of the run, or start a new one in another "
                              "--out, from these "
                              f"weights with --init-from {self.folder / LAST}")
+        self._check_parts(state)
         self.model.load_state_dict(state["model"])  # type: ignore[arg-type]
         self.optimizer.load_state_dict(state["optimizer"])  # type: ignore[arg-type]
         self.scheduler.load_state_dict(state["scheduler"])  # type: ignore[arg-type]
@@ -249,6 +251,22 @@ class Run:
             self.log.say(f"resuming at epoch {self.progress.epoch}, update {self.progress.updates}"
                          f"{self._other_changes()}")
 
+    def _check_parts(self, state: State) -> None:
+        """Raises: CheckpointError or TypeError for what could not come from a run like this one; nothing is changed before."""
+        own, model, optimizer = self.model.state_dict(), state["model"], state["optimizer"]
+        if not isinstance(model, dict) or model.keys() != own.keys() or not all(isinstance(v, Tensor) for v in model.values()):
+            raise CheckpointError("its networks are not like these")
+        check_tensors(model, own)  # type: ignore[arg-type]
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        check_tensors(optimizer["state"], dict(enumerate(parameters)))  # type: ignore[index]
+        progress, bad = Progress(**state["progress"]), state.get("bad_files", {})  # type: ignore[arg-type]
+        if not (0 <= progress.epoch <= self.plan.epochs and 0 <= progress.batch <= len(self.batches)
+                and progress.updates >= 0):
+            raise CheckpointError("it stands where no run like this one can be")
+        if not isinstance(bad, dict) or len(bad) > BAD_LIMIT * len(self.data) or not all(
+                isinstance(index, int) and isinstance(reason, str) for index, reason in bad.items()):
+            raise CheckpointError("its list of bad files is none")
+
     def _other_changes(self) -> str:
         """Which options differ from those that the run was last started with and do not change its result."""
         try:
@@ -264,11 +282,16 @@ class Run:
         """What scores depend on beside the network: those of another classifier or test set are not to be compared."""
         return f"{self.config.classifier}; {self.scorer.measured_on if self.scorer else None}"
 
+    def _ended(self) -> object:
+        """How summary.json says that the run ended; None where it does not, or is damaged."""
+        try:
+            return json.loads((self.folder / "summary.json").read_text("utf-8"))["status"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
     def is_complete(self) -> bool:
         """Whether nothing is left to do, as the summary in the run folder says; the same answer in all processes."""
-        summary = self.folder / "summary.json"
-        return self.processes.from_first(lambda: self.progress.epoch >= self.plan.epochs and summary.exists()
-                                         and json.loads(summary.read_text("utf-8")).get("status") == "finished")
+        return self.processes.from_first(lambda: self.progress.epoch >= self.plan.epochs and self._ended() == "finished")
 
     def checkpoint_bytes(self) -> int:
         """What a checkpoint will take on the disk: both networks, and what the optimizer keeps for each parameter."""
@@ -452,6 +475,14 @@ class Run:
             self.log.note(f"warning: {error}")
         self.report_due = began + max(REPORT_EVERY, 100 * (time.monotonic() - began))
 
+    @contextlib.contextmanager
+    def _only_to_look_at(self) -> Iterator[None]:
+        """Writes that fail are told and do not fail the run: nothing of it is lost."""
+        try:
+            yield
+        except OSError as error:
+            self.log.say(f"warning: {error} - the run goes on")
+
     def finish(self) -> None:
         """Everything that is made of a trained network: export, scores, pictures, summary, report."""
         self.processes.on_first(self._finish)
@@ -468,10 +499,11 @@ class Run:
             recipe = self.plan.views[0]
             readable, trained = embed_data(backbone, self.data, recipe, indices, self.runtime, self.workers)
             _, before = embed_data(untrained, self.data, recipe, readable, self.runtime, self.workers)
-            save_neighbours(self.folder / "neighbours.png", self.data, readable, trained, before, self.config.seed)
             labels = self.data.files.labels
-            save_embedding(self.folder / "embedding.png", trained, None if labels is None else labels[readable],
-                           self.data.files.classes, self.config.seed)
+            with self._only_to_look_at():
+                save_neighbours(self.folder / "neighbours.png", self.data, readable, trained, before, self.config.seed)
+                save_embedding(self.folder / "embedding.png", trained, None if labels is None else labels[readable],
+                               self.data.files.classes, self.config.seed)
             self.ranks = {"rank_features": float(effective_rank(trained)),
                           "rank_features_untrained": float(effective_rank(before))}
             self._show_on_board("neighbours.png", "embedding.png")
@@ -494,7 +526,8 @@ class Run:
             listing += self.bad_eval_files.listing(f"{self.config.eval_data}/")
         if listing:
             write_text(self.folder / "bad_files.txt", listing)
-        write_report(self.folder)
+        with self._only_to_look_at():
+            write_report(self.folder)
         if self.log.board is not None:
             self.log.board.close()
 

@@ -46,6 +46,7 @@ def open_run_folder(folder: Path, may_be_used: bool) -> Iterator[Path]:
 
     Raises: ValueError when it cannot be written to, is in use, or holds something and may not be used.
     """
+    was_there = folder.is_dir()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "a+", encoding="utf-8")
@@ -56,16 +57,18 @@ def open_run_folder(folder: Path, may_be_used: bool) -> Iterator[Path]:
         _lock(lock.fileno(), folder)
         if hasattr(os, "register_at_fork"):  # or a data worker would hold the lock for a while after this process is killed
             os.register_at_fork(after_in_child=lock.close)
-        lock.truncate(0)
-        lock.write(f"pid {os.getpid()}")
-        lock.flush()
-        remove_leftovers(folder)
+        with contextlib.suppress(OSError):  # on a full disk
+            os.ftruncate(lock.fileno(), 0)
+            os.write(lock.fileno(), f"pid {os.getpid()}".encode())
         try:
             _refuse_used(folder, may_be_used)
+            remove_leftovers(folder)
             yield folder
         finally:
             if {entry.name for entry in folder.iterdir()} <= {".lock", SHARD_INDEX}:  # nothing came of it
                 shutil.rmtree(folder, ignore_errors=True)
+                if was_there:
+                    folder.mkdir(exist_ok=True)
 
 
 def _lock(handle: int, folder: Path) -> None:
@@ -75,9 +78,11 @@ def _lock(handle: int, folder: Path) -> None:
         return
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         holder = (folder / ".lock").read_text("utf-8") or "another process"
         raise ValueError(f"another run ({holder}) is using {folder} - wait for it, or choose another --out") from None
+    except OSError:  # a file system without locks: as on Windows
+        return
 
 
 def space_warning(folder: Path, checkpoint: int) -> str | None:
@@ -97,6 +102,8 @@ def _refuse_used(folder: Path, may_be_used: bool) -> None:
         raise ValueError(f"{folder} already holds a run - add --resume to go on, or choose another --out")
     visible = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
     foreign = [entry.name for entry in visible if entry.name not in OWN_FILES and not entry.name.startswith(EVENTS)]
+    if (folder / "backbone.pt").exists():  # of a finished run whose checkpoints were removed
+        raise ValueError(f"{folder} already holds a finished run (backbone.pt) - choose another --out, or move it away")
     if foreign:
         raise ValueError(f"{folder} is not empty (it holds {foreign[0]}) - choose another --out")
     for entry in visible:

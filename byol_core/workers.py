@@ -1,6 +1,7 @@
 """Data workers: out of reach of the run's signals, their failures said in one line, none of them left behind."""
 
 import contextlib
+import errno
 import multiprocessing
 import signal
 import threading
@@ -140,6 +141,8 @@ def _in_words(error: Exception, workers: int) -> str | None:
         return (f"no batch for {NO_BATCH_S:.0f} s: the data workers hang - look at the disk or network that the images are "
                 "on, or try --workers 0")
     if isinstance(error, RuntimeError) and any(words in text for words in SHARED_MEMORY_WORDS):
+        return SHARED_MEMORY_IS_FULL
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EROFS):  # from the semaphores of its queues
         return SHARED_MEMORY_IS_FULL
     if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
         return f"a data worker died ({text}) - try --workers {1 if workers > 1 else 0}"

@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "crops": {"batches", "data", "device_views", "folder", "views"},
     "training": {"ema", "losses", "networks", "optim", "runtime", "schedules", "seeds"},
     "tensorboard": set(),
-    "metrics": {"checkpoint", "health", "processes", "schedules", "tensorboard", "training"},
+    "metrics": {"checkpoint", "failures", "health", "processes", "schedules", "tensorboard", "training"},
     "evaluate": {"data", "folder", "runtime", "views"},
     "linear_probe": set(),
     "pretrained": {"backbones", "checkpoint", "seeds", "views"},

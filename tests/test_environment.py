@@ -100,3 +100,14 @@ def test_two_hundred_thousand_names_take_little_memory(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True, check=True,
                           cwd=Path(folder.__file__).parent.parent)
     assert float(done.stdout.splitlines()[-1]) < 80  # MiB; Path objects alone would take over 100
+
+
+@pytest.mark.slow
+def test_a_console_that_goes_away_stops_no_run(image_folder: Callable[..., Path], tmp_path: Path) -> None:
+    command = [sys.executable, train.__file__, "--data", str(image_folder()), "--out", "out", "--epochs", "1", "--no-eval",
+               *map(str, SMALL)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    process.stderr.close()
+    assert process.wait(120) == 0 and (tmp_path / "out" / "backbone.pt").exists()

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -118,12 +119,44 @@ def test_a_checkpoint_that_does_not_describe_its_network_is_refused(trained: Pat
 
 @pytest.mark.parametrize("key, value", [
     ("identity", "null"), ("identity", "[]"), ("progress", {"epoch": 0, "steps": 3}), ("progress", None), ("optimizer", {}),
-    ("optimizer", None), ("scheduler", 3), ("model", {}), ("model", None), ("log", None), ("bad_files", 3)])
+    ("optimizer", None), ("scheduler", 3), ("model", {}), ("model", None), ("log", None), ("bad_files", 3),
+    ("bad_files", {"x": 1}), ("bad_files", {index: "bad" for index in range(1000)}),
+    ("progress", {"epoch": 10**9, "batch": 0, "updates": 4, "loss_sum": 0.0, "loss_count": 0}),
+    ("progress", {"epoch": -3, "batch": 0, "updates": 4, "loss_sum": 0.0, "loss_count": 0}),
+    ("progress", {"epoch": 0, "batch": 999, "updates": 4, "loss_sum": 0.0, "loss_count": 0})])
 def test_a_checkpoint_of_another_make_is_refused_in_one_line(trained: Path, key: str, value: object, capsys) -> None:
     torch.save({**read_checkpoint(trained / "last.pt"), key: value}, "odd.pt")
     code = give("resume", Path("odd.pt"), trained)
     said = capsys.readouterr().err
     assert code == 2 and said.startswith("error: ") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("tensor", [torch.zeros(7), torch.zeros(1).expand(10**6, 10**6), torch.zeros(7, device="meta"), "text",
+                                    torch.zeros(2, 2).to_sparse()], ids=["shape", "expanded", "meta", "text", "sparse"])
+@pytest.mark.parametrize("part", ["model", "optimizer"])
+def test_tensors_that_are_not_those_of_the_network_are_never_computed_with(trained: Path, part: str, tensor: object,
+                                                                           capsys) -> None:
+    """A fused optimizer trusts the shape of its momentum, and would write beyond it."""
+    if part == "optimizer" and tensor == "text":
+        pytest.skip("numbers and texts among an optimizer's state have no shape")
+    state: dict = read_checkpoint(trained / "last.pt")
+    if part == "model":
+        state["model"][next(iter(state["model"]))] = tensor
+    else:
+        for values in state["optimizer"]["state"].values():
+            values["momentum_buffer"] = tensor
+    torch.save(state, "odd.pt")
+    assert give("resume", Path("odd.pt"), trained) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1
+
+
+def test_a_compressed_file_is_not_unpacked(trained: Path, capsys) -> None:
+    with zipfile.ZipFile(trained / "last.pt") as source, zipfile.ZipFile("bomb.pt", "w", zipfile.ZIP_DEFLATED) as bomb:
+        for member in source.namelist():
+            bomb.writestr(member, source.read(member))
+    assert give("resume", Path("bomb.pt"), trained) == 2
+    assert "bomb.pt is not a checkpoint: it is compressed, and may unpack to any size" in capsys.readouterr().err
 
 
 # Wrapped networks

@@ -1,0 +1,49 @@
+"""Whose files a run folder may hold: those of others are never touched."""
+
+import errno
+import fcntl
+from pathlib import Path
+
+import pytest
+
+from byol_core.run_folder import open_run_folder
+
+
+def test_a_refused_folder_keeps_every_file_of_its_owner(tmp_path: Path) -> None:
+    for name in (".important.tmp", ".train.log.12.tmp", "notes.txt"):
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match="is not empty"), open_run_folder(tmp_path, may_be_used=False):
+        pass
+    assert {entry.name for entry in tmp_path.iterdir()} >= {".important.tmp", ".train.log.12.tmp", "notes.txt"}
+
+
+def test_only_what_a_killed_run_left_half_written_is_removed(tmp_path: Path) -> None:
+    for name in (".last.pt.12.tmp", ".mine.tmp"):
+        (tmp_path / name).write_text("")
+    (tmp_path / ".folder.12.tmp").mkdir()
+    with open_run_folder(tmp_path, may_be_used=False):
+        assert {entry.name for entry in tmp_path.iterdir()} == {".lock", ".mine.tmp", ".folder.12.tmp"}
+
+
+@pytest.mark.parametrize("may_be_used", [False, True])
+def test_a_finished_network_without_checkpoints_is_not_overwritten(tmp_path: Path, may_be_used: bool) -> None:
+    (tmp_path / "backbone.pt").write_bytes(b"weights")
+    with pytest.raises(ValueError, match="already holds a finished run"), open_run_folder(tmp_path, may_be_used):
+        pass
+    assert (tmp_path / "backbone.pt").read_bytes() == b"weights"
+
+
+def test_a_file_system_without_locks_can_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(handle: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with open_run_folder(tmp_path / "out", may_be_used=False) as folder:
+        assert folder.is_dir()
+
+
+def test_an_empty_folder_of_the_user_survives_a_run_that_comes_to_nothing(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with open_run_folder(tmp_path / "out", may_be_used=False), pytest.raises(ValueError):
+        raise ValueError
+    assert (tmp_path / "out").is_dir()

@@ -5,22 +5,23 @@ import subprocess
 import sys
 import tempfile
 
-TORCHRUN = ["tests/test_torchrun.py", "tests/test_processes.py", "tests/test_ema_sharded.py"]  # they mostly wait
+WAITING = [f"tests/test_{name}.py" for name in (  # tests that start processes and mostly wait for them: run beside the others
+    "torchrun", "processes", "ema_sharded", "kills", "signal_delivery", "workers", "soak", "full_disk")]
 
 
 def main() -> int:
     fast = "--fast" in sys.argv[1:]
     pytest = [sys.executable, "-m", "pytest", "-q"]
+    environment = os.environ if fast else {**os.environ, "OMP_NUM_THREADS": "1"}  # two at once, on a core each
     codes = {}
     with tempfile.TemporaryFile("w+") as output:
         beside = None
         if not fast:
-            beside = subprocess.Popen([*pytest, *TORCHRUN], stdout=output, stderr=subprocess.STDOUT,
-                                      env={**os.environ, "OMP_NUM_THREADS": "1"})
-        selection = ["-m", "not slow"] if fast else [f"--ignore={path}" for path in TORCHRUN]
-        codes["pytest"] = subprocess.call([*pytest, *selection])
+            beside = subprocess.Popen([*pytest, *WAITING], stdout=output, stderr=subprocess.STDOUT, env=environment)
+        selection = ["-m", "not slow"] if fast else [f"--ignore={path}" for path in WAITING]
+        codes["pytest"] = subprocess.call([*pytest, *selection], env=environment)
         if beside is not None:
-            codes["pytest, several processes"] = beside.wait()
+            codes["pytest, tests that wait"] = beside.wait()
             output.seek(0)
             print(output.read())
     codes["flake8"] = subprocess.call([sys.executable, "-m", "flake8", "byol_core", "tests", "train.py"])

@@ -5,25 +5,24 @@ import subprocess
 import sys
 import tempfile
 
-WAITING = [f"tests/test_{name}.py" for name in (  # tests that start processes and mostly wait for them: run beside the others
-    "torchrun", "processes", "ema_sharded", "kills", "signal_delivery", "workers", "soak", "full_disk")]
+# Parts of the whole check that run beside the rest of the tests: those that train long, those that mostly wait for processes.
+BESIDE = [["accuracy"], ["torchrun", "processes", "ema_sharded", "kills", "signal_delivery", "workers", "soak", "full_disk"]]
 
 
 def main() -> int:
     fast = "--fast" in sys.argv[1:]
+    parts = [] if fast else [[f"tests/test_{name}.py" for name in names] for names in BESIDE]
+    rest = ["-m", "not slow"] if fast else [f"--ignore={path}" for part in parts for path in part]
     pytest = [sys.executable, "-m", "pytest", "-q"]
-    environment = os.environ if fast else {**os.environ, "OMP_NUM_THREADS": "1"}  # two at once, on a core each
+    environment = os.environ if fast else {**os.environ, "OMP_NUM_THREADS": "1"}
     codes = {}
     with tempfile.TemporaryFile("w+") as output:
-        beside = None
-        if not fast:
-            beside = subprocess.Popen([*pytest, *WAITING], stdout=output, stderr=subprocess.STDOUT, env=environment)
-        selection = ["-m", "not slow"] if fast else [f"--ignore={path}" for path in WAITING]
-        codes["pytest"] = subprocess.call([*pytest, *selection], env=environment)
-        if beside is not None:
-            codes["pytest, tests that wait"] = beside.wait()
-            output.seek(0)
-            print(output.read())
+        beside = [subprocess.Popen([*pytest, *part], stdout=output, stderr=subprocess.STDOUT, env=environment)
+                  for part in parts]
+        codes["pytest"] = subprocess.call([*pytest, *rest], env=environment)
+        codes |= {f"pytest, {names[0]}": process.wait() for names, process in zip(BESIDE, beside)}
+        output.seek(0)
+        print(output.read())
     codes["flake8"] = subprocess.call([sys.executable, "-m", "flake8", "byol_core", "tests", "train.py"])
     codes["mypy"] = subprocess.call([sys.executable, "-m", "mypy", "byol_core", "train.py"])
     failed = [name for name, code in codes.items() if code]

@@ -1,4 +1,4 @@
-"""Batches of two views: one order, one replacement rule, and two interchangeable sources of views."""
+"""Batches of two views: one order, one replacement rule, and two of the three sources of views (see `crops`)."""
 
 import itertools
 import time
@@ -93,15 +93,13 @@ class DeviceBatches:
     def _readable(self, epoch: int, indices: Tensor) -> Tensor:
         if not self.bad.reasons:
             return indices
-        return torch.tensor([self._stand_in(epoch, index) for index in indices.tolist()])
+        return torch.tensor([first_readable(self._good, self.order.seed, epoch, index, len(self.pixels))[0]
+                             for index in indices.tolist()])
 
-    def _stand_in(self, epoch: int, index: int) -> int:
-        source = index
-        for attempt in itertools.count():
-            if source not in self.bad.reasons:
-                break
-            source = replacement(self.order.seed, epoch, index, attempt, len(self.pixels))
-        return source
+    def _good(self, index: int) -> int:
+        if index in self.bad.reasons:
+            raise BadImageError(self.bad.reasons[index])
+        return index
 
 
 class WorkerBatches:

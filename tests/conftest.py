@@ -41,6 +41,18 @@ def image_folder(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
+@pytest.fixture
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test's working folder, in which relative paths such as --out lie."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def data(image_folder: Callable[..., Path]) -> Path:
+    """A flat folder of twelve images."""
+    return image_folder(classes=0, per_class=12)
+
+
 def small_backbone() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 

@@ -18,12 +18,9 @@ from byol_core.run import Run
 from tests.test_odd_images import png, saved, tiff
 from tests.test_train_command import SMALL, assert_same_state, checkpoint, metrics, run, summary
 
+pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
+
 Folder = Callable[..., Path]
-
-
-@pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
 
 
 def stop_after(updates: int, monkeypatch: pytest.MonkeyPatch, arguments: list[object]) -> None:

@@ -18,12 +18,9 @@ from byol_core.run import Run
 from byol_core.scoring import Scorer
 from tests.test_train_command import SMALL, checkpoint
 
+pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
+
 Folder = Callable[..., Path]
-
-
-@pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
 
 
 def run(*arguments: object) -> int:

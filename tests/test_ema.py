@@ -710,11 +710,13 @@ def test_ema_update_runs_inside_a_captured_cuda_graph() -> None:
 @needs_gpu
 def test_ema_update_does_not_wait_for_the_gpu() -> None:
     target, online = net().cuda(), net().cuda()
-    torch.cuda.set_sync_debug_mode("error")
+    expected = formula(target[0].weight, online[0].weight, 0.9).float()
+    torch.cuda.set_sync_debug_mode("error")  # whatever waits raises
     try:
         ema_update(target, online, 0.9, buffers="average")
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(target[0].weight.detach(), expected)
 
 
 @pytest.mark.parametrize("tau", ["0.5", "x", None, 1j, [0.5], 10**400])

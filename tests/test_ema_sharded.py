@@ -150,8 +150,10 @@ def worker(rank: int, store: str) -> None:
             check(mesh)
         except Exception as error:
             raise AssertionError(f"{check.__name__} failed on rank {rank}") from error
+    Path(f"{store}.{rank}").write_text(f"{len(CHECKS)} checks")
     dist.destroy_process_group()
 
 
 def test_ema_update_on_fsdp2_shards_equals_one_process(tmp_path: Path) -> None:
-    mp.spawn(worker, args=(str(tmp_path / "store"),), nprocs=PROCESSES)
+    mp.spawn(worker, args=(str(tmp_path / "store"),), nprocs=PROCESSES)  # raises what a check raised
+    assert [(tmp_path / f"store.{rank}").read_text() for rank in range(PROCESSES)] == [f"{len(CHECKS)} checks"] * PROCESSES

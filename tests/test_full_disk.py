@@ -4,7 +4,6 @@ import errno
 import os
 import shutil
 from collections import namedtuple
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,18 +17,10 @@ from tests.test_checkpoint import save
 from tests.test_kills import STEP, arguments, assert_same_run, run
 from tests.test_train_command import checkpoint
 
+pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
+
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 Usage = namedtuple("Usage", ["total", "used", "free"])
-
-
-@pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def data(image_folder: Callable[..., Path]) -> Path:
-    return image_folder(classes=0, per_class=12)
 
 
 def nothing_larger_than_100_kb() -> None:

@@ -15,6 +15,8 @@ from tests.children import SMALL, At, run_child
 from tests.test_train_command import assert_same_state, checkpoint
 from tests.test_train_command import metrics as records
 
+pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
+
 STEP = "byol_core.run:Run._after_step"  # 12 images in batches of 4: 3 updates per epoch, 6 in all
 STEPS = {"first step": 1, "mid-epoch": 2, "last step of an epoch": 3, "first step of the next": 4, "last step": 6}
 OPTIMIZERS, SCHEDULERS = ("lars", "sgd", "adam", "adamw"), ("cosine", "plateau", "constant")
@@ -26,16 +28,6 @@ class Killed(BaseException):
 
 def kill() -> None:
     raise Killed
-
-
-@pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def data(image_folder: Callable[..., Path]) -> Path:
-    return image_folder(classes=0, per_class=12)
 
 
 def arguments(data: Path, *options: object) -> list[str]:

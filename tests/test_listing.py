@@ -16,16 +16,13 @@ from byol_core.run_folder import choose_out
 from tests.test_folder import touch
 from tests.test_train_command import SMALL, run, summary
 
+pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
+
 
 def names(data: object, **options: object) -> list[str]:
     images = scan(data, **options)  # type: ignore[arg-type]
     assert all(images.path(index).is_file() for index in range(len(images)))
     return [images.name(index) for index in range(len(images))]
-
-
-@pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
 
 
 # Several folders.

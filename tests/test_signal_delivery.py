@@ -13,18 +13,10 @@ from tests.children import SMALL, At, Ended, run_child
 from tests.test_kills import STEP, arguments, assert_same_run, run
 from tests.test_train_command import assert_same_state, checkpoint
 
+pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
+
 CODES = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 143}
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-
-
-@pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def data(image_folder: Callable[..., Path]) -> Path:
-    return image_folder(classes=0, per_class=12)
 
 
 def status(out: str) -> str:

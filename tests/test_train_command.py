@@ -15,6 +15,8 @@ from PIL import Image
 import train as command
 from byol_core.run import Run
 
+pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
+
 REPOSITORY = Path(command.__file__).parent
 SMALL = ["--arch", "conv6", "--hidden-dim", "16", "--projection-dim", "8", "--image-size", "16", "--batch-size", "4",
          "--workers", "0", "--device", "cpu"]
@@ -22,11 +24,6 @@ FILES = {"config.json", "metrics.jsonl", "train.log", "last.pt", "previous.pt", 
          "neighbours.png", "embedding.png", "report.html", "summary.json"}
 KEYS = {"images", "classes", "bad_files", "epochs", "updates", "seconds", "images_per_second", "wait_fraction", "loss",
         "spread", "knn", "linear", "knn_untrained", "linear_untrained", "world_size", "device", "amp", "status"}
-
-
-@pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
 
 
 def run(*arguments: object) -> int:

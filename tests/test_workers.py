@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable
 from multiprocessing.synchronize import Event as EventType
 from pathlib import Path
 
@@ -22,18 +21,9 @@ from tests.test_data import PLAIN, load
 from tests.test_kills import STEP, arguments, assert_same_run, run
 from tests.test_train_command import checkpoint
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+pytestmark = [pytest.mark.usefixtures("in_a_folder_of_its_own"),
+              pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
 KILLED = "a data worker died (SIGKILL, often for lack of memory) - try --workers 1"
-
-
-@pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def data(image_folder: Callable[..., Path]) -> Path:
-    return image_folder(classes=0, per_class=12)
 
 
 def new_batches(data: Path, workers: int = 2) -> WorkerBatches:

@@ -25,6 +25,8 @@ from tests import format1
 from tests.fuzz import Payload, fuzz
 from tests.test_train_command import SMALL, assert_same_state, checkpoint, metrics, run, summary
 
+pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
+
 Folder = Callable[..., Path]
 
 
@@ -35,11 +37,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     format1.write_images(place / "imgs")
     assert run("--data", place / "imgs", "--epochs", 1, "--out", place / "run", "--no-eval", *SMALL) == 0
     return place / "run"
-
-
-@pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
 
 
 COMMANDS = ["resume", "init-from", "evaluate", "embed", "baseline-weights"]

@@ -46,6 +46,13 @@ def test_training_is_the_same_to_the_last_bit_statistics_included() -> None:
         assert torch.equal(tensor, other.state_dict()[name]), name
 
 
+def test_memory_of_the_process_that_started_it_does_not_count() -> None:
+    ballast = torch.ones(2**28)  # 1 GiB
+    script = "import torch; from byol_core.memory import peak_memory; print(peak_memory(torch.device('cpu')))"
+    used = int(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, cwd=ROOT).stdout)
+    assert 2**26 < used < 4 * len(ballast)
+
+
 @pytest.mark.slow
 def test_it_takes_less_memory() -> None:
     script = """
@@ -54,11 +61,11 @@ from byol_core.backbones import build_backbone
 from byol_core.memory import peak_memory, recompute_blocks
 from byol_core.networks import BYOL
 from byol_core.training import train
-model = BYOL(*build_backbone("resnet18"), hidden_dim=64, out_dim=32)
+model = BYOL(*build_backbone("resnet50"), hidden_dim=64, out_dim=32)
 if sys.argv[1] == "less":
     recompute_blocks(model.online.backbone)
 before = peak_memory(torch.device("cpu"))
-train(model, [(torch.randn(64, 3, 96, 96),) * 2], 1)
+train(model, [(torch.randn(32, 3, 96, 96),) * 2], 1)
 print(peak_memory(torch.device("cpu")) - before)
 """
     used = {way: int(subprocess.run([sys.executable, "-c", script, way], check=True, capture_output=True, text=True).stdout)

@@ -114,7 +114,7 @@ def check_tensors(found: Mapping[object, object], like: Mapping[object, Tensor])
         for tensor in value.values() if isinstance(value, Mapping) else [value]:
             if not isinstance(tensor, Tensor) or tensor.dim() == 0:
                 continue
-            plain = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_meta
+            plain = tensor.layout == torch.strided and not (tensor.is_quantized or tensor.is_meta or tensor.is_complex())
             if name not in like or tensor.shape != like[name].shape or not plain \
                     or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
                 raise CheckpointError(f"its tensor {name} is not that of this network")

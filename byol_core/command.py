@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from byol_core.config import AppendPaths, Parser, auto_or_natural, one_line
+from byol_core.failures import is_out_of_memory, own_words
 
 Prepared = TypeVar("Prepared")
 
@@ -33,10 +34,11 @@ def run_in_two_parts(prepare: Callable[[], Prepared], carry_out: Callable[[Prepa
         code = 1
         carry_out(prepared)
         return 0
-    except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
+    except Exception as error:
         if debug:
             traceback.print_exc()
-        sys.stderr.write(f"error: {one_line(error)}\n")
+        line = "out of memory - try --device cpu, or a part of the images" if is_out_of_memory(error) else own_words(error)
+        sys.stderr.write(f"error: {one_line(line)}\n")
         return code if isinstance(error, ValueError) else 1
     except KeyboardInterrupt:
         return 130

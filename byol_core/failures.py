@@ -8,14 +8,24 @@ from typing import TextIO
 NO_MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory")
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY_WORDS))
+
+
+def own_words(error: Exception) -> str:
+    """What the error itself says, with its type where that says more than the words do."""
+    if isinstance(error, NotImplementedError) and "MPS" in str(error):
+        return f"{str(error).partition('. ')[0]} - use --device cpu"
+    known = (ValueError, OSError, RuntimeError, ArithmeticError, MemoryError)
+    return str(error) if isinstance(error, known) else f"{type(error).__name__}: {error}"
+
+
 def in_plain_words(error: Exception, device: str, batch_size: int | None = None, accum_steps: int = 1,
                    mixed_precision: bool = False) -> str:
     """The line to print for an error. batch_size, accum_steps: what was computed with; None before anything was."""
-    known = (ValueError, OSError, RuntimeError, ArithmeticError, MemoryError)
-    text = str(error) if isinstance(error, known) else f"{type(error).__name__}: {error}"
-    if not isinstance(error, MemoryError) and not (
-            isinstance(error, RuntimeError) and any(words in text for words in NO_MEMORY_WORDS)):
-        return text
+    if not is_out_of_memory(error):
+        return own_words(error)
     if batch_size is None:
         where = "the device" if device == "auto" else device
         return f"out of memory on {where} before training - try --views cpu, a smaller --arch, or --device cpu"

@@ -320,10 +320,10 @@ def _in_silence() -> Iterator[None]:
         except OSError:  # stderr is closed
             yield
             return
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 2)
-        os.close(nowhere)
         try:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, 2)
+            os.close(nowhere)
             yield
         finally:
             os.dup2(kept, 2)

@@ -1,6 +1,8 @@
 """The run's own record: metrics.jsonl, train.log, and one progress line."""
 
+import contextlib
 import json
+import os
 import sys
 import time
 from collections import deque
@@ -159,18 +161,26 @@ class RunLog:
                 "loss_count": self.loss_count, "skipped": self.skipped, "last": self.last,
                 "collapse_reported": self._collapse_reported, "recent": list(self._recent)}
 
-    def resume(self, state: dict[str, Any], progress: Progress) -> None:
-        """Go on as if never stopped: drop the records of updates that will be made again, and what a crash tore."""
+    def resume(self, state: dict[str, Any], progress: Progress, folder: Path) -> None:
+        """Go on as if never stopped: drop the records of updates that will be made again, and what a crash tore.
+
+        folder: of the run that is gone on with, most often this one.
+        """
         self.seconds, self.waited, self.loss_sum = state["seconds"], state["waited"], state["loss_sum"]
         self.loss_count, self.skipped, self.last = state["loss_count"], state["skipped"], state["last"]
         self._collapse_reported = state["collapse_reported"]
         self._recent.extend(state.get("recent", []))  # which checkpoints did not always hold
         self._recorded = (self.seconds, self.waited, progress.updates)
-        path = self.folder / "metrics.jsonl"
-        if self.processes.first and path.exists():
-            lines = path.read_text("utf-8", "replace").split("\n")
+        records = folder / "metrics.jsonl"
+        if self.processes.first and records.exists():
+            lines = records.read_text("utf-8", "replace").split("\n")
             kept = [line + "\n" for line in lines if 0 <= update_of(line) <= progress.updates]
-            write_text(path, "".join(kept))
+            write_text(self.folder / "metrics.jsonl", "".join(kept))
+
+    def sync(self) -> None:
+        """Make the records durable, as the checkpoint that counts on them is."""
+        with contextlib.suppress(OSError), open(self.folder / "metrics.jsonl", "rb") as file:
+            os.fsync(file.fileno())
 
     def _append(self, name: str, text: str) -> None:
         if not self.processes.first:

@@ -188,8 +188,12 @@ class Run:
             "scores": self.scores, "best": self.best, "measured": self._how_measured(),
             "world_size": self.processes.world_size, "bad_files": self.data.bad.reasons,
         }
-        self.processes.on_first(lambda: save_checkpoint(self.folder, state))
+        self.processes.on_first(lambda: self._write(state))
         self.saved_updates = self.progress.updates
+
+    def _write(self, state: State) -> None:
+        self.log.sync()  # first: a checkpoint counts on the records of its updates
+        save_checkpoint(self.folder, state)
 
     def resume(self) -> None:
         """Go on from --resume's checkpoint, where there is one; a fresh start in an empty folder.
@@ -204,6 +208,10 @@ class Run:
         except (KeyError, TypeError, AttributeError, IndexError, json.JSONDecodeError, CheckpointError) as error:
             raise CheckpointError(f"the checkpoint to resume from is not of this program's making ({type(error).__name__}: "
                                   f"{error}) - take another, or start a new run in another --out") from error
+
+    def _resumed_folder(self) -> Path:
+        asked = Path(self.config.resume or self.folder)
+        return asked if asked.is_dir() else asked.parent
 
     def _saved_state(self) -> State | None:
         asked = Path(self.config.resume or self.folder)
@@ -247,7 +255,7 @@ class Run:
             if (self.folder / "best.pt").exists():
                 self.best = state.get("best", {})  # type: ignore[assignment]
         if not self.is_complete():
-            self.log.resume(state["log"], self.progress)  # type: ignore[arg-type]
+            self.log.resume(state["log"], self.progress, self._resumed_folder())  # type: ignore[arg-type]
             self.log.say(f"resuming at epoch {self.progress.epoch}, update {self.progress.updates}"
                          f"{self._other_changes()}")
 

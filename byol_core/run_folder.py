@@ -2,8 +2,10 @@
 
 import contextlib
 import os
+import platform
 import shutil
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 
 from byol_core.checkpoint import LAST, PREVIOUS, remove_leftovers
@@ -59,7 +61,8 @@ def open_run_folder(folder: Path, may_be_used: bool) -> Iterator[Path]:
             os.register_at_fork(after_in_child=lock.close)
         with contextlib.suppress(OSError):  # on a full disk
             os.ftruncate(lock.fileno(), 0)
-            os.write(lock.fileno(), f"pid {os.getpid()}".encode())
+            began = datetime.now().isoformat(" ", "minutes")
+            os.write(lock.fileno(), f"pid {os.getpid()} on {platform.node()} since {began}".encode())
         try:
             _refuse_used(folder, may_be_used)
             remove_leftovers(folder)
@@ -91,7 +94,7 @@ def space_warning(folder: Path, checkpoint: int) -> str | None:
     if free >= COPIES * checkpoint:
         return None
     return (f"warning: {free / 1e6:.0f} MB free in {folder}, but {COPIES} checkpoints of {checkpoint / 1e6:.0f} MB may be "
-            "there at once - make room, or choose another --out")
+            "there at once - free some space, or choose another --out")
 
 
 def _refuse_used(folder: Path, may_be_used: bool) -> None:

@@ -1,10 +1,10 @@
-"""Ctrl-C, SIGTERM and SIGUSR1 as a request that a run answers when its state is whole."""
+"""Ctrl-C, SIGTERM, SIGUSR1 and a closed terminal as a request that a run answers when its state is whole."""
 
 import signal
 from types import FrameType
 
 
-SIGNALS = [name for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+SIGNALS = [name for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
 
 
 class Stopped(BaseException):
@@ -33,7 +33,8 @@ class StopRequest:
     def listen(self) -> None:
         """Handle the signals of this process from now on; for the entry point alone."""
         for name in SIGNALS:
-            signal.signal(getattr(signal, name), self._handle)
+            if name != "SIGHUP" or signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup wants it to change nothing
+                signal.signal(getattr(signal, name), self._handle)
 
     def ignore(self) -> None:
         """The process is about to end; a further signal changes nothing."""

@@ -12,12 +12,14 @@ from torch import nn
 
 from byol_core.networks import BYOL
 
-HANDLED = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+HANDLED = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
 
 
 @pytest.fixture(autouse=True)
 def signal_handlers_restored() -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in HANDLED}
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever the tests were started under, such as nohup
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,6 +39,7 @@ def run(words: list[str], out: str, *moments: At) -> int:
     """In this process: 137 when it was killed at one of the moments."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(metrics, "RECORD_EVERY", 2)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which a run before this one has left ignored
         for moment in moments:
             moment.arrange(patched.setattr)
         try:

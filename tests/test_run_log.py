@@ -50,7 +50,7 @@ def test_resumed_log_drops_what_will_be_done_again_and_goes_on(tmp_path: Path) -
     state = log.state_dict()
     assert state["loss_count"] == 3  # updates 21 to 23 wait for their record
     train = RunLog(tmp_path, 2, 25, 4)
-    train.resume({**state, "loss_sum": 6.0}, Progress(epoch=0, batch=13, updates=13))
+    train.resume({**state, "loss_sum": 6.0}, Progress(epoch=0, batch=13, updates=13), tmp_path)
     assert [record["update"] for record in records(tmp_path)] == [10]
     assert train.loss_count == 3 and train.loss_sum == 6.0
 
@@ -59,7 +59,7 @@ def test_a_torn_last_line_is_dropped(tmp_path: Path) -> None:
     train_log(tmp_path, 10, [1.0])
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"update": 1')
-    RunLog(tmp_path, 2, 25, 4).resume(RunLog(tmp_path, 2, 25, 4).state_dict(), Progress(updates=20))
+    RunLog(tmp_path, 2, 25, 4).resume(RunLog(tmp_path, 2, 25, 4).state_dict(), Progress(updates=20), tmp_path)
     assert [record["update"] for record in records(tmp_path)] == [10]
 
 
@@ -71,11 +71,11 @@ def test_collapse_is_said_once(tmp_path: Path, capsys) -> None:
 def test_collapse_is_judged_by_the_records_before_a_resume_too(tmp_path: Path, capsys) -> None:
     state = train_log(tmp_path, 20, [1.0]).state_dict()
     resumed = RunLog(tmp_path, 2, 25, 4)
-    resumed.resume(json.loads(json.dumps(state)), Progress(updates=20, batch=20))
+    resumed.resume(json.loads(json.dumps(state)), Progress(updates=20, batch=20), tmp_path)
     resumed.step(Progress(updates=30, batch=5), step(spread=0.0), 0.0)
     assert "collapsing" not in capsys.readouterr().out  # one odd record after two healthy ones
     older = RunLog(tmp_path, 2, 25, 4)
-    older.resume({key: value for key, value in state.items() if key != "recent"}, Progress(updates=20, batch=20))
+    older.resume({key: value for key, value in state.items() if key != "recent"}, Progress(updates=20, batch=20), tmp_path)
     older.step(Progress(updates=30, batch=5), step(spread=0.0), 0.0)
     assert "collapsing" in capsys.readouterr().out
 
@@ -106,7 +106,7 @@ def test_projections_of_a_skipped_step_are_not_measured(tmp_path: Path) -> None:
 
 def test_a_resumed_epoch_that_ends_with_a_skipped_step_waits_for_one_that_is_applied(tmp_path: Path) -> None:
     log = RunLog(tmp_path, 2, 2, 4)
-    log.resume({**log.state_dict(), "loss_sum": 2.0, "loss_count": 1}, Progress(updates=1, batch=1))
+    log.resume({**log.state_dict(), "loss_sum": 2.0, "loss_count": 1}, Progress(updates=1, batch=1), tmp_path)
     log.step(Progress(epoch=1, updates=1), step(float("nan"), applied=False), 0.0)
     assert not (tmp_path / "metrics.jsonl").exists()
     log.step(Progress(epoch=2, updates=2), step(4.0), 0.0)

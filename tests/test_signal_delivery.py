@@ -15,7 +15,8 @@ from tests.test_train_command import assert_same_state, checkpoint
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 
-CODES = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 143}
+CODES = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 143, "SIGHUP": 143}
+OFTEN = ["SIGINT", "SIGTERM", "SIGUSR1"]  # those that every combination is tried with
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 
@@ -33,14 +34,14 @@ def assert_stopped(ended: Ended, code: int, updates: int, out: str = "out") -> N
 @needs_fork
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("to", ["", "group "], ids=["process", "group"])
-@pytest.mark.parametrize("name", CODES)
+@pytest.mark.parametrize("name", OFTEN)
 def test_a_signal_is_answered_within_a_step(data: Path, name: str, to: str, workers: int) -> None:
     words = arguments(data, "--views", "cpu", "--workers", workers, "--out", "out")
     assert_stopped(run_child(words, [At(STEP, 2, to + name)]), CODES[name], updates=2)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CODES)
+@pytest.mark.parametrize("name", OFTEN)
 def test_a_signal_to_a_group_with_spawned_workers_is_answered_within_a_step(data: Path, name: str) -> None:
     words = arguments(data, "--views", "cpu", "--workers", 2, "--out", "out")
     assert_stopped(run_child(words, [At(STEP, 2, f"group {name}")], start_method="spawn"), CODES[name], updates=2)

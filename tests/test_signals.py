@@ -7,7 +7,7 @@ import pytest
 
 from byol_core.signals import Stopped, StopRequest
 
-CASES = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 143)]
+CASES = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGHUP, 143)]
 
 
 @pytest.mark.parametrize("number, code", CASES)
@@ -28,6 +28,12 @@ def test_a_second_signal_stops_at_once(number: int, code: int) -> None:
     with pytest.raises(Stopped) as stopped:
         os.kill(os.getpid(), number)
     assert stopped.value.code == code
+
+
+def test_a_closed_terminal_changes_nothing_for_a_command_under_nohup() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    StopRequest().listen()
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 def test_a_signal_outside_of_training_stops_at_once() -> None:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import platform
+import re
 import signal
 import subprocess
 import sys
@@ -291,6 +293,16 @@ def test_resuming_before_the_first_checkpoint_starts_clean(image_folder: Callabl
     assert [record["update"] for record in metrics("out")] == [4, 8]
 
 
+def test_a_run_resumed_into_another_folder_takes_its_records_along(image_folder: Callable[..., Path], monkeypatch) -> None:
+    arguments = ["--data", image_folder(), "--epochs", 2, "--no-eval", *SMALL]
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "_share_bad_files", lambda run: run.stop._handle(signal.SIGTERM, None))  # at the end of epoch 1
+        assert run(*arguments, "--out", "one") == 143
+    assert run(*arguments, "--out", "other", "--resume", "one/last.pt") == 0
+    assert [record["update"] for record in metrics("other")] == [4, 8]
+    assert [record["update"] for record in metrics("one")] == [4]
+
+
 def test_resume_does_not_make_a_foreign_folder_a_run_folder(image_folder: Callable[..., Path], capsys) -> None:
     Path("mine").mkdir()
     Path("mine/thesis.txt").touch()
@@ -464,7 +476,8 @@ def test_a_second_run_in_the_same_folder_is_refused(image_folder: Callable[..., 
     from byol_core.run_folder import open_run_folder
     with open_run_folder(Path("out"), may_be_used=False):
         assert run("--data", image_folder(), "--epochs", 1, "--out", "out", *SMALL) == 2
-    assert f"another run (pid {os.getpid()}) is using out" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert re.search(rf"another run \(pid {os.getpid()} on {platform.node()} since 2.+\) is using out", said)
 
 
 def test_a_world_size_without_a_launcher_is_refused(image_folder: Callable[..., Path], monkeypatch, capsys) -> None:

@@ -164,10 +164,12 @@ def test_out_of_memory_is_one_line_with_what_to_try_and_keeps_the_checkpoint(dat
      "out of memory on cpu at batch 2 - try --views cpu or a smaller --arch"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), {"device": "auto"},
      "out of memory on the device before training - try --views cpu, a smaller --arch, or --device cpu"),
+    (NotImplementedError("The operator 'aten::x' is not implemented for the MPS device. If you want this, comment on GitHub"),
+     {"device": "mps"}, "The operator 'aten::x' is not implemented for the MPS device - use --device cpu"),
     (RuntimeError("shapes do not fit"), {"device": "cpu", "batch_size": 256}, "shapes do not fit"),
     (OSError("out of memory, says the disk"), {"device": "cpu", "batch_size": 256}, "out of memory, says the disk"),
 ])
-def test_only_a_lack_of_memory_is_put_into_other_words(error: Exception, options: dict, line: str) -> None:
+def test_a_lack_of_memory_or_of_an_operator_is_put_into_other_words(error: Exception, options: dict, line: str) -> None:
     assert in_plain_words(error, **options) == line
 
 

@@ -129,7 +129,8 @@ def test_a_checkpoint_of_another_make_is_refused_in_one_line(trained: Path, key:
 
 
 @pytest.mark.parametrize("tensor", [torch.zeros(7), torch.zeros(1).expand(10**6, 10**6), torch.zeros(7, device="meta"), "text",
-                                    torch.zeros(2, 2).to_sparse()], ids=["shape", "expanded", "meta", "text", "sparse"])
+                                    torch.zeros(2, 2).to_sparse(), "complex"],
+                         ids=["shape", "expanded", "meta", "text", "sparse", "complex"])
 @pytest.mark.parametrize("part", ["model", "optimizer"])
 def test_tensors_that_are_not_those_of_the_network_are_never_computed_with(trained: Path, part: str, tensor: object,
                                                                            capsys) -> None:
@@ -138,7 +139,11 @@ def test_tensors_that_are_not_those_of_the_network_are_never_computed_with(train
         pytest.skip("numbers and texts among an optimizer's state have no shape")
     state: dict = read_checkpoint(trained / "last.pt")
     if part == "model":
-        state["model"][next(iter(state["model"]))] = tensor
+        name = next(iter(state["model"]))
+        state["model"][name] = state["model"][name] * 1j if tensor == "complex" else tensor
+    elif tensor == "complex":
+        for values in state["optimizer"]["state"].values():
+            values["momentum_buffer"] = values["momentum_buffer"] * 1j
     else:
         for values in state["optimizer"]["state"].values():
             values["momentum_buffer"] = tensor

@@ -106,10 +106,10 @@ def open_missing_streams() -> None:
 
 def carry_out(run: "Run") -> int:
     try:
-        if run.is_complete():
-            if run.processes.first:
-                show(sys.stdout, f"already complete ({run.progress.epoch}/{run.plan.epochs} epochs)\n")  # nothing is touched
-        elif run.config.check:
+        if run.outcome.is_complete():
+            if run.processes.first:  # nothing is touched
+                show(sys.stdout, f"already complete ({run.progress.epoch}/{run.parts.plan.epochs} epochs)\n")
+        elif run.parts.config.check:
             run.describe()
             run.write_start()
             run.check()
@@ -119,7 +119,6 @@ def carry_out(run: "Run") -> int:
             run.measure_untrained()
             run.train()
             run.finish()
-            run.summarise()
         run.processes.leave()
         return 0
     except Stopped as stopped:
@@ -132,17 +131,17 @@ def carry_out(run: "Run") -> int:
     except Exception as error:  # a mistake of the program's own is told in a line too; train.log has the rest
         run.stop.ignore()
         run.log.note(traceback.format_exc())
-        line = in_plain_words(error, str(run.runtime.device), run.plan.batch_size, run.plan.accum_steps,
-                              run.runtime.amp_dtype is not None)
+        line = in_plain_words(error, str(run.parts.runtime.device), run.parts.plan.batch_size, run.parts.plan.accum_steps,
+                              run.parts.runtime.amp_dtype is not None)
         if line != str(error):
             line += f"; {run.what_is_saved()}"
-        reason = complain(run.config, run.processes, error, line)
+        reason = complain(run.parts.config, run.processes, error, line)
         with contextlib.suppress(Exception):  # on a full disk, or of what made it fail
             run.write_end("failed", reason)
         return 1
     finally:
         run.stop.ignore()  # all is written
-        run.batches.close()  # workers left over would be waited for at the exit, and never end
+        run.parts.batches.close()  # workers left over would be waited for at the exit, and never end
 
 
 def complain(config: TrainConfig, processes: "Processes | None", error: Exception, line: str | None = None) -> str:

@@ -1,12 +1,16 @@
 """A torchvision classification model by name, turned into a feature extractor."""
 
+import contextlib
 import difflib
 import inspect
 from collections import OrderedDict
+from collections.abc import Iterator
 from importlib import metadata
 
 import torch
 from torch import Tensor, nn
+
+from byol_core.seeds import seed_from
 
 
 def check_torchvision() -> None:
@@ -16,6 +20,14 @@ def check_torchvision() -> None:
     except RuntimeError as error:  # an operator that does not exist
         raise ValueError(f"torch {torch.__version__} and torchvision {metadata.version('torchvision')} do not match - "
                          "reinstall both together") from error
+
+
+@contextlib.contextmanager
+def weights_of_seed(seed: int) -> Iterator[None]:
+    """What is built first in this block has the weights that a run of this seed starts with; torch's generator stays."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_from(seed, "weights"))
+        yield
 
 
 def build_backbone(name: str, small_images: bool = False, image_size: int | None = None) -> tuple[nn.Module, int]:

@@ -10,10 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from byol_core.backbones import build_backbone, check_torchvision, load_weights
+from byol_core.backbones import build_backbone, check_torchvision, load_weights, weights_of_seed
 from byol_core.checkpoint import (CheckpointError, State, backbone_weights, newest_checkpoint, read_checkpoint,
                                   read_weights, sha256, without_wrappers)
-from byol_core.seeds import seed_from
 from byol_core.views import IMAGENET_MEAN, IMAGENET_STD, ViewRecipe
 
 
@@ -41,8 +40,7 @@ class Pretrained:
 
 def untrained_backbone(arch: str, small_stem: bool, image_size: int, seed: int) -> tuple[nn.Module, int]:
     """(the backbone as a run of this seed starts it, feature dimension); torch's own generator stays as it is."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_from(seed, "weights"))
+    with weights_of_seed(seed):
         return build_backbone(arch, small_stem, image_size)
 
 

@@ -14,6 +14,7 @@ import torch
 import train as command
 from byol_core import evaluate_command
 from byol_core.report import read_run, write_report
+from byol_core.outcome import Outcome
 from byol_core.run import Run
 from byol_core.scoring import Scorer
 from tests.test_train_command import SMALL, checkpoint
@@ -29,12 +30,12 @@ def run(*arguments: object) -> int:
 
 def script_scores(monkeypatch: pytest.MonkeyPatch, knn: dict[int, float], last: float) -> None:
     """Let kNN on the way and in the end be these, by epoch."""
-    def on_the_way(self: Run) -> None:
-        monkeypatch.setattr(Scorer, "knn", lambda scorer, backbone: knn[self.progress.epoch])
+    def on_the_way(self: Outcome) -> None:
+        monkeypatch.setattr(Scorer, "knn", lambda scorer, backbone: knn[self.parts.progress.epoch])
         original(self)
 
-    original = Run._measure_on_the_way
-    monkeypatch.setattr(Run, "_measure_on_the_way", on_the_way)
+    original = Outcome.measure_on_the_way
+    monkeypatch.setattr(Outcome, "measure_on_the_way", on_the_way)
     monkeypatch.setattr(Scorer, "measure", lambda scorer, backbone: {"knn": last, "linear": None})
 
 
@@ -44,7 +45,8 @@ def keep_weights(monkeypatch: pytest.MonkeyPatch, kept: dict[int, dict]) -> None
 
     def remember(self: Run, progress, step) -> None:
         if progress.batch == 0:
-            kept[progress.epoch] = {name: tensor.clone() for name, tensor in self.model.online.backbone.state_dict().items()}
+            weights = self.parts.backbone.state_dict()
+            kept[progress.epoch] = {name: tensor.clone() for name, tensor in weights.items()}
         original(self, progress, step)
 
     monkeypatch.setattr(Run, "_after_step", remember)
@@ -85,7 +87,7 @@ def test_a_resumed_run_knows_the_best_and_does_not_overwrite_it(image_folder: Fo
     original = Run._after_step
 
     def terminate(self: Run, progress, step) -> None:
-        if progress.epoch == stop_at and progress.batch == 1 and self.config.resume is None:
+        if progress.epoch == stop_at and progress.batch == 1 and self.parts.config.resume is None:
             os.kill(os.getpid(), signal.SIGTERM)
         original(self, progress, step)
 

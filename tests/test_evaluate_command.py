@@ -25,7 +25,7 @@ from byol_core.evaluate_command import confusion_matrix, main, overlap
 from byol_core.folder import scan
 from byol_core.plan import Facts, make_plan
 from byol_core.pretrained import load_pretrained, untrained_backbone
-from byol_core.run import new_model
+from byol_core.parts import new_model
 from byol_core.runtime import Runtime
 from byol_core.views import ViewRecipe
 

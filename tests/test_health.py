@@ -19,7 +19,7 @@ from byol_core.metrics import RunLog
 from byol_core.networks import BYOL
 from byol_core.optim import build_optimizer, build_scheduler
 from byol_core.plan import Facts, make_plan
-from byol_core.run import new_model
+from byol_core.parts import new_model
 from byol_core.runtime import Runtime
 from byol_core.sample import write_digits
 from byol_core.training import train

@@ -12,7 +12,7 @@ GROUND = {"ema", "schedules", "losses", "lars", "image_ops", "seeds"}
 # Each module and what it may import from the package; layer by layer, from the ground up.
 MAY_IMPORT: dict[str, set[str]] = {
     **{name: set() for name in GROUND},
-    "backbones": set(), "views": {"image_ops"}, "watch": set(), "memory": set(), "checkpoint": set(), "config": set(),
+    "backbones": {"seeds"}, "views": {"image_ops"}, "watch": set(), "memory": set(), "checkpoint": set(), "config": set(),
     "listing": set(), "shards": {"checkpoint", "listing"}, "folder": {"listing", "shards"},
     "processes": {"watch"}, "runtime": {"lars", "processes", "watch"},
     "sample": {"config"},
@@ -31,8 +31,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "metrics": {"checkpoint", "failures", "health", "processes", "schedules", "tensorboard", "training"},
     "evaluate": {"data", "folder", "runtime", "views"},
     "linear_probe": set(),
-    "pretrained": {"backbones", "checkpoint", "seeds", "views"},
-    "command": {"config"},
+    "pretrained": {"backbones", "checkpoint", "views"},
+    "command": {"config", "failures"},
     "evaluate_command": {"checkpoint", "command", "config", "data", "evaluate", "folder", "linear_probe", "losses",
                          "pretrained", "runtime", "views"},
     "embed": {"checkpoint", "command", "config", "data", "evaluate", "folder", "pretrained", "runtime"},
@@ -40,9 +40,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pictures": {"batches", "checkpoint", "data", "folder", "seeds", "views"},
     "scoring": {"data", "evaluate", "linear_probe", "runtime", "views"},
     "signals": set(),
-    "run": {"backbones", "batches", "checkpoint", "config", "crops", "data", "evaluate", "folder", "losses", "memory",
-            "metrics", "networks", "optim", "pictures", "plan", "processes", "report", "run_folder", "runtime", "scoring",
-            "seeds", "signals", "tensorboard", "training", "workers"},
+    "parts": {"backbones", "batches", "checkpoint", "config", "crops", "data", "evaluate", "folder", "memory", "metrics",
+              "networks", "optim", "plan", "processes", "runtime", "scoring", "tensorboard", "training"},
+    "outcome": {"checkpoint", "evaluate", "losses", "memory", "parts", "pictures", "report", "scoring"},
+    "snapshot": {"checkpoint", "data", "outcome", "parts", "training"},
+    "run": {"checkpoint", "config", "folder", "memory", "outcome", "parts", "plan", "processes", "run_folder", "runtime",
+            "signals", "snapshot", "tensorboard", "training", "workers"},
 }
 STANDARD_LIBRARY_ONLY = {"schedules", "seeds", "config", "command", "failures", "signals"}
 TORCH_ONLY = {"ema", "losses", "lars", "image_ops", "networks"}

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import train as command
+from byol_core.outcome import Outcome
 from byol_core.run import Run
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
@@ -117,7 +118,7 @@ def test_a_stopped_run_continues_to_the_same_result_bit_for_bit(image_folder: Ca
     original = Run._after_step
 
     def terminate_at(self: Run, progress, step) -> None:
-        if progress.updates == stop_at and self.config.resume is None and step.applied:
+        if progress.updates == stop_at and self.parts.config.resume is None and step.applied:
             os.kill(os.getpid(), signal.SIGTERM)
         original(self, progress, step)
 
@@ -167,10 +168,10 @@ def test_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_file(image
     def poison(self: Run, progress, step) -> None:
         original(self, progress, step)
         if progress.updates == 5:
-            self.data.pixels = None
-            self.batches.batches.recipes = tuple(
+            self.parts.data.pixels = None
+            self.parts.batches.batches.recipes = tuple(
                 __import__("dataclasses").replace(recipe, mean=(3e38,) * 3, std=(1e-30,) * 3)
-                for recipe in self.batches.batches.recipes)
+                for recipe in self.parts.batches.batches.recipes)
 
     monkeypatch.setattr(Run, "_after_step", poison)
     assert run("--data", image_folder(classes=0, per_class=16), "--epochs", 3, "--out", "out", "--no-eval", *SMALL) == 1
@@ -196,15 +197,15 @@ def test_resuming_a_finished_run_touches_nothing(image_folder: Callable[..., Pat
 
 def test_a_run_stopped_while_it_is_measured_is_finished_by_resuming(image_folder: Callable[..., Path], monkeypatch) -> None:
     arguments = ["--data", image_folder(per_class=10), "--epochs", 1, "--out", "out", *SMALL]
-    original = Run.measure
+    original = Outcome.measure
 
-    def interrupt(self: Run, name: str, backbone) -> None:
+    def interrupt(self: Outcome, name: str, backbone) -> None:
         if name == "trained":
             os.kill(os.getpid(), signal.SIGINT)
         original(self, name, backbone)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Run, "measure", interrupt)
+        patched.setattr(Outcome, "measure", interrupt)
         assert run(*arguments) == 130
     assert summary("out")["status"] == "stopped" and summary("out")["knn"] is None
     assert run(*arguments, "--resume") == 0

@@ -32,7 +32,7 @@ def main() -> None:
         scores = [train_digits(options.data, seed, options.epochs, name) for seed in range(options.seeds)]
         row = [name]
         for column in COLUMNS:
-            values = [score[column] * (100 if column in COLUMNS[:3] else 1) for score in scores]
+            values = [(score[column] or 0.0) * (100 if column in COLUMNS[:3] else 1) for score in scores]
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
             row.append(f"{statistics.mean(values):.2f} ± {spread:.2f}")
         rows.append(tuple(row))

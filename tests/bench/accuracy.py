@@ -18,6 +18,7 @@ import train as command
 from byol_core.config import parse_config
 from byol_core.evaluate import knn_accuracy
 from byol_core.plan import Plan
+from byol_core.processes import ALONE
 from tests.bench.table import environment, markdown, show
 
 COLUMNS = ("epochs", "minutes", "images/s", "kNN 20, last", "kNN 20, best", "kNN 200, last", "linear, last", "1 label",
@@ -39,8 +40,8 @@ class Result:
 def epochs_for(minutes: float, arguments: list[str], out: Path) -> int:
     """As many epochs as fit into so many minutes of training, by the time of a few updates."""
     with contextlib.ExitStack() as stack:
-        run = command.prepare(parse_config([*arguments, "--out", str(out), "--no-eval"]), stack)
-        per_epoch = run.seconds_per_update() * run.plan.updates_per_epoch
+        run = command.prepare(parse_config([*arguments, "--out", str(out), "--no-eval"]), ALONE, stack)
+        per_epoch = run.seconds_per_update() * run.parts.plan.updates_per_epoch
     return max(1, int(60 * minutes / per_epoch))
 
 
@@ -53,13 +54,13 @@ def train_once(arguments: list[str], epochs: int, seed: int, out: Path) -> tuple
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     measured = [record["knn"] for record in records if "knn" in record] + [summary["knn"]]
     with contextlib.ExitStack() as stack:
-        run = command.prepare(parse_config([*options, "--resume"]), stack)
-        fit, test = run.scorer.features(run.model.online.backbone)  # type: ignore[union-attr]
+        run = command.prepare(parse_config([*options, "--resume"]), ALONE, stack)
+        fit, test = run.parts.scorer.features(run.parts.model.online.backbone)  # type: ignore[union-attr]
     accuracies = {"kNN 20, last": summary["knn"], "kNN 20, best": max(measured), "linear, last": summary["linear"],
                   "kNN 200, last": knn_accuracy(fit.x, fit.y, test.x, test.y, k=200),
                   "1 label": summary.get("linear_1"), "5 labels": summary.get("linear_5")}
     return Result(out, epochs, summary["seconds"] / 60, summary["images_per_second"],
-                  {name: None if value is None else 100 * value for name, value in accuracies.items()}), run.plan
+                  {name: None if value is None else 100 * value for name, value in accuracies.items()}), run.parts.plan
 
 
 def row(name: str, results: list[Result]) -> tuple[str, ...]:
@@ -99,7 +100,7 @@ def main() -> None:
         rows.append(row("mean", results))
     recipe = "; ".join(f"{choice.name} {choice.value:.6g}" if isinstance(choice.value, float) else
                        f"{choice.name} {choice.value}" for choice in plan.choices)
-    device = results and json.loads((results[0].folder / "summary.json").read_text())["device"]
+    device = json.loads((results[0].folder / "summary.json").read_text())["device"]
     text = (f"`python -m tests.bench.accuracy {options.set} --epochs {epochs} --seeds {options.seeds} "
             f"{' '.join(passed_on)}`: {environment(device, 'torchvision', 'scikit-learn')}\n\n"
             f"batch {plan.batch_size}; {recipe}\n\n{markdown(('run', *COLUMNS), rows)}")

@@ -24,7 +24,7 @@ from byol_core.folder import scan
 from byol_core.metrics import RunLog
 from byol_core.optim import build_optimizer, build_scheduler
 from byol_core.plan import Facts, make_plan
-from byol_core.run import new_model
+from byol_core.parts import new_model
 from byol_core.runtime import Runtime
 from byol_core.sample import write_digits
 from byol_core.training import train
@@ -42,7 +42,7 @@ def step_unguarded(self: Runtime, optimizer: Optimizer, loss: Tensor) -> bool:
 
 
 HEALTH = {"spread": 1.0, "rank": 20.0, "alignment": 1.0, "uniformity": -3.0, "cosine": 0.0, "rank_limit": 63}
-GUARDS = {
+GUARDS: dict[str, Callable[[], contextlib.AbstractContextManager[object]]] = {
     "the look for numbers that are not finite": lambda: mock.patch.object(Runtime, "step", step_unguarded),
     "the measures of health": lambda: mock.patch.object(metrics, "measure", lambda *_: HEALTH),
     "stand-ins for bad files": lambda: mock.patch.object(DeviceBatches, "_readable", lambda self, epoch, indices: indices),

@@ -12,11 +12,13 @@ from unittest import mock
 import train
 from byol_core import run
 from byol_core.metrics import RunLog
+from byol_core.outcome import Outcome
 from byol_core.run import Run
 from tests.bench.table import arguments, environment, markdown, show
 
-PARTS = {"records: losses, health, speed": (RunLog, "step"), "report.html on the way": (Run, "_report_under_way"),
-         "kNN on the way (only with --eval-every)": (Run, "_measure_on_the_way"), "checkpoints, one per epoch": (Run, "save"),
+PARTS = {"records: losses, health, speed": (RunLog, "step"), "report.html on the way": (Outcome, "report_under_way"),
+         "kNN on the way (only with --eval-every)": (Outcome, "measure_on_the_way"),
+         "checkpoints, one per epoch": (Run, "save"),
          "the whole loop": (run, "train")}
 
 

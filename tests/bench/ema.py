@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from byol_core.ema import ema_update
@@ -28,7 +28,8 @@ def network() -> nn.Module:
 
 
 def ours_and_limits(target: nn.Module, online: nn.Module) -> dict[str, Callable[[], object]]:
-    targets, onlines = list(target.parameters()), list(online.parameters())
+    targets: list[Tensor] = list(target.parameters())
+    onlines: list[Tensor] = list(online.parameters())
     flat_target, flat_online = (torch.cat([tensor.flatten() for tensor in tensors]) for tensors in (targets, onlines))
 
     def rebind() -> None:

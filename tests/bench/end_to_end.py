@@ -57,21 +57,21 @@ def compare(case: str, options: argparse.Namespace) -> None:
         run, started = new_run(paths, case, options, Path(folder))
         ours = "**byol_core's train** with its defaults"
         rows: dict[str, Callable[[], object]] = {ours: partial(epoch_of, run)}
-        limit = "bare forward and backward on resident views"
-        rows[limit] = partial(rivals.bare_loop(rivals.new_byol(options.arch, small_stem, size, run.runtime), run.runtime),
-                              rivals.random_views(options.updates, batch, size, run.runtime))
+        limit, runtime = "bare forward and backward on resident views", run.parts.runtime
+        rows[limit] = partial(rivals.bare_loop(rivals.new_byol(options.arch, small_stem, size, runtime), runtime),
+                              rivals.random_views(options.updates, batch, size, runtime))
         for name, make in rivals.present({LIGHTLY: partial(rivals.lightly_transform, size, blur=size >= 48)}):
             workers = choose_workers(None)
             loader = DataLoader(rivals.Photos(paths, make), batch_size=batch, shuffle=True, drop_last=True,
                                 num_workers=workers, persistent_workers=workers > 0)
             rows[name] = partial(rivals.lightly_loop(options.arch, small_stem, size, options.device), loader)
         milliseconds = side_by_side(rows, options.device, options.rounds, warm_up=1)
-        waited = run.batches.waited / (options.rounds + 1) * 1000 / milliseconds[ours]
-        run.batches.close()
+        waited = run.parts.batches.waited / (options.rounds + 1) * 1000 / milliseconds[ours]
+        run.parts.batches.close()
     rates = {name: 1000 * options.updates * batch / value for name, value in milliseconds.items()}
     table = [(name, f"{rate:.1f}", f"{rate / rates[limit]:.2f}", f"{rate / rates[LIGHTLY]:.2f}" if LIGHTLY in rates else "-")
              for name, rate in sorted(rates.items(), key=lambda item: -item[1])]
-    text = (f"{environment(options.device, 'torchvision')}\n\nOurs: {run.precision}, views: {run.views_reason}; "
+    text = (f"{environment(options.device, 'torchvision')}\n\nOurs: {run.parts.precision}, views: {run.parts.views_reason}; "
             f"{started:.2f} s to start; waits for views {waited:.1%} of the time\n\n"
             + markdown(("training", "images/s", "share of the bare step", "times lightly's"), table))
     stem = ", small stem" if small_stem else ""
@@ -95,10 +95,11 @@ def new_run(paths: list[Path], case: str, options: argparse.Namespace, folder: P
 def epoch_of(run: Run) -> None:
     """The next epoch of the run, logging included; what comes once in a run or an epoch, such as saving, is left out."""
     def log(progress: Progress, step: Step) -> None:
-        run.log.step(progress, step, run.batches.waited)
+        run.log.step(progress, step, run.parts.batches.waited)
 
-    train(run.model, run.batches, run.progress.epoch + 1, optimizer=run.optimizer, lr_scheduler=run.scheduler,
-          lr_scheduler_interval=run.plan.scheduler_interval, tau_base=run.plan.tau_base, runtime=run.runtime,
+    parts = run.parts
+    train(parts.model, parts.batches, run.progress.epoch + 1, optimizer=parts.optimizer, lr_scheduler=parts.scheduler,
+          lr_scheduler_interval=parts.plan.scheduler_interval, tau_base=parts.plan.tau_base, runtime=parts.runtime,
           progress=run.progress, after_step=log)
 
 

@@ -4,7 +4,7 @@ import copy
 import importlib
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +117,7 @@ def random_views(number: int, batch: int, size: int, runtime: Runtime) -> list[V
             for _ in range(number)]
 
 
-def present(makers: dict[str, Callable[[], Any]]) -> Iterator[tuple[str, Any]]:
+def present(makers: Mapping[str, Callable[[], Any]]) -> Iterator[tuple[str, Any]]:
     """What can be made here; what is not installed is named and left out."""
     for name, make in makers.items():
         try:

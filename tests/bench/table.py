@@ -8,7 +8,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -35,7 +35,7 @@ def parse(parser: argparse.ArgumentParser, rounds: int = 15, threads: int | None
     return options
 
 
-def side_by_side(functions: dict[str, Callable[[], object]], device: str, rounds: int, warm_up: int = 2,
+def side_by_side(functions: Mapping[str, Callable[[], object]], device: str, rounds: int, warm_up: int = 2,
                  clock: Callable[[], float] = time.perf_counter) -> dict[str, float]:
     """Median milliseconds of each function; every round runs all of them, so that a slow moment hits all alike."""
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
@@ -71,7 +71,7 @@ def environment(device: str, *packages: str) -> str:
     return ", ".join((str(datetime.date.today()), f"commit {commit}", name, python, *versions, *load))
 
 
-def markdown(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def markdown(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     lines = [columns, ("---",) + ("---:",) * (len(columns) - 1), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -1,0 +1,212 @@
+"""What a run has reached, and the files that show it: scores, the best network, pictures, summary, report."""
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from typing import cast
+
+import torch
+from torch import nn
+
+from byol_core.checkpoint import State, export_backbone, write_json, write_text
+from byol_core.evaluate import embed_data
+from byol_core.losses import effective_rank
+from byol_core.memory import peak_memory
+from byol_core.parts import Parts
+from byol_core.pictures import save_embedding, save_neighbours, save_views
+from byol_core.report import how_to_load, read_run, write_report
+from byol_core.scoring import Scores, some_indices
+
+PICTURED_AT_MOST = 2_000  # images among which neighbours are looked for
+PIXELS_UP_TO = 16  # image size up to which raw pixels are a baseline
+REPORT_EVERY = 30.0  # seconds between reports of a run under way, and more where writing one takes over 1 % of that
+AMP_FLAGS = {None: "off", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+class Outcome:
+    """Scores by name of the network (pixels, untrained, trained) and what is made of them.
+
+    Of several processes, the first one alone measures and writes.
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+        self.scores: dict[str, Scores] = {}
+        self.best: dict[str, float] = {}  # knn and epoch of best.pt
+        self.ranks: dict[str, float | None] = {"rank_features": None, "rank_features_untrained": None}
+        self.report_due = 0.0
+
+    @property
+    def _how_measured(self) -> str:
+        """What scores depend on beside the network: those of another classifier or test set are not to be compared."""
+        scorer = self.parts.scorer
+        return f"{self.parts.config.classifier}; {scorer.measured_on if scorer else None}"
+
+    def state_dict(self) -> State:
+        return {"scores": self.scores, "best": self.best, "measured": self._how_measured}
+
+    def load_state_dict(self, state: State) -> None:
+        if state["measured"] == self._how_measured:
+            self.scores = cast(dict[str, Scores], state["scores"])
+            if (self.parts.folder / "best.pt").exists():
+                self.best = cast(dict[str, float], state.get("best", {}))
+
+    def is_complete(self) -> bool:
+        """Whether nothing is left to do, as the summary in the run folder says; the same answer in all processes."""
+        parts = self.parts
+        return parts.processes.from_first(lambda: parts.progress.epoch >= parts.plan.epochs and self._ended() == "finished")
+
+    def _ended(self) -> object:
+        """How summary.json says that the run ended; None where it does not, or is damaged."""
+        try:
+            return json.loads((self.parts.folder / "summary.json").read_text("utf-8"))["status"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def picture_views(self) -> None:
+        """views.png, of the first images and views that the run trains on."""
+        parts = self.parts
+        batches = parts.batches.batches
+        save_views(parts.folder / "views.png", parts.data, parts.plan.views, batches.order.epoch(0)[0], next(batches.epoch(0)))
+        self._show_on_board("views.png")
+
+    def _show_on_board(self, *pictures: str) -> None:
+        if self.parts.log.board is not None:
+            for name in pictures:
+                self.parts.log.board.picture(self.parts.progress.updates, self.parts.folder / name)
+
+    def measure_untrained(self) -> None:
+        """What the network gives before it has learned anything, and, for images that small, what bare pixels give."""
+        if self.parts.plan.image_size <= PIXELS_UP_TO:
+            self.measure("pixels", nn.Flatten())
+        if "untrained" not in self.scores:
+            self.measure("untrained", self.parts.new_model().online.backbone)
+
+    def measure(self, name: str, backbone: nn.Module) -> None:
+        """Scores of `backbone` under `name`, where there are labels and it was not measured before the run was resumed."""
+        if self.parts.scorer is None or name in self.scores:
+            return
+        try:
+            self.scores[name] = self.parts.scorer.measure(backbone)
+        except ValueError as error:
+            self.parts.log.say(f"nothing measured: {error}")
+            self.parts.scorer = None
+            return
+        self.parts.log.say(f"{name}: " + "  ".join(f"{key} {value:.1%}" for key, value in self.scores[name].items()
+                                                   if value is not None))
+
+    def measure_on_the_way(self) -> None:
+        parts = self.parts
+        if parts.scorer is not None:
+            with contextlib.suppress(ValueError):  # labels that allow no measurement: said before training
+                knn = parts.scorer.knn(parts.backbone)
+                parts.log.record(parts.progress, knn=knn)
+                self._keep_best(knn)
+            parts.log.start(parts.progress)
+
+    def _keep_best(self, knn: float) -> None:
+        """best.pt is the network as it is now, unless one measured before was better; of equals it is the later one."""
+        if knn >= self.best.get("knn", 0.0):
+            self.best = {"knn": knn, "epoch": self.parts.progress.epoch}
+            self._export("best", **self.best)
+
+    def _export(self, name: str, **about: float) -> None:
+        parts = self.parts
+        export_backbone(parts.folder, parts.backbone.state_dict(), {**parts.about_backbone(), **about}, name)
+
+    def report_under_way(self) -> None:
+        """report.html as the run goes, so that it is true whenever someone looks; it never stops the run."""
+        began = time.monotonic()
+        if began < self.report_due:
+            return
+        try:
+            write_report(self.parts.folder, self._summary("running"))
+        except OSError as error:
+            self.parts.log.note(f"warning: {error}")
+        self.report_due = began + max(REPORT_EVERY, 100 * (time.monotonic() - began))
+        self.parts.log.start(self.parts.progress)
+
+    def finish(self) -> None:
+        """Everything that is made of a trained network: export, scores, pictures, summary, report."""
+        self._export("backbone")
+        self.measure("trained", self.parts.backbone)
+        knn = self.scores.get("trained", {}).get("knn")
+        if self.parts.config.eval_every and knn is not None:
+            self._keep_best(knn)
+        if self.parts.config.eval:
+            self._picture_features()
+        self.write_end("finished")
+
+    def _picture_features(self) -> None:
+        parts, recipe, labels = self.parts, self.parts.plan.views[0], self.parts.data.files.labels
+        indices = some_indices(len(parts.data), PICTURED_AT_MOST)
+        readable, trained = embed_data(parts.backbone, parts.data, recipe, indices, parts.runtime, parts.workers)
+        untrained = parts.new_model().online.backbone
+        _, before = embed_data(untrained, parts.data, recipe, readable, parts.runtime, parts.workers)
+        with self._only_to_look_at():
+            save_neighbours(parts.folder / "neighbours.png", parts.data, readable, trained, before, parts.config.seed)
+            save_embedding(parts.folder / "embedding.png", trained, None if labels is None else labels[readable],
+                           parts.data.files.classes, parts.config.seed)
+        self.ranks = {"rank_features": float(effective_rank(trained)),
+                      "rank_features_untrained": float(effective_rank(before))}
+        self._show_on_board("neighbours.png", "embedding.png")
+
+    @contextlib.contextmanager
+    def _only_to_look_at(self) -> Iterator[None]:
+        """Writes that fail are told and do not fail the run: nothing of it is lost."""
+        try:
+            yield
+        except OSError as error:
+            self.parts.log.say(f"warning: {error} - the run goes on")
+
+    def write_end(self, status: str, reason: str | None = None) -> None:
+        """summary.json, bad_files.txt and report.html, whatever way the run ended. reason: of a run that did not finish."""
+        parts = self.parts
+        write_json(parts.folder / "summary.json", self._summary(status, reason))
+        listing = parts.data.bad.listing()
+        if parts.bad_eval_files is not None:
+            listing += parts.bad_eval_files.listing(f"{parts.config.eval_data}/")
+        if listing:
+            write_text(parts.folder / "bad_files.txt", listing)
+        with self._only_to_look_at():
+            write_report(parts.folder)
+        if parts.log.board is not None:
+            parts.log.board.close()
+
+    def _summary(self, status: str, reason: str | None = None) -> dict[str, object]:
+        parts, progress, log = self.parts, self.parts.progress, self.parts.log
+        scores: dict[str, float | None] = {}
+        for name, suffix in (("trained", ""), ("untrained", "_untrained"), ("pixels", "_pixels")):
+            scores |= {key + suffix: value for key, value in self.scores.get(name, {"knn": None, "linear": None}).items()}
+        return {
+            "status": status, "reason": reason, "images": len(parts.data), "classes": len(parts.data.files.classes),
+            "bad_files": len(parts.data.bad.reasons),
+            "bad_eval_files": len(parts.bad_eval_files.reasons) if parts.bad_eval_files else 0,
+            "epochs": progress.epoch, "updates": progress.updates, "seconds": round(log.seconds, 3),
+            "images_per_second": round(progress.updates * parts.plan.batch_size / max(log.seconds, 1e-9), 2),
+            "wait_fraction": round(log.waited / max(log.seconds, 1e-9), 4),
+            "loss": log.last.get("loss"), "spread": log.last.get("spread"), **scores, **self.ranks,
+            "best_knn": self.best.get("knn"), "best_epoch": self.best.get("epoch"),
+            "measured_on": parts.scorer.measured_on if parts.scorer else None,
+            "world_size": parts.processes.world_size, "device": str(parts.runtime.device),
+            "amp": AMP_FLAGS[parts.runtime.amp_dtype], "peak_memory_mb": round(peak_memory(parts.runtime.device) / 1e6)}
+
+    def say(self) -> None:
+        """The closing lines: what was reached, and how to use it."""
+        say, data, folder = self.parts.log.say, self.parts.data, self.parts.folder
+        names = [name for name in ("pixels", "untrained", "trained") if name in self.scores]
+        if names:
+            say(f"{'accuracy':<12}" + "".join(f"{name:>12}" for name in names))
+            for key in self.scores[names[-1]]:
+                values = [self.scores[name].get(key) for name in names]
+                say(f"{key:<12}" + "".join(f"{'-' if value is None else f'{value:.1%}':>12}" for value in values))
+        elif self.parts.config.eval:
+            say("no class folders, so no accuracy: look at neighbours.png, or pass a labelled folder as --eval-data")
+        if data.bad.reasons:
+            say(f"skipped {len(data.bad.reasons)} of {len(data)} images (bad_files.txt)")
+        verdict = read_run(folder).verdict
+        say(f"{verdict.word}: {verdict.why}" + (f" - {verdict.advice}" if verdict.advice else ""))
+        if self.best:
+            say(f"best: kNN {self.best['knn']:.1%} after epoch {self.best['epoch']}, in {folder / 'best.pt'}")
+        say(f"report: {folder / 'report.html'}\nuse it:\n{how_to_load(folder, self.parts.about_backbone())}")

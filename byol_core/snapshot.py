@@ -1,0 +1,120 @@
+"""A whole run as one checkpoint, and a run gone on with from there."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from byol_core import __version__
+from byol_core.checkpoint import (LAST, CheckpointError, State, check_tensors, newest_checkpoint, read_checkpoint,
+                                  replace_damaged)
+from byol_core.data import BAD_LIMIT
+from byol_core.outcome import Outcome
+from byol_core.parts import IN_WORDS, Parts
+from byol_core.training import Progress
+
+
+def snapshot(parts: Parts, outcome: Outcome) -> State:
+    """All that a run needs to go on exactly."""
+    return {
+        "identity": json.dumps(parts.identity()), "version": __version__, "torch": str(torch.__version__),
+        "progress": parts.progress.state_dict(), "model": parts.model.state_dict(),
+        "optimizer": parts.optimizer.state_dict(), "scheduler": parts.scheduler.state_dict(),
+        "scaler": parts.runtime.scaler.state_dict(), "precision": parts.precision, "log": parts.log.state_dict(),
+        "world_size": parts.processes.world_size, "bad_files": parts.data.bad.reasons, **outcome.state_dict(),
+    }
+
+
+def find_snapshot(parts: Parts) -> State | None:
+    """What --resume asks for; None in a folder where there is nothing yet.
+
+    Raises: CheckpointError for a file that cannot be used.
+    """
+    asked = Path(parts.config.resume or parts.folder)
+    if not asked.is_dir():
+        return read_checkpoint(asked)
+    state, damaged = newest_checkpoint(asked)
+    for line in damaged:
+        parts.log.say(f"warning: {line}; using the checkpoint before it")
+    if damaged and asked.resolve() == parts.folder.resolve():
+        replace_damaged(parts.folder)
+    if state is None and parts.config.resume:
+        raise CheckpointError(f"no checkpoint in {asked}")
+    if state is None:
+        parts.log.say(f"nothing to resume in {asked}: starting afresh")
+    return state
+
+
+def restore(parts: Parts, outcome: Outcome, state: State) -> None:
+    """Make of a run that has just been built the one that `state` was taken of.
+
+    Raises: CheckpointError for a state that is of no such run, ValueError when it is of a different one; nothing has
+    been changed then.
+    """
+    try:
+        _check_identity(parts, state)
+        _check_state(parts, state)
+        _restore(parts, outcome, state)
+    except (KeyError, TypeError, AttributeError, IndexError, json.JSONDecodeError, CheckpointError) as error:
+        raise CheckpointError(f"the checkpoint to resume from is not of this program's making ({type(error).__name__}: "
+                              f"{error}) - take another, or start a new run in another --out") from error
+
+
+def _check_identity(parts: Parts, state: State) -> None:
+    saved, own = json.loads(str(state["identity"])), parts.identity()
+    changed = [IN_WORDS.get(key, f"{key} {saved.get(key)} -> {own[key]}") for key in own if saved.get(key) != own[key]]
+    if changed:
+        raise ValueError(f"cannot resume exactly: {'; '.join(changed)} - repeat the options of the run, or start a new one in "
+                         f"another --out, from these weights with --init-from {parts.folder / LAST}")
+
+
+def _check_state(parts: Parts, state: State) -> None:
+    own, model, optimizer = parts.model.state_dict(), state["model"], state["optimizer"]
+    if not isinstance(model, dict) or model.keys() != own.keys() or not all(isinstance(v, Tensor) for v in model.values()):
+        raise CheckpointError("its networks are not like these")
+    check_tensors(model, own)  # type: ignore[arg-type]
+    parameters = [p for group in parts.optimizer.param_groups for p in group["params"]]
+    check_tensors(optimizer["state"], dict(enumerate(parameters)))  # type: ignore[index]
+    progress, bad = Progress(**state["progress"]), state.get("bad_files", {})  # type: ignore[arg-type]
+    if not (0 <= progress.epoch <= parts.plan.epochs and 0 <= progress.batch <= len(parts.batches)
+            and progress.updates >= 0):
+        raise CheckpointError("it stands where no run like this one can be")
+    if not isinstance(bad, dict) or len(bad) > BAD_LIMIT * len(parts.data) or not all(
+            isinstance(index, int) and isinstance(reason, str) for index, reason in bad.items()):
+        raise CheckpointError("its list of bad files is none")
+
+
+def _restore(parts: Parts, outcome: Outcome, state: State) -> None:
+    say = parts.log.say
+    parts.model.load_state_dict(state["model"])  # type: ignore[arg-type]
+    parts.optimizer.load_state_dict(state["optimizer"])  # type: ignore[arg-type]
+    parts.scheduler.load_state_dict(state["scheduler"])  # type: ignore[arg-type]
+    if parts.runtime.scaler.is_enabled() and state["scaler"]:
+        parts.runtime.scaler.load_state_dict(state["scaler"])  # type: ignore[arg-type]
+    if state["precision"] != parts.precision:
+        say(f"note: precision {state['precision']} -> {parts.precision}, so this is not an exact resume")
+    before, now = state.get("world_size", 1), parts.processes.world_size
+    if before != now:
+        say(f"note: {before} -> {now} processes: every update uses the same images and views as before, but sums and batch "
+            "statistics are taken over other parts, so this is not an exact resume")
+    parts.progress = Progress(**state["progress"])  # type: ignore[arg-type]
+    parts.data.bad.reasons.update(state.get("bad_files", {}))  # type: ignore[call-overload]
+    outcome.load_state_dict(state)
+    if not outcome.is_complete():
+        asked = Path(parts.config.resume or parts.folder)
+        parts.log.resume(state["log"], parts.progress, asked if asked.is_dir() else asked.parent)  # type: ignore[arg-type]
+        say(f"resuming at epoch {parts.progress.epoch}, update {parts.progress.updates}{_other_changes(parts)}")
+
+
+def _other_changes(parts: Parts) -> str:
+    """Which options differ from those that the run was last started with and do not change its result."""
+    try:
+        before = json.loads((parts.folder / "config.json").read_text("utf-8"))["config"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    now = json.loads(json.dumps(asdict(parts.config)))
+    changed = [f"{key} {before[key]} -> {now[key]}" for key in now
+               if key in before and key not in ("resume", "debug") and before[key] != now[key]]
+    return f"; changed, without effect on the result: {', '.join(changed)}" if changed else ""

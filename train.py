@@ -70,7 +70,7 @@ def prepare(config: TrainConfig, processes: "Processes", stack: contextlib.ExitS
     from byol_core.plan import make_plan
     from byol_core.processes import restarted
     from byol_core.run import Run
-    from byol_core.run_folder import RUNS, SHARD_INDEX, choose_out, goes_on_in_its_folder, open_run_folder
+    from byol_core.run_folder import RUNS, choose_out, goes_on_in_its_folder, open_run_folder
     from byol_core.sample import with_sample
 
     if any(processes.gather(restarted())) and config.resume is None:  # torchrun --max-restarts runs the same command again
@@ -81,9 +81,9 @@ def prepare(config: TrainConfig, processes: "Processes", stack: contextlib.ExitS
     config = with_sample(config)
 
     def look() -> "ImageSet":
-        return scan(config.data, leave_out=(folder, RUNS), kept_index=folder / SHARD_INDEX)
+        return scan(config.data, leave_out=(folder, RUNS), keep_in=folder)
 
-    files = processes.on_first(look) or look()  # the others find the index of shards that the first one has made
+    files = processes.on_first(look) or look()  # the others find what the first one has kept
     plan = make_plan(config, look_at(files), processes.world_size)
     run = Run(config, plan, files, folder, processes)
     if config.resume is not None:

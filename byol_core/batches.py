@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, Sampler
 
 from byol_core.data import Failure, ImageData, TooManyBadFilesError
 from byol_core.device_views import draw, render
-from byol_core.folder import BadImageError
+from byol_core.decoding import BadImageError
 from byol_core.seeds import seed_from
 from byol_core.views import ViewRecipe, cpu_view
 from byol_core.workers import batches_from, close, new_loader, shared

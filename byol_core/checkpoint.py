@@ -190,8 +190,11 @@ def without_wrappers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return weights
 
 
-def read_verified(path: Path) -> object:
-    """torch.load of plain data, checksums first: torch itself does not notice a flipped bit inside a tensor."""
+def read_verified(path: Path, mapped: bool = False) -> object:
+    """torch.load of plain data, checksums first: torch itself does not notice a flipped bit inside a tensor.
+
+    mapped: the tensors are the file's own memory, which all processes that read it share.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
@@ -201,7 +204,7 @@ def read_verified(path: Path) -> object:
             raise CheckpointError(f"{path} is damaged (checksum mismatch in {damaged!r})")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickles that torch did not write; they are refused, or plain all the same
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
         raise CheckpointError(f"{path} is not a byol_core checkpoint: it holds more than tensors and plain values"

@@ -16,7 +16,7 @@ from torchvision.transforms.v2 import functional as F
 from byol_core.batches import Order, Views, WorkerBatches, first_readable
 from byol_core.data import Failure, ImageData
 from byol_core.device_views import draw, draw_boxes, render
-from byol_core.folder import BadImageError, upright_size
+from byol_core.decoding import BadImageError, upright_size
 from byol_core.views import ViewRecipe
 
 REDUCED_BY = (8, 4, 2)  # what JPEG decoders offer

@@ -9,7 +9,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from byol_core.folder import BadImageError, ImageSet, decode, printable, typical_size
+from byol_core.decoding import BadImageError, decode
+from byol_core.folder import ImageSet, printable, typical_size
 from byol_core.plan import Facts
 from byol_core.runtime import usable_cpus
 from byol_core.views import ViewRecipe, normalise, plain_view

@@ -1,36 +1,32 @@
-"""A set of images: which there are, in one order everywhere, and how one of them becomes upright RGB pixels."""
+"""A set of images: which there are, in one order everywhere, and where each one is."""
 
 import contextlib
 import hashlib
 import os
 import stat
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
+from byol_core.checkpoint import CheckpointError, atomic_write, read_verified
+from byol_core.decoding import FORMATS, BadImageError, in_silence
 from byol_core.listing import (SUFFIXES, Found, ScanProgress, below, common_folder, expand, identity, near_name, printable,
-                               read_list, refuse_nested, walk)
-from byol_core.shards import NO_LABEL, Member, ShardIndex, Shards, index_shards
+                               read_list, refuse_nested, stamp, walk)
+from byol_core.shards import NO_LABEL, Member, ShardIndex, Shards, index_shards, pack, unpack
 
-FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF")  # what may lie behind a suffix; Pillow knows formats that start programs
-MAX_PIXELS = 89_478_485  # a 24-bit image of 256 MiB; more is taken for a decompression bomb
-PHOTOMETRIC, SAMPLE_FORMAT = 262, 339  # TIFF tags: what 0 means, and whether integers have a sign
-ORIENTATION = 274  # EXIF tag; from 5 on, width and height change places
 SIZE_SAMPLE = 256  # files whose headers tell the typical image size
+LISTING, SHARD_INDEX = ".images.pt", ".shards.pt"  # files in which what was found is kept
+LISTING_FORMAT = 1
+SETTLED_NS = 2_000_000_000  # a folder that was changed just now may change again without a new time: clocks are that coarse
 COMPRESSED = {".gz", ".tgz", ".bz2", ".xz", ".zst"}  # suffixes of tars that cannot be read image by image
 
 T = TypeVar("T")
-
-
-class BadImageError(ValueError):
-    """An image file that cannot be used, with the reason."""
 
 
 @dataclass(frozen=True)
@@ -102,11 +98,12 @@ class _Part:
 
 
 def scan(data: str | Path | Sequence[str | Path], flag: str = "--data", leave_out: Sequence[Path] = (),
-         kept_index: Path | None = None) -> ImageSet:
+         keep_in: Path | None = None) -> ImageSet:
     """Find the images that `data` names: folders, one list (.txt), or shards (.tar, a pattern or folders of them).
 
     Folders are searched to any depth, links to folders followed once; hidden files and folders are left out, and the folders
-    in leave_out, where they are below. kept_index: a file for the index of shards, so that it need not be made again.
+    in leave_out, where they are below. keep_in: a folder for what was found, so that it need not be looked for again while
+    the folders and shards are the same.
 
     Labels are the first-level sub-folders, when every image lies in one and there are at least two; in a list what
     follows a tab; in shards the numbers in .cls members, where every image has one.
@@ -118,11 +115,11 @@ def scan(data: str | Path | Sequence[str | Path], flag: str = "--data", leave_ou
     paths = [Path(name) for part in asked for name in expand(part, flag)]
     given, progress = ", ".join(str(Path(part)) for part in asked), ScanProgress()
     if all(path.is_dir() for path in paths):
-        return _scan_folders(given, paths, flag, leave_out, kept_index, progress)
+        return _scan_folders(given, paths, flag, leave_out, keep_in, progress)
     for path in paths:
         _check_exists(path, flag, len(paths))
     if all(path.suffix == ".tar" and path.is_file() for path in paths):
-        return _scan_shards(given, paths, flag, kept_index, progress, ())
+        return _scan_shards(given, paths, flag, keep_in, progress, ())
     if len(paths) == 1 and paths[0].suffix == ".txt":
         return _scan_list(given, paths[0], flag)
     odd = next(path for path in paths if not path.is_dir())
@@ -139,27 +136,59 @@ def _check_exists(path: Path, flag: str, number: int) -> None:
         raise ValueError(f"no such {kind}: {path}{one_of} - {near_name(path) or f'check {flag}'}")
 
 
-def _scan_folders(given: str, folders: list[Path], flag: str, leave_out: Sequence[Path], kept_index: Path | None,
+def _scan_folders(given: str, folders: list[Path], flag: str, leave_out: Sequence[Path], keep_in: Path | None,
                   progress: ScanProgress) -> ImageSet:
     refuse_nested(folders, flag)
+    began, root = time.time_ns(), folders[0] if len(folders) == 1 else common_folder(folders)
+    asked = [os.path.abspath(path) for path in (*folders, *leave_out)]
+    kept = None if keep_in is None else _read_listing(keep_in / LISTING, asked)
+    if kept is not None:
+        return ImageSet(given, root, *kept)
     left_out = {identity(folder) for folder in leave_out if folder.exists()}
     seen = left_out - {identity(folder) for folder in folders}
     found = [walk(folder, seen, progress) for folder in folders]
     remarks = [f"cannot list {folder}" for part in found for folder in part.unreadable]
     tars = [folder / os.fsdecode(tar) for folder, part in zip(folders, found) for tar in part.tars]
     if not any(part.images for part in found) and tars:
-        return _scan_shards(given, tars, flag, kept_index, progress, remarks)
+        return _scan_shards(given, tars, flag, keep_in, progress, remarks)
     for folder, part in zip(folders, found):
         if not part.images:
             raise ValueError(_nothing_found(folder, part, flag))
     if tars:
         remarks.append(f"{len(tars)} tar files beside the images are not used: the first is {tars[0]}")
-    root = common_folder(folders)
     parts = []
     for folder, part in zip(folders, found):
         names = sorted(part.images)
         parts.append(_Part(below(folder, root) + b"/" if len(folders) > 1 else b"", names, _first_folders(names)))
-    return _assemble(given, folders[0] if len(folders) == 1 else root, parts, remarks)
+    images = _assemble(given, root, parts, remarks)
+    listed = [folder for part in found for folder in part.folders]
+    settled = max(modified for _, (modified, _) in listed) < began - SETTLED_NS and not any(part.unreadable for part in found)
+    if keep_in is not None and settled:
+        _keep_listing(keep_in / LISTING, asked, listed, images)
+    return images
+
+
+def _keep_listing(file: Path, asked: list[str], listed: Sequence[tuple[bytes, list[int]]], images: ImageSet) -> None:
+    folders, folder_ends = pack([folder for folder, _ in listed])
+    state = {"listing": LISTING_FORMAT, "asked": asked, "folders": folders, "folder_ends": folder_ends,
+             "stamps": torch.tensor([stamp for _, stamp in listed]), "names": images.names, "ends": images.ends,
+             "labels": images.labels, "classes": list(images.classes), "remarks": list(images.remarks)}
+    with contextlib.suppress(OSError):  # it is only slower the next time
+        atomic_write(file, lambda stream: torch.save(state, stream))
+
+
+def _read_listing(file: Path, asked: list[str]) -> tuple[Any, ...] | None:
+    """(names, ends, labels, classes, remarks) as kept; None when they are of something else, or a folder has changed."""
+    try:
+        state: Any = read_verified(file, mapped=True)
+        if state["listing"] != LISTING_FORMAT or state["asked"] != asked:
+            return None
+        for folder, known in zip(unpack(state["folders"], state["folder_ends"]), state["stamps"].tolist()):
+            if stamp(os.stat(folder)) != known:
+                return None
+        return state["names"], state["ends"], state["labels"], tuple(state["classes"]), tuple(state["remarks"])
+    except (CheckpointError, OSError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def _nothing_found(folder: Path, found: Found, flag: str) -> str:
@@ -180,12 +209,12 @@ def _scan_list(given: str, path: Path, flag: str) -> ImageSet:
     return _assemble(given, path.parent, [_Part(b"", names, classes)], remarks)
 
 
-def _scan_shards(given: str, tars: list[Path], flag: str, kept_index: Path | None, progress: ScanProgress,
+def _scan_shards(given: str, tars: list[Path], flag: str, keep_in: Path | None, progress: ScanProgress,
                  remarks: Sequence[str]) -> ImageSet:
     refuse_nested(tars, flag)
     root = common_folder([tar.parent for tar in tars])
     tars = sorted(tars, key=lambda tar: below(tar, root) + b"/")
-    indices = index_shards(tars, flag, progress, kept_index)
+    indices = index_shards(tars, flag, progress, None if keep_in is None else keep_in / SHARD_INDEX)
     if not any(index.names for index in indices):
         raise ValueError(f"no images in the {len(tars)} shards of {flag} {given}: looked for {' '.join(SUFFIXES)}")
     numbers = _numbers(indices)
@@ -210,9 +239,7 @@ def _assemble(given: str, root: Path, parts: list[_Part], remarks: Sequence[str]
     parts.sort(key=lambda part: part.prefix)
     names = [part.prefix + name for part in parts for name in part.names] if parts[0].prefix else parts[0].names
     labels, classes = _labels([name for part in parts for name in part.classes]) if numbers is None else _ranks(numbers)
-    ends = torch.from_numpy(np.fromiter(map(len, names), np.int64, len(names))).cumsum(0)
-    block = torch.frombuffer(bytearray(b"".join(names)), dtype=torch.uint8)  # a tensor: processes share its memory
-    return ImageSet(given, root, block, ends, labels, classes, tuple(remarks), shards)
+    return ImageSet(given, root, *pack(names), labels, classes, tuple(remarks), shards)
 
 
 def _first_folders(names: list[bytes]) -> list[bytes | None]:
@@ -259,118 +286,8 @@ def _of_some(images: ImageSet, look: Callable[[Image.Image], T]) -> list[T]:
     for number in range(min(SIZE_SAMPLE, len(images))):
         try:
             source = images.source(number * len(images) // min(SIZE_SAMPLE, len(images)))
-            with _in_silence(), Image.open(source, formats=FORMATS) as image:
+            with in_silence(), Image.open(source, formats=FORMATS) as image:
                 found.append(look(image))
         except Exception:  # the loader will name it
             continue
     return found
-
-
-def decode(source: Path | Member, reduce: int = 1) -> Image.Image:
-    """The first frame of an image file as 8-bit RGB, upright by its EXIF tag, transparent parts on white.
-
-    16-bit and float images are scaled to 0..255 by their range (see `_to_8_bit`). reduce: a JPEG whose sides
-    are multiples of 2, 4 or 8 is decoded at that part of them, which is faster; other images are decoded in full.
-    Raises: BadImageError with the reason, for anything that cannot be decoded whole.
-    """
-    with _opened(source) as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise BadImageError(f"{image.width}x{image.height} pixels, over the limit of {MAX_PIXELS}")
-        _fit_transparent_colour(image)
-        if reduce > 1 and image.format == "JPEG" and not (image.width % reduce or image.height % reduce):
-            image.draft(None, (image.width // reduce, image.height // reduce))
-        image.load()
-        with contextlib.suppress(Exception):  # broken metadata spoils no pixels
-            ImageOps.exif_transpose(image, in_place=True)
-        return _to_rgb(image)
-
-
-def upright_size(source: Path | Member) -> tuple[int, int]:
-    """(height, width) that `decode` will give, by what the file says before its pixels; some say their orientation later.
-
-    Raises: BadImageError with the reason.
-    """
-    with _opened(source) as image:
-        turned = False
-        with contextlib.suppress(Exception):
-            turned = image.format == "JPEG" and image.getexif().get(ORIENTATION, 1) >= 5
-        return (image.width, image.height) if turned else (image.height, image.width)
-
-
-@contextlib.contextmanager
-def _opened(source: Path | Member) -> Iterator[Image.Image]:
-    """The image of a file, whatever fails in the block being the file's fault."""
-    try:
-        with _in_silence(), Image.open(source, formats=FORMATS) as image:
-            yield image
-    except BadImageError:
-        raise
-    except Exception as error:  # decoders raise whatever they like on broken input
-        raise BadImageError(f"{type(error).__name__}: {error}".strip(": ")) from error
-
-
-@contextlib.contextmanager
-def _in_silence() -> Iterator[None]:
-    """Decoders say what they think of a file, and none of it matters: Pillow warns of odd palettes and metadata, and libtiff
-    writes straight to the process's stderr, thousands of lines of it for some files."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            kept = os.dup(2)
-        except OSError:  # stderr is closed
-            yield
-            return
-        try:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, 2)
-            os.close(nowhere)
-            yield
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
-
-
-def _fit_transparent_colour(image: Image.Image) -> None:
-    """PNG names a transparent colour in the bits of the file; Pillow compares it with pixels that it has made 8-bit."""
-    colour, bits = image.info.get("transparency"), next((tile[3] for tile in getattr(image, "tile", ())), None)
-    if isinstance(colour, int) and bits in ("L;2", "L;4"):
-        image.info["transparency"] = colour * (85 if bits == "L;2" else 17)
-    elif isinstance(colour, tuple) and bits == "RGB;16B":
-        image.info["transparency"] = tuple(value >> 8 for value in colour)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":
-        return _to_8_bit(image).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, "white")
-        return Image.alpha_composite(white, rgba).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _to_8_bit(image: Image.Image) -> Image.Image:
-    """Integers by the smallest of 8, 10, 12, 14 and 16 bits that holds them, floats in [0, 1] times 255, else min to max.
-
-    A transparent grey becomes white.
-    """
-    import numpy as np
-
-    pixels, tags = np.asarray(image), getattr(image, "tag_v2", {})  # the tags of a TIFF file
-    if pixels.dtype == np.int32 and tags.get(SAMPLE_FORMAT) == (1,):
-        pixels = pixels.view(np.uint32)
-    values = pixels.astype(np.float64)
-    if not np.isfinite(values).all():
-        raise BadImageError("pixels are not finite")
-    low, high = values.min(), values.max()
-    if low >= 0 and high <= 65535 and (image.mode.startswith("I;16") or (image.mode.startswith("I") and high > 255)):
-        values = values * (255 / next(limit for limit in (2**bits - 1 for bits in (8, 10, 12, 14, 16)) if high <= limit))
-    elif image.mode == "F" and low >= 0 and high <= 1:
-        values = values * 255
-    elif low < 0 or high > 255:
-        values = (values - low) * (255 / (high - low))
-    if image.mode.startswith("I;16") and tags.get(PHOTOMETRIC) == 0:  # 0 is white: Pillow turns over 8-bit pixels alone
-        values = 255 - values
-    if isinstance(image.info.get("transparency"), int):
-        values[pixels == image.info["transparency"]] = 255
-    return Image.fromarray(values.round().astype(np.uint8))

@@ -45,12 +45,16 @@ class ScanProgress:
 
 @dataclass
 class Found:
-    """Below a folder, as paths relative to it: images, tars, and how many others by suffix; folders that cannot be listed."""
+    """Below a folder, as paths relative to it: images, tars, and how many others by suffix; folders that cannot be listed.
+
+    folders: (absolute path, stamp) of all that were listed.
+    """
 
     images: list[bytes] = field(default_factory=list)
     tars: list[bytes] = field(default_factory=list)
     others: "Counter[str]" = field(default_factory=Counter)
     unreadable: list[str] = field(default_factory=list)
+    folders: list[tuple[bytes, list[int]]] = field(default_factory=list)
 
 
 def walk(root: Path, seen: set[tuple[int, int]], progress: ScanProgress) -> Found:
@@ -60,9 +64,11 @@ def walk(root: Path, seen: set[tuple[int, int]], progress: ScanProgress) -> Foun
     while pending:
         folder, prefix = pending.pop()
         try:
-            if identity(folder) in seen:
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in seen:
                 continue  # a second way into the same folder: a link, or a loop of them
-            seen.add(identity(folder))
+            seen.add((status.st_dev, status.st_ino))
+            found.folders.append((os.path.abspath(folder), stamp(status)))
             pending += sorted(_sort_entries(folder, prefix, found, progress), reverse=True)
         except OSError as error:
             found.unreadable.append(f"{printable(os.fsdecode(prefix or folder))}: {error.strerror}")
@@ -93,6 +99,11 @@ def _sort_entries(folder: bytes, prefix: bytes, found: Found, progress: ScanProg
             found.others[os.path.splitext(os.fsdecode(name))[1].lower()] += 1
     progress.advance(len(found.images) - counted, folder)
     return folders
+
+
+def stamp(folder: os.stat_result) -> list[int]:
+    """Changes when a file or folder in it is added, removed or renamed, or when another folder has taken its place."""
+    return [folder.st_mtime_ns, folder.st_ino % 2**63]
 
 
 def identity(folder: bytes | Path) -> tuple[int, int]:

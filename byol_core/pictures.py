@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from byol_core.checkpoint import atomic_write
 from byol_core.batches import Views
 from byol_core.data import ImageData
-from byol_core.folder import BadImageError
+from byol_core.decoding import BadImageError
 from byol_core.seeds import seed_from
 from byol_core.views import ViewRecipe, inverse_normalise
 

@@ -13,7 +13,7 @@ from byol_core.config import TrainConfig
 
 RUNS = Path("runs")
 COPIES = 3  # checkpoints on the disk at the most: the last one, the one before, and the one being written
-SHARD_INDEX = ".shards.pt"  # where in tar shards the images are; made again when it is gone
+KEPT = {".lock", ".images.pt", ".shards.pt"}  # the lock, and what a scan keeps for the next one
 LONGEST_NAME = 100  # characters
 OWN_FILES = {"config.json", "metrics.jsonl", "train.log", "summary.json", "report.html", "bad_files.txt", "views.png",
              "neighbours.png", "embedding.png", "backbone.pt", "backbone.json", "best.pt", "best.json"}
@@ -68,7 +68,7 @@ def open_run_folder(folder: Path, may_be_used: bool) -> Iterator[Path]:
             remove_leftovers(folder)
             yield folder
         finally:
-            if {entry.name for entry in folder.iterdir()} <= {".lock", SHARD_INDEX}:  # nothing came of it
+            if {entry.name for entry in folder.iterdir()} <= KEPT:  # nothing came of it
                 shutil.rmtree(folder, ignore_errors=True)
                 if was_there:
                     folder.mkdir(exist_ok=True)

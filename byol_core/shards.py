@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +25,7 @@ NO_LABEL = torch.iinfo(torch.int64).min
 OPEN_AT_MOST = 256  # shards that a process keeps open; systems allow 1024 files or more
 LONGEST_LABEL = 32  # bytes of a .cls member
 INDEXED_AT_ONCE = 16  # shards
-INDEX_FORMAT = 1
+INDEX_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -212,21 +213,29 @@ def _label(text: bytes) -> int:
     return number if abs(number) < 2**62 else NO_LABEL  # an int64 holds it
 
 
+def pack(names: Sequence[bytes]) -> tuple[Tensor, Tensor]:
+    """Many names in two tensors, of which processes share the memory: all in one block, and where each one ends in it."""
+    ends = torch.from_numpy(np.fromiter(map(len, names), np.int64, len(names))).cumsum(0)
+    return torch.from_numpy(np.frombuffer(bytearray(b"".join(names)), np.uint8)), ends
+
+
+def unpack(block: Tensor, ends: Tensor) -> list[bytes]:
+    whole, places = block.numpy().tobytes(), ends.tolist()
+    return [whole[start:end] for start, end in zip([0, *places], places)]
+
+
 def _to_record(index: ShardIndex) -> dict[str, object]:
-    return {"names": torch.frombuffer(bytearray(b"".join(index.names) + b"\0"), dtype=torch.uint8),
-            "lengths": torch.tensor([len(name) for name in index.names], dtype=torch.int64),
-            "places": index.places, "labels": index.labels, "remarks": list(index.remarks)}
+    names, ends = pack(index.names)
+    return {"names": names, "ends": ends, "places": index.places, "labels": index.labels, "remarks": list(index.remarks)}
 
 
 def _from_record(record: dict[str, object]) -> ShardIndex:
-    names, lengths, places, labels = (record[key] for key in ("names", "lengths", "places", "labels"))
-    assert isinstance(names, Tensor) and isinstance(lengths, Tensor)
+    names, ends, places, labels = (record[key] for key in ("names", "ends", "places", "labels"))
+    assert isinstance(names, Tensor) and isinstance(ends, Tensor)
     assert isinstance(places, Tensor) and isinstance(labels, Tensor)
-    block, ends = names.numpy().tobytes(), lengths.cumsum(0).tolist()
-    parts = [block[start:end] for start, end in zip([0, *ends], ends)]
     remarks = record["remarks"]
     assert isinstance(remarks, list)
-    return ShardIndex(parts, places, labels, tuple(remarks))
+    return ShardIndex(unpack(names, ends), places, labels, tuple(remarks))
 
 
 def _read_kept(path: Path) -> dict[str, dict[str, object]]:

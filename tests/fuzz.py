@@ -27,7 +27,7 @@ from PIL import Image
 import train
 from byol_core import embed, evaluate_command
 from byol_core.checkpoint import KEYS, CheckpointError, read_backbone, read_checkpoint, read_weights, save_checkpoint
-from byol_core.folder import MAX_PIXELS, BadImageError, decode
+from byol_core.decoding import MAX_PIXELS, BadImageError, decode
 
 HANG = 60  # seconds after which a case is taken to hang
 MEMORY = 1500  # MiB by which decoding may raise the peak of the process: an image just under the limit, composed on white

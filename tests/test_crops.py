@@ -24,7 +24,8 @@ from byol_core.batches import DeviceBatches, Order, TimedBatches, WorkerBatches,
 from byol_core.crops import CropBatches, cut, reduction
 from byol_core.data import ImageData, load_images
 from byol_core.device_views import draw_boxes
-from byol_core.folder import BadImageError, decode, scan, upright_size
+from byol_core.decoding import BadImageError, decode, upright_size
+from byol_core.folder import scan
 from byol_core.run import Run
 from byol_core.views import ViewRecipe, digits_recipes, inverse_normalise, paper_recipes
 

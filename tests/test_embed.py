@@ -15,7 +15,7 @@ import torch
 from byol_core import embed, evaluate
 from byol_core.checkpoint import export_backbone
 from byol_core.embed import main
-from byol_core.folder import decode
+from byol_core.decoding import decode
 from byol_core.pretrained import load_pretrained, untrained_backbone
 from byol_core.views import plain_view
 

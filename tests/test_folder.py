@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from byol_core.data import decode_all
-from byol_core.folder import BadImageError, decode, printable, scan, typical_size
+from byol_core.decoding import BadImageError, decode
+from byol_core.folder import printable, scan, typical_size
 
 
 def touch(*paths: Path) -> None:

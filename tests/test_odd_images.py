@@ -15,7 +15,8 @@ from PIL import Image
 
 import train
 from byol_core import folder
-from byol_core.folder import MAX_PIXELS, BadImageError, decode, scan, typical_size
+from byol_core.decoding import MAX_PIXELS, BadImageError, decode
+from byol_core.folder import scan, typical_size
 
 WHITE, BLACK = [255, 255, 255], [0, 0, 0]
 
@@ -252,7 +253,8 @@ def test_bombs_are_refused_with_bounded_memory(tmp_path: Path) -> None:
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
         assert len(content) < 500_000
-    script = ("import resource, sys\nfrom byol_core.folder import BadImageError, decode, scan, typical_size\n"
+    script = ("import resource, sys\nfrom byol_core.decoding import BadImageError, decode\n"
+              "from byol_core.folder import scan, typical_size\n"
               "from tests.fuzz import memory_peak\nimages = scan(sys.argv[1])\nbefore = memory_peak()\n"
               "typical_size(images)\n"
               "for index in range(len(images)):\n"

@@ -18,7 +18,8 @@ import byol_core.shards as shards_module
 from byol_core.batches import DeviceBatches, Order, WorkerBatches
 from byol_core.data import ImageData, load_images
 from byol_core.evaluate_command import overlap
-from byol_core.folder import BadImageError, ImageSet, decode, scan, typical_size
+from byol_core.decoding import BadImageError, decode
+from byol_core.folder import SHARD_INDEX, ImageSet, scan, typical_size
 from byol_core.run import Run
 from byol_core.views import paper_recipes
 from tests.test_train_command import SMALL, assert_same_state, checkpoint, metrics, run, summary
@@ -308,31 +309,31 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_a_kept_index_is_used_while_size_and_time_of_a_tar_are_the_same(tmp_path: Path, monkeypatch) -> None:
-    built, kept = counted(monkeypatch), tmp_path / "kept"
+    built = counted(monkeypatch)
     for number in range(3):
         write_tar(tmp_path / "data" / f"{number}.tar", [("x/a.png", png(number)), ("x/a.cls", b"%d" % number)])
-    first = scan(tmp_path / "data", kept_index=kept)
+    first = scan(tmp_path / "data", keep_in=tmp_path)
     assert sorted(built) == ["0.tar", "1.tar", "2.tar"]
-    second = scan(tmp_path / "data", kept_index=kept)
+    second = scan(tmp_path / "data", keep_in=tmp_path)
     assert len(built) == 3 and second.fingerprint() == first.fingerprint() and second.classes == ("0", "1", "2")
     assert [value(second, index) for index in range(3)] == [0, 1, 2]
 
     stamp = (tmp_path / "data" / "1.tar").stat()
     write_tar(tmp_path / "data" / "1.tar", [("x/b.png", png(9)), ("x/b.cls", b"1")])
     os.utime(tmp_path / "data" / "1.tar", ns=(stamp.st_mtime_ns, stamp.st_mtime_ns + 1))
-    third = scan(tmp_path / "data", kept_index=kept)
+    third = scan(tmp_path / "data", keep_in=tmp_path)
     assert built[3:] == ["1.tar"] and third.name(1) == "1.tar/x/b.png" and value(third, 1) == 9
 
 
 @pytest.mark.parametrize("spoil", [lambda path: path.write_bytes(b"nonsense"), lambda path: path.write_bytes(b""),
                                    lambda path: torch.save({"index": 99}, path), lambda path: os.truncate(path, 500)])
 def test_a_kept_index_that_cannot_be_used_is_made_again(tmp_path: Path, monkeypatch, spoil) -> None:
-    built, kept = counted(monkeypatch), tmp_path / "kept"
+    built = counted(monkeypatch)
     write_tar(tmp_path / "a.tar", [("a.png", png(1))])
-    scan(tmp_path, kept_index=kept)
-    spoil(kept)
-    assert value(scan(tmp_path, kept_index=kept), 0) == 1 and built == ["a.tar"] * 2
-    scan(tmp_path, kept_index=tmp_path / "no such folder" / "kept")
+    scan(tmp_path, keep_in=tmp_path)
+    spoil(tmp_path / SHARD_INDEX)
+    assert value(scan(tmp_path, keep_in=tmp_path), 0) == 1 and built == ["a.tar"] * 2
+    scan(tmp_path, keep_in=tmp_path / "no such folder")
 
 
 def test_fingerprint_changes_when_images_swap_their_places(tmp_path: Path) -> None:

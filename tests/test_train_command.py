@@ -256,15 +256,15 @@ def test_a_float16_run_whose_steps_are_all_skipped_at_first_goes_on(image_folder
 
 def test_a_signal_while_images_are_decoded_stops_the_run_and_blames_no_file(image_folder: Callable[..., Path],
                                                                             monkeypatch) -> None:
-    from byol_core import folder
-    real = folder._to_rgb
+    from byol_core import decoding
+    real = decoding._to_rgb
 
     def interrupted(image):
         if Path("out/config.json").exists():
             os.kill(os.getpid(), signal.SIGTERM)
         return real(image)
 
-    monkeypatch.setattr(folder, "_to_rgb", interrupted)
+    monkeypatch.setattr(decoding, "_to_rgb", interrupted)
     assert run("--data", image_folder(), "--epochs", 1, "--out", "out", "--views", "cpu", *SMALL) == 143
     assert not Path("out/bad_files.txt").exists() and summary("out")["bad_files"] == 0
 

@@ -6,6 +6,11 @@
     python train.py --data ./imgs --check                   look at the data, time a few steps, train nothing
 """
 
+if __name__ == "__main__":
+    from byol_core.signals import end_at_once
+
+    end_at_once()  # before anything that takes time to load
+
 import contextlib
 import io
 import os

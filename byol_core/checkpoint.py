@@ -53,11 +53,17 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object], *, size: int |
             beside.unlink()
         if not isinstance(error, (OSError, RuntimeError)):  # torch reports a full disk as a RuntimeError about positions
             raise
-        free = shutil.disk_usage(path.parent).free / 1e6
         needs = "" if size is None else f"needs {size / 1e6:.0f} MB, "
         reason = getattr(error, "strerror", None) or "not all of it could be written, as on a full disk"
         kept = " - the file before it is kept" if path.exists() else ""
-        raise OSError(f"cannot write {path}: {reason} ({needs}{free:.0f} MB free){kept}") from error
+        raise OSError(f"cannot write {path}: {reason} ({needs}{_free(path.parent)} free){kept}") from error
+
+
+def _free(folder: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(folder).free / 1e6:.0f} MB"
+    except OSError:  # the folder itself is gone
+        return "nothing"
 
 
 def _keep_as(path: Path, name: Path) -> None:
@@ -195,6 +201,8 @@ def read_verified(path: Path, mapped: bool = False) -> object:
 
     mapped: the tensors are the file's own memory, which all processes that read it share.
     """
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path} is not a checkpoint, but a {'folder' if path.is_dir() else 'pipe or a device'}")
     try:
         with zipfile.ZipFile(path) as archive:
             if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
@@ -238,8 +246,15 @@ def newest_checkpoint(folder: Path) -> tuple[State | None, list[str]]:
 
 
 def replace_damaged(folder: Path) -> None:
-    """Put the whole previous.pt in the place of a damaged last.pt, which the next save would else keep instead of it."""
-    _keep_as(folder / PREVIOUS, folder / LAST)
+    """Put the whole previous.pt in the place of a damaged last.pt, which the next save would else keep instead of it.
+
+    Raises: CheckpointError where that cannot be done, as when last.pt is a folder.
+    """
+    try:
+        _keep_as(folder / PREVIOUS, folder / LAST)
+    except OSError as error:
+        raise CheckpointError(f"cannot put {PREVIOUS} in the place of {folder / LAST}: {error.strerror} - move that away") \
+            from error
 
 
 def export_backbone(folder: Path, weights: Mapping[str, Tensor], about: Mapping[str, object], name: str = "backbone") -> None:

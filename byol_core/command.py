@@ -5,7 +5,7 @@ import traceback
 from collections.abc import Callable
 from typing import TypeVar
 
-from byol_core.config import AppendPaths, Parser, auto_or_natural, one_line
+from byol_core.config import AppendPaths, Parser, auto_or_workers, one_line
 from byol_core.failures import is_out_of_memory, own_words
 
 Prepared = TypeVar("Prepared")
@@ -21,7 +21,7 @@ def backbone_parser(prog: str, description: str, with_images: bool = True) -> Pa
         parser.add_argument("--data", required=True, nargs="+", action=AppendPaths, metavar="PATH",
                             help="folders of images, a .txt list, or .tar shards")
         parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
-        parser.add_argument("--workers", type=auto_or_natural, metavar="auto|N", help="data worker processes (default: auto)")
+        parser.add_argument("--workers", type=auto_or_workers, metavar="auto|N", help="data worker processes (default: auto)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 

@@ -35,11 +35,12 @@ def checked(kind: type[int] | type[float], accept: Callable[[float], bool], allo
 
 
 natural = checked(int, lambda n: n >= 0, "a whole number, 0 or more")
+passes = checked(int, lambda n: 0 <= n <= 10**9, "a whole number from 0 to 1000000000")
 count = checked(int, lambda n: n >= 1, "a whole number, 1 or more")
 amount = checked(float, lambda x: 0 <= x < math.inf, "a finite number, 0 or more")
 positive = checked(float, lambda x: 0 < x < math.inf, "a finite number above 0")
 unit = checked(float, lambda x: 0 <= x <= 1, "a number in [0, 1]")
-auto_or_natural = checked(int, lambda n: n >= 0, "a whole number, 0 or more", auto=True)
+auto_or_workers = checked(int, lambda n: 0 <= n <= 256, "a whole number from 0 to 256", auto=True)
 auto_or_pixels = checked(int, lambda n: n >= 8, "a whole number of pixels, 8 or more", auto=True)
 
 
@@ -59,7 +60,7 @@ class TrainConfig:
     data: tuple[str, ...] = option(("digits",), "data", "folders of images, flat or nested; class sub-folders are labels, "
                                    "used only for evaluation; or a .txt list of paths, or .tar shards; 'digits' is the "
                                    "embedded sample", nargs="+", action=AppendPaths, metavar="PATH")
-    epochs: int = option(100, "training", "passes over the images", type=natural, metavar="N")
+    epochs: int = option(100, "training", "passes over the images", type=passes, metavar="N")
     out: str | None = option(None, "run folder", "run folder (default: runs/<name of the data>)", metavar="DIR")
     eval_data: str | None = option(None, "data", "labelled folder to measure on (default: a fifth of --data, stratified)",
                                    metavar="DIR")
@@ -108,7 +109,7 @@ class TrainConfig:
     amp: str = option("auto", "machine", "mixed precision; auto: bf16 or fp16 where the device is faster with it",
                       choices=("auto", "bf16", "fp16", "off"))
     compile: bool = option(False, "machine", "torch.compile the network", action="store_true")
-    workers: int | None = option(None, "machine", "data worker processes, or auto", type=auto_or_natural,
+    workers: int | None = option(None, "machine", "data worker processes, or auto", type=auto_or_workers,
                                  metavar="auto|N")
     tensorboard: bool = option(False, "run folder", "write numbers and pictures for TensorBoard too, where it is installed",
                                action="store_true")

@@ -27,8 +27,10 @@ def in_plain_words(error: Exception, device: str, batch_size: int | None = None,
     if not is_out_of_memory(error):
         return own_words(error)
     if batch_size is None:
-        where = "the device" if device == "auto" else device
-        return f"out of memory on {where} before training - try --views cpu, a smaller --arch, or --device cpu"
+        on_cpu = device == "cpu" or isinstance(error, MemoryError) or "CPUAllocator" in str(error)
+        where, other = ("the CPU", "") if on_cpu else ("the device" if device == "auto" else device, ", or --device cpu")
+        return (f"out of memory on {where} before training - try a smaller --arch, --hidden-dim or --image-size, --views cpu"
+                f"{other}")
     smaller = [f"--batch-size {batch_size // 2}"] if batch_size >= 4 else []
     in_parts = [f"--accum-steps {2 * accum_steps} (the same batch in smaller parts)"] if batch_size >= 4 * accum_steps else []
     precision = [] if mixed_precision or device == "cpu" else ["--amp bf16"]

@@ -6,6 +6,8 @@ import os
 import sys
 import time
 from collections import deque
+from collections.abc import Mapping
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -38,17 +40,19 @@ def update_of(line: str) -> int:
 class RunLog:
     """Writes what happens in a run to its folder and to the console; a file that cannot be written never stops the run.
 
-    Of several processes the first one writes, and what it writes are means over all of them.
+    Of several processes the first one writes, and what it writes are means over all of them. plan: the run's resolved
+    numbers, for advice that fits them.
     """
 
     def __init__(self, folder: Path, epochs: int, updates_per_epoch: int, batch_size: int,
-                 processes: Processes = ALONE) -> None:
+                 processes: Processes = ALONE, plan: Mapping[str, object] | None = None) -> None:
         self.folder = folder
         self.processes = processes
         self.epochs = epochs
         self.total_updates = epochs * updates_per_epoch
         self.updates_per_epoch = updates_per_epoch
         self.batch_size = batch_size
+        self.plan = plan
         self.seconds = 0.0  # spent in training steps, over all sessions of the run
         self.waited = 0.0  # seconds of them spent waiting for views
         self.loss_sum: float | Tensor = 0.0  # since the last record
@@ -76,6 +80,14 @@ class RunLog:
     def note(self, text: str) -> None:
         """A line for train.log alone."""
         self._append("train.log", f"{datetime.now().isoformat(timespec='seconds')} {text}\n")
+
+    @contextlib.contextmanager
+    def warn_only(self) -> Iterator[None]:
+        """Writes that fail in this block are told and do not fail the run: nothing of it is lost."""
+        try:
+            yield
+        except OSError as error:
+            self.say(f"warning: {error} - the run goes on")
 
     def record(self, progress: Progress, **values: Value) -> None:
         """One line of metrics.jsonl."""
@@ -124,7 +136,7 @@ class RunLog:
             "wait": round(wait, 4), "skipped": self.skipped,
         }
         self._recent.append(health)
-        collapse = find_collapse(list(self._recent), {"batch_size": self.batch_size})
+        collapse = find_collapse(list(self._recent), self.plan)
         if collapse is not None and not self._collapse_reported:
             self._collapse_reported = True
             self.say(f"warning: features are collapsing: {collapse.why} - {collapse.advice}")
@@ -172,7 +184,7 @@ class RunLog:
         self._recent.extend(state.get("recent", []))  # which checkpoints did not always hold
         self._recorded = (self.seconds, self.waited, progress.updates)
         records = folder / "metrics.jsonl"
-        if self.processes.first and records.exists():
+        if self.processes.first and records.is_file():
             lines = records.read_text("utf-8", "replace").split("\n")
             kept = [line + "\n" for line in lines if 0 <= update_of(line) <= progress.updates]
             write_text(self.folder / "metrics.jsonl", "".join(kept))

@@ -96,6 +96,12 @@ class Run:
         self.processes.on_first(self._write_start)
 
     def _write_start(self) -> None:
+        with self.log.warn_only():
+            self._write_config()
+            if self.parts.plan.epochs and self.progress.updates == 0:
+                self.outcome.picture_views()
+
+    def _write_config(self) -> None:
         parts = self.parts
         if parts.config.tensorboard and not parts.config.check:
             self.log.board = Board(parts.folder, self.progress.updates, self.log.say)
@@ -107,8 +113,6 @@ class Run:
             "versions": {"byol_core": __version__, "torch": str(torch.__version__),
                          "torchvision": torchvision.__version__, "scikit-learn": sklearn.__version__,
                          "python": platform.python_version(), "system": platform.platform()}})
-        if parts.plan.epochs and self.progress.updates == 0:
-            self.outcome.picture_views()
 
     def measure_untrained(self) -> None:
         self.processes.on_first(self.outcome.measure_untrained)

@@ -21,7 +21,12 @@ EVENTS = "events.out.tfevents."  # how TensorBoard's files begin
 
 
 def choose_out(config: TrainConfig) -> Path:
-    """--out, or a predictable place, so that the same command with --resume goes on; --check has a folder beside it."""
+    """--out, or a predictable place, so that the same command with --resume goes on; --check has a folder beside it.
+
+    Raises: ValueError for an --out of nothing.
+    """
+    if config.out == "":
+        raise ValueError("--out is empty - name a folder, or . for this one")
     folder = Path(config.out) if config.out is not None else RUNS / "+".join(map(_short_name, config.data))[:LONGEST_NAME]
     return Path(f"{folder.resolve()}-check") if config.check else folder
 
@@ -48,8 +53,8 @@ def open_run_folder(folder: Path, may_be_used: bool) -> Iterator[Path]:
 
     Raises: ValueError when it cannot be written to, is in use, or holds something and may not be used.
     """
-    was_there = folder.is_dir()
     try:
+        was_there = folder.is_dir()
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "a+", encoding="utf-8")
     except OSError as error:
@@ -68,10 +73,11 @@ def open_run_folder(folder: Path, may_be_used: bool) -> Iterator[Path]:
             remove_leftovers(folder)
             yield folder
         finally:
-            if {entry.name for entry in folder.iterdir()} <= KEPT:  # nothing came of it
-                shutil.rmtree(folder, ignore_errors=True)
-                if was_there:
-                    folder.mkdir(exist_ok=True)
+            with contextlib.suppress(OSError):  # as when the folder was deleted
+                if {entry.name for entry in folder.iterdir()} <= KEPT:  # nothing came of it
+                    shutil.rmtree(folder, ignore_errors=True)
+                    if was_there:
+                        folder.mkdir(exist_ok=True)
 
 
 def _lock(handle: int, folder: Path) -> None:

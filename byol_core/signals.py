@@ -1,10 +1,21 @@
 """Ctrl-C, SIGTERM, SIGUSR1 and a closed terminal as a request that a run answers when its state is whole."""
 
+import os
 import signal
 from types import FrameType
 
 
 SIGNALS = [name for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
+
+
+def exit_code(number: int) -> int:
+    return 130 if number == signal.SIGINT else 143
+
+
+def end_at_once() -> None:
+    """Until somebody listens, a signal ends the process without a word: the libraries that are being loaded fail anyhow."""
+    for name in ("SIGINT", "SIGTERM"):
+        signal.signal(getattr(signal, name), lambda number, frame: os._exit(exit_code(number)))
 
 
 class Stopped(BaseException):
@@ -15,7 +26,7 @@ class Stopped(BaseException):
 
     def __init__(self, number: int, whom: str = "") -> None:
         super().__init__(signal.Signals(number).name + whom)
-        self.code = 130 if number == signal.SIGINT else 143
+        self.code = exit_code(number)
 
 
 class StopRequest:

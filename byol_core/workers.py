@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import multiprocessing
+import re
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,8 @@ NO_BATCH_S = 300.0  # seconds without a batch after which the workers count as h
 SHARED_MEMORY_IS_FULL = "shared memory (/dev/shm) is full - use --workers 0, or enlarge it (docker run --shm-size=8g)"
 # How torch says that it got no shared memory; it has no type of its own for that.
 SHARED_MEMORY_WORDS = ("shared memory", "file </torch_", "unable to mmap")
+
+OWN_NAME = re.compile(r"^byol_core(\.\w+)+: ")  # that of an error of ours, at the end of a traceback
 
 Batch = TypeVar("Batch")
 
@@ -147,7 +150,7 @@ def _in_words(error: Exception, workers: int) -> str | None:
     if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
         return f"a data worker died ({text}) - try --workers {1 if workers > 1 else 0}"
     if text.startswith("Caught ") and " in DataLoader worker process " in text:  # torch puts the whole traceback into it
-        return text.strip().splitlines()[-1]
+        return OWN_NAME.sub("", text.strip().splitlines()[-1])
     return None
 
 

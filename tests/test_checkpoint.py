@@ -32,6 +32,17 @@ def test_last_and_the_one_before_are_kept(tmp_path: Path) -> None:
     assert read_checkpoint(tmp_path / "previous.pt")["number"] == 2
 
 
+def test_a_file_is_on_the_disk_before_its_name_and_its_name_before_the_save_ends(tmp_path: Path, monkeypatch) -> None:
+    """Or a power cut leaves an empty file under the right name."""
+    calls: list[tuple[str, int]] = []  # what is flushed, by inode, and what is renamed
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: (calls.append(("fsync", os.fstat(handle).st_ino)), fsync(handle)))
+    monkeypatch.setattr(os, "replace", lambda old, new: (calls.append(("replace", os.stat(old).st_ino)), replace(old, new)))
+    atomic_write(tmp_path / "file", lambda file: file.write(b"content"))
+    inode = (tmp_path / "file").stat().st_ino
+    assert calls == [("fsync", inode), ("replace", inode), ("fsync", tmp_path.stat().st_ino)]
+
+
 def test_save_interrupted_before_replace_leaves_the_old_file_loadable(tmp_path: Path) -> None:
     script = ("import os, sys\nfrom pathlib import Path\nfrom tests.test_checkpoint import save\n"
               "folder = Path(sys.argv[1])\nsave(folder, 1)\n"

@@ -1,7 +1,9 @@
 """The machine: libraries that do not fit, accelerators that are there or not (told apart by patches), and large folders."""
 
+import json
 import os
 import pickle
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +15,7 @@ import torch
 
 import train
 from byol_core import embed, evaluate_command, folder
+from byol_core.checkpoint import read_checkpoint
 from byol_core.folder import scan
 from byol_core.runtime import Runtime, choose_device, choose_precision
 from tests.test_train_command import SMALL
@@ -100,6 +103,27 @@ def test_two_hundred_thousand_names_take_little_memory(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True, check=True,
                           cwd=Path(folder.__file__).parent.parent)
     assert float(done.stdout.splitlines()[-1]) < 80  # MiB; Path objects alone would take over 100
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="a POSIX shell")
+@pytest.mark.parametrize("closing", ["<&- >&- 2>&-", ">&-", "2>&-"])
+def test_a_command_without_standard_streams_writes_whole_files(image_folder: Callable[..., Path], tmp_path: Path,
+                                                               closing: str) -> None:
+    """A file of the run that got a stream's number would take what is printed."""
+    words = [sys.executable, train.__file__, "--data", str(image_folder()), "--out", "out", "--epochs", "1", "--no-eval",
+             *map(str, SMALL)]
+    done = subprocess.run(["sh", "-c", f"exec {shlex.join(words)} {closing}"], cwd=tmp_path)
+    assert done.returncode == 0 and read_checkpoint(tmp_path / "out" / "last.pt")
+    assert all(json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines())
+
+
+@pytest.mark.slow
+def test_a_console_that_cannot_show_a_name_stops_no_run(image_folder: Callable[..., Path], tmp_path: Path) -> None:
+    command = [sys.executable, train.__file__, "--data", str(image_folder("bär")), "--out", "out", "--epochs", "1",
+               "--no-eval", *map(str, SMALL)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and b"b\\xe4r" in done.stdout
 
 
 @pytest.mark.slow

@@ -2,11 +2,14 @@
 
 import errno
 import fcntl
+import shutil
 from pathlib import Path
 
 import pytest
 
 from byol_core.run_folder import open_run_folder
+from tests.children import At
+from tests.test_kills import STEP, arguments, run
 
 
 def test_a_refused_folder_keeps_every_file_of_its_owner(tmp_path: Path) -> None:
@@ -23,6 +26,29 @@ def test_only_what_a_killed_run_left_half_written_is_removed(tmp_path: Path) -> 
     (tmp_path / ".folder.12.tmp").mkdir()
     with open_run_folder(tmp_path, may_be_used=False):
         assert {entry.name for entry in tmp_path.iterdir()} == {".lock", ".mine.tmp", ".folder.12.tmp"}
+
+
+def lose_the_folder() -> None:
+    shutil.rmtree("out")
+
+
+def test_a_run_folder_that_is_deleted_on_the_way_ends_the_run_in_a_line(data: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(data.parent)
+    assert run(arguments(data, "--workers", 0), "out", At(STEP, 2, "tests.test_run_folder:lose_the_folder")) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1].startswith("error: cannot write out/last.pt: No such file or directory (") and "Traceback" not in said
+
+
+def test_a_run_goes_on_without_what_is_only_to_look_at(data: Path, monkeypatch, capsys) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("no room for pictures")
+
+    monkeypatch.chdir(data.parent)
+    for place in ("run.write_json", "outcome.save_views", "outcome.save_neighbours", "outcome.write_report"):
+        monkeypatch.setattr(f"byol_core.{place}", fail)
+    assert run([word for word in arguments(data, "--workers", 0) if word != "--no-eval"], "out") == 0
+    assert capsys.readouterr().out.count("warning: no room for pictures - the run goes on\n") == 3
+    assert (data.parent / "out" / "backbone.pt").exists()
 
 
 @pytest.mark.parametrize("may_be_used", [False, True])

@@ -1,8 +1,11 @@
 """Signals as a machine sends them: to a process or all of its group, at any moment; saved, told in a line, nobody left."""
 
+import contextlib
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -121,6 +124,37 @@ def test_a_signal_before_training_ends_with_its_code_and_leaves_no_folder(data: 
         At("byol_core.plan:make_plan", 1, name).arrange(patched.setattr)
         assert command.main(words) == CODES[name]
     assert capsys.readouterr().err == "" and not Path("out").exists()
+
+
+def swallow_a_signal() -> None:
+    with contextlib.suppress(BaseException):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def be_broken_off() -> None:
+    """As a library whose loading a signal breaks off: it says something else."""
+    swallow_a_signal()
+    raise ImportError("cannot import name 'x' from partially initialized module")
+
+
+@pytest.mark.parametrize("what", [swallow_a_signal, be_broken_off])
+def test_a_signal_that_something_swallows_before_training_is_answered_all_the_same(data: Path, capsys, what) -> None:
+    moment = At("byol_core.plan:make_plan", 1, f"tests.test_signal_delivery:{what.__name__}")
+    assert run(arguments(data, "--workers", 0), "out", moment) == 143
+    assert capsys.readouterr().err == "" and not Path("out/last.pt").exists()
+
+
+@pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143)])
+@pytest.mark.parametrize("module", ["argparse", "byol_core.config"])
+def test_a_signal_while_the_command_itself_is_loaded_ends_it_without_a_word(module: str, name: str, code: int) -> None:
+    script = ("import os, runpy, signal, sys\n"
+              "class Finder:\n"
+              "    def find_spec(self, name, *_):\n"
+              f"        if name == {module!r}: os.kill(os.getpid(), signal.{name})\n"
+              "sys.modules.pop('argparse', None)\nsys.meta_path.insert(0, Finder())\n"
+              f"runpy.run_path({command.__file__!r}, run_name='__main__')\n")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(command.__file__).parent)
+    assert done.returncode == code and done.stdout + done.stderr == ""
 
 
 def test_a_signal_while_a_failure_is_written_down_does_not_hide_it(data: Path, capsys) -> None:

@@ -399,6 +399,10 @@ WRONG = [
 ]
 
 
+WRONG += [(["--out", ""], "--out is empty - name a folder, or . for this one"),
+          (["--out", "o" * 300], "ooo: file name too long - choose another --out")]
+
+
 @pytest.mark.parametrize("arguments, message", WRONG, ids=[" ".join(arguments) for arguments, _ in WRONG])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="--device cuda is right here")
 def test_wrong_input_is_one_line_and_code_2_before_any_training(image_folder: Callable[..., Path], capsys,
@@ -417,7 +421,9 @@ def test_wrong_input_is_one_line_and_code_2_before_any_training(image_folder: Ca
     (["--lr", "nan"], "argument --lr: must be a finite number above 0, got nan"),
     (["--lr", "-1"], "got -1"),
     (["--lr", "0"], "got 0"),
-    (["--epochs", "-1"], "argument --epochs: must be a whole number, 0 or more, got -1"),
+    (["--epochs", "-1"], "argument --epochs: must be a whole number from 0 to 1000000000, got -1"),
+    (["--epochs", "9" * 401], "argument --epochs: must be a whole number from 0 to 1000000000, got 9999"),
+    (["--workers", "1000000"], "argument --workers: must be auto or a whole number from 0 to 256, got 1000000"),
     (["--epochs", "1.5"], "got 1.5"),
     (["--image-size", "7"], "8 or more, got 7"),
     (["--weight-decay", "inf"], "got inf"),

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 from multiprocessing.synchronize import Event as EventType
@@ -9,13 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import Dataset
 
 from byol_core import batches, workers
 from byol_core.batches import Order, WorkerBatches
 from byol_core.data import choose_workers, plain_batches
 from byol_core.failures import in_plain_words
 from byol_core.run_folder import open_run_folder
-from byol_core.workers import WorkerError
+from byol_core.signals import SIGNALS
+from byol_core.workers import WorkerError, batches_from, new_loader
 from tests.children import At
 from tests.test_data import PLAIN, load
 from tests.test_kills import STEP, arguments, assert_same_run, run
@@ -98,6 +101,30 @@ def test_what_a_worker_fails_at_is_one_line(data: Path, monkeypatch) -> None:
     assert str(error.value) == "MemoryError: a large image"
 
 
+class HandlerOfSigterm(Dataset[bool]):
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> bool:
+        return all(signal.getsignal(getattr(signal, name)) == signal.SIG_IGN for name in SIGNALS)
+
+
+def test_workers_leave_signals_to_the_run() -> None:
+    """Even where a process cannot be started with signals blocked."""
+    assert [bool(value) for value in batches_from(new_loader(HandlerOfSigterm(), 1, batch_size=None))] == [True, True]
+
+
+def lose_the_images() -> None:
+    shutil.rmtree("imgs")
+
+
+def test_images_that_vanish_on_the_way_are_told_in_plain_words(data: Path, capsys) -> None:
+    words = arguments(data, "--views", "cpu", "--workers", 1, "--epochs", 50)
+    assert run(words, "out", At(STEP, 4, "tests.test_workers:lose_the_images")) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: ") and "byol_core." not in said and "cannot be read" in said or "readable" in said
+
+
 def test_workers_stay_between_epochs_until_they_are_closed(data: Path) -> None:
     source = new_batches(data)
     list(source.epoch(0))
@@ -163,7 +190,10 @@ def test_out_of_memory_is_one_line_with_what_to_try_and_keeps_the_checkpoint(dat
     (MemoryError(), {"device": "cpu", "batch_size": 2},
      "out of memory on cpu at batch 2 - try --views cpu or a smaller --arch"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), {"device": "auto"},
-     "out of memory on the device before training - try --views cpu, a smaller --arch, or --device cpu"),
+     "out of memory on the CPU before training - try a smaller --arch, --hidden-dim or --image-size, --views cpu"),
+    (RuntimeError("CUDA out of memory. Tried"), {"device": "auto"},
+     "out of memory on the device before training - try a smaller --arch, --hidden-dim or --image-size, --views cpu, or "
+     "--device cpu"),
     (NotImplementedError("The operator 'aten::x' is not implemented for the MPS device. If you want this, comment on GitHub"),
      {"device": "mps"}, "The operator 'aten::x' is not implemented for the MPS device - use --device cpu"),
     (RuntimeError("shapes do not fit"), {"device": "cpu", "batch_size": 256}, "shapes do not fit"),

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +53,25 @@ def give(command: str, file: Path, trained: Path) -> int:
     source = ["--checkpoint", str(trained), "--baseline-weights", str(file)] if command.startswith("base") else [
         "--checkpoint", str(file)]
     return evaluate_command.main([*data, *source, "--workers", "0", "--device", "cpu"])
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes there")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_pipe_is_refused_and_not_waited_for(trained: Path, command: str, capsys) -> None:
+    os.mkfifo("pipe.pt")
+    assert give(command, Path("pipe.pt"), trained) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "pipe.pt is not a checkpoint, but a pipe or a device" in said
+
+
+def test_a_folder_in_the_place_of_the_checkpoint_is_named(trained: Path, capsys) -> None:
+    shutil.copytree(trained, "out")
+    Path("out/last.pt").rename("out/previous.pt")
+    Path("out/last.pt").mkdir()
+    Path("out/last.pt/mine").touch()
+    assert train.main(["--data", str(trained.parent / "imgs"), "--epochs", "1", "--out", "out", *SMALL, "--resume"]) == 2
+    assert "cannot put previous.pt in the place of out/last.pt: Is a directory" in capsys.readouterr().err
+    assert Path("out/last.pt/mine").exists()
 
 
 @pytest.mark.parametrize("kind", ["in a checkpoint", "in weights", "bare pickle"])

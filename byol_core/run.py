@@ -80,8 +80,8 @@ class Run:
             if choice.name == "lr":
                 shown += f" x {plan.batch_size}/256 = {plan.lr:.6g}"
             say(f"  {choice.name} {shown} ({choice.reason})")
-        say(f"device: {parts.runtime.device} ({parts.device_reason}); precision: {parts.precision} ({parts.amp_reason}); "
-            f"views: {parts.views_reason}")
+        say(f"device: {parts.runtime.device} ({parts.device_reason}); precision: {parts.precision} ({parts.amp_reason})"
+            f"{', channels_last' if parts.runtime.channels_last else ''}; views: {parts.views_reason}")
         if self.processes.several:
             alike = "all of them" if parts.runtime.device.type == "cuda" else "each alone, as on this device it must be"
             say(f"processes: {self.processes.world_size}, each with {plan.micro_batch} images at a time; batch statistics "

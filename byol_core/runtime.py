@@ -78,6 +78,11 @@ def choose_precision(asked: str, device: torch.device, tiny: bool = False) -> tu
     return None, f"no native bf16 on this {device.type.upper()}"
 
 
+def prefers_channels_last(device: torch.device, amp_dtype: torch.dtype | None, tiny: bool = False) -> bool:
+    """Whether convolutions are faster with images laid out channel by channel last: on CUDA, in bfloat16, for conv6."""
+    return device.type == "cuda" or amp_dtype == torch.bfloat16 or tiny
+
+
 def _cpu_multiplies_bf16() -> bool:
     """Whether the CPU has AMX or AVX512-BF16 instructions; False where this torch cannot say."""
     checks = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from byol_core.lars import LARS
-from byol_core.runtime import NonFiniteError, Runtime, choose_device, choose_precision
+from byol_core.runtime import NonFiniteError, Runtime, choose_device, choose_precision, prefers_channels_last
 
 
 def patch_cuda(monkeypatch, capability: tuple[int, int]) -> None:
@@ -31,6 +31,14 @@ def test_precision_is_as_asked(asked: str, dtype) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="has an accelerator")
+@pytest.mark.parametrize("device, amp_dtype, tiny, expected", [
+    ("cuda", None, False, True), ("cpu", torch.bfloat16, False, True), ("cpu", None, True, True), ("cpu", None, False, False),
+    ("mps", torch.float16, False, False)])
+def test_channels_come_last_where_that_is_faster(device: str, amp_dtype: torch.dtype | None, tiny: bool,
+                                                 expected: bool) -> None:
+    assert prefers_channels_last(torch.device(device), amp_dtype, tiny) is expected
+
+
 def test_without_an_accelerator_auto_is_the_cpu_and_others_are_refused() -> None:
     assert choose_device("auto") == (torch.device("cpu"), "no CUDA found")
     for asked in ("cuda", "cuda:3", "mps", "xpu", "nonsense"):

@@ -1,25 +1,33 @@
-"""What records, reports and checkpoints take of the training loop: a run on the digits at its defaults, parts of it timed.
+"""Where the time of a run goes: a run of the main job with its parts timed.
 
-    python -m tests.bench.cost --threads 1
+    python -m tests.bench.cost --epochs 60                                               the digits at their defaults
+    python -m tests.bench.cost --data path/to/cifar10/train --image-size 32 --epochs 2   any options of train.py
 """
 
+import argparse
+import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from unittest import mock
 
 import train
-from byol_core import run
+from byol_core import run, training
 from byol_core.metrics import RunLog
 from byol_core.outcome import Outcome
+from byol_core.networks import BYOL
 from byol_core.run import Run
-from tests.bench.table import arguments, environment, markdown, show
+from byol_core.runtime import Runtime
+from tests.bench.table import environment, markdown, show
 
-PARTS = {"records: losses, health, speed": (RunLog, "step"), "report.html on the way": (Outcome, "report_under_way"),
+WHOLE = "the whole loop"
+PARTS = {"forward": (BYOL, "forward"), "backward": (Runtime, "backward"), "finite check and optimizer": (Runtime, "step"),
+         "EMA": (training, "ema_update"), "records: losses, health, speed": (RunLog, "step"),
+         "report.html on the way": (Outcome, "report_under_way"),
          "kNN on the way (only with --eval-every)": (Outcome, "measure_on_the_way"),
-         "checkpoints, one per epoch": (Run, "save"),
-         "the whole loop": (run, "train")}
+         "checkpoints, one per epoch": (Run, "save"), WHOLE: (run, "train")}
 
 
 @contextmanager
@@ -39,17 +47,23 @@ def timed(owner: object, name: str, seconds: dict[str, float], part: str) -> Ite
 
 
 def main() -> None:
-    options = arguments(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="append the table to RESULTS.md beside this file")
+    options, passed_on = parser.parse_known_args()
     seconds = dict.fromkeys(PARTS, 0.0)
     with tempfile.TemporaryDirectory() as place, ExitStack() as stack:
         for part, (owner, name) in PARTS.items():
             stack.enter_context(timed(owner, name, seconds, part))
-        code = train.main(["--out", f"{place}/run", "--device", options.device, "--epochs", "60"])
+        code = train.main(["--out", f"{place}/run", *passed_on])
+        summary = json.loads((Path(place) / "run" / "summary.json").read_text())
     assert code == 0
-    whole = seconds["the whole loop"]
-    rows = [(part, f"{value:.2f}", f"{value / whole:.2%}") for part, value in seconds.items()]
-    show("What a run takes beside training, conv6 on the digits, 60 epochs",
-         f"{environment(options.device)}\n\n{markdown(('part', 'seconds', 'of the loop'), rows)}", options.write)
+    whole = seconds.pop(WHOLE)
+    seconds["waiting for views"] = summary["wait_fraction"] * summary["seconds"]
+    seconds["all else"] = whole - sum(seconds.values())
+    rows = [(part, f"{value:.2f}", f"{value / whole:.2%}") for part, value in sorted(seconds.items(), key=lambda row: -row[1])]
+    show("Where the time of a run goes", f"`python -m tests.bench.cost {' '.join(passed_on)}`: "
+         f"{environment(summary['device'])}\n\n{summary['images_per_second']:.0f} images/s\n\n"
+         f"{markdown(('part', 'seconds', 'of the loop'), [*rows, (WHOLE, f'{whole:.2f}', '100.00%')])}", options.write)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 from byol_core.config import TrainConfig
 from byol_core.optim import build_optimizer, build_scheduler
 from byol_core.plan import Facts, make_plan
-from byol_core.runtime import Runtime, choose_precision
+from byol_core.runtime import Runtime, choose_precision, prefers_channels_last
 from byol_core.training import train
 from tests.bench import rivals
 from tests.bench.table import environment, markdown, parse, show, side_by_side
@@ -30,8 +30,8 @@ def main() -> None:
     parser.add_argument("--small-stem", action="store_true", help="the 3x3 stem for small images")
     options = parse(parser, rounds=5)
     device, network = options.device, (options.arch, options.small_stem, options.size)
-    chosen = Runtime(device, choose_precision("auto", torch.device(device))[0],
-                     channels_last=device.startswith("cuda"))  # as a run chooses them
+    amp_dtype = choose_precision("auto", torch.device(device))[0]
+    chosen = Runtime(device, amp_dtype, prefers_channels_last(torch.device(device), amp_dtype))  # as a run chooses them
 
     rows: dict[str, Callable[[], object]] = {}
     names = {}

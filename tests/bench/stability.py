@@ -1,0 +1,58 @@
+"""Does anything diverge or collapse at the defaults? Short runs of the main job on several sets, batch by batch.
+
+    python -m tests.bench.stability digits path/to/cifar10/train path/to/photos [--batches 32 256 4096] [--epochs N]
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from byol_core.run_facts import read_run
+from tests.bench.table import environment, markdown, show
+
+ROOT = Path(__file__).parent.parent.parent
+AT_ONCE = 512  # images of a micro-batch at the most
+COLUMNS = ("images", "batch", "updates", "lr", "loss, first to last", "lowest spread", "rank, last", "kNN (untrained)",
+           "verdict")
+
+
+def run_of(data: str, batch: int, epochs: int, options: list[str]) -> tuple[str, ...]:
+    with tempfile.TemporaryDirectory() as place:
+        command = [sys.executable, str(ROOT / "train.py"), "--data", data, "--out", f"{place}/out", "--epochs", str(epochs),
+                   "--batch-size", str(batch), "--accum-steps", str(max(1, batch // AT_ONCE)), *options]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode == 2:
+            return Path(data).name, str(batch), *["-"] * 6, done.stderr.strip().removeprefix("error: ").partition(" - ")[0]
+        summary = json.loads((Path(place) / "out" / "summary.json").read_text())
+        records = [record for line in (Path(place) / "out" / "metrics.jsonl").read_text().splitlines()
+                   for record in (json.loads(line),) if "loss" in record]
+        knn = "-" if summary["knn"] is None else f"{summary['knn']:.1%} ({summary['knn_untrained']:.1%})"
+        return (f"{Path(data).name}: {summary['images']}", str(batch), str(summary["updates"]),
+                f"{max(record['lr'] for record in records):.3g}", f"{records[0]['loss']:.2f} to {records[-1]['loss']:.2f}",
+                f"{min(record['spread'] for record in records):.2f}",
+                f"{records[-1]['rank']:.1f} of {records[-1]['rank_limit']:.0f}", knn,
+                read_run(Path(place) / "out").verdict.word)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", nargs="+", help="digits, or folders of images")
+    parser.add_argument("--batches", type=int, nargs="+", default=[32, 128, 512, 1024, 4096])
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--write", action="store_true", help="append the table to RESULTS.md beside this file")
+    options, passed_on = parser.parse_known_args()
+    rows = []
+    for data in options.data:
+        for batch in options.batches:
+            rows.append(run_of(data, batch, options.epochs, passed_on))
+            print(" | ".join(rows[-1]), flush=True)
+    command = f"--epochs {options.epochs} {' '.join(passed_on)}".strip()
+    show("Defaults from batch to batch", f"`python -m tests.bench.stability ... {command}`: {environment('cpu')}\n\n"
+         f"{markdown(COLUMNS, rows)}", options.write)
+
+
+if __name__ == "__main__":
+    main()

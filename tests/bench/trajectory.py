@@ -1,0 +1,51 @@
+"""Do the data paths train alike? The loss on the way, by each path, from several seeds: means should agree within the noise.
+
+    python -m tests.bench.trajectory --images path/to/cifar10/train [--seeds 3] [--epochs 10] [options of train.py]
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.bench.table import environment, markdown, show
+
+ROOT = Path(__file__).parent.parent.parent
+PATHS = {"held on the device": ["--views", "device"], "the reference, --views cpu": ["--views", "cpu"]}
+PARTS = 5  # of the run, whose mean losses are compared
+
+
+def losses(images: Path, options: list[str]) -> list[float]:
+    """The mean loss of each fifth of a run."""
+    with tempfile.TemporaryDirectory() as place:
+        subprocess.run([sys.executable, str(ROOT / "train.py"), "--data", str(images), "--out", f"{place}/out", "--no-eval",
+                        *options], check=True, capture_output=True)
+        records = [json.loads(line) for line in (Path(place) / "out" / "metrics.jsonl").read_text().splitlines()]
+    last = records[-1]["update"]
+    return [statistics.mean(record["loss"] for record in records if (record["update"] - 1) * PARTS // last == part)
+            for part in range(PARTS)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--write", action="store_true", help="append the table to RESULTS.md beside this file")
+    options, passed_on = parser.parse_known_args()
+    rows = []
+    for name, path in PATHS.items():
+        runs = [losses(options.images, [*path, "--seed", str(seed), "--epochs", str(options.epochs), *passed_on])
+                for seed in range(options.seeds)]
+        rows.append((name, *(f"{statistics.mean(part):.3f} ± {statistics.stdev(part):.3f}" for part in zip(*runs))))
+        print(" | ".join(rows[-1]), flush=True)
+    columns = ("views", *(f"loss, fifth {part + 1} of the run" for part in range(PARTS)))
+    show("Loss by data path", f"`python -m tests.bench.trajectory --seeds {options.seeds} --epochs {options.epochs} "
+         f"{' '.join(passed_on)}`: {environment('cpu')}\n\n{markdown(columns, rows)}", options.write)
+
+
+if __name__ == "__main__":
+    main()

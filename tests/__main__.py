@@ -1,12 +1,14 @@
 """`python -m tests`: the whole check - tests, style, types - in one command. `--fast` leaves the slow tests out."""
 
+import contextlib
 import os
 import subprocess
 import sys
 import tempfile
 
 # Parts of the whole check that run beside the rest of the tests: those that train long, those that mostly wait for processes.
-BESIDE = [["accuracy"], ["torchrun", "processes", "ema_sharded", "kills", "signal_delivery", "workers", "soak", "full_disk"]]
+BESIDE = [["accuracy"], ["torchrun", "processes", "ema_sharded"],
+          ["kills", "signal_delivery", "workers", "soak", "full_disk"]]
 
 
 def main() -> int:
@@ -16,13 +18,15 @@ def main() -> int:
     pytest = [sys.executable, "-m", "pytest", "-q"]
     environment = os.environ if fast else {**os.environ, "OMP_NUM_THREADS": "1"}
     codes = {}
-    with tempfile.TemporaryFile("w+") as output:
+    with contextlib.ExitStack() as stack:
+        outputs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in parts]
         beside = [subprocess.Popen([*pytest, *part], stdout=output, stderr=subprocess.STDOUT, env=environment)
-                  for part in parts]
+                  for part, output in zip(parts, outputs)]
         codes["pytest"] = subprocess.call([*pytest, *rest], env=environment)
-        codes |= {f"pytest, {names[0]}": process.wait() for names, process in zip(BESIDE, beside)}
-        output.seek(0)
-        print(output.read())
+        for names, process, output in zip(BESIDE, beside, outputs):
+            codes[f"pytest, {names[0]}"] = process.wait()
+            output.seek(0)
+            print(output.read())
     codes["flake8"] = subprocess.call([sys.executable, "-m", "flake8", "byol_core", "tests", "train.py"])
     codes["mypy"] = subprocess.call([sys.executable, "-m", "mypy", "byol_core", "train.py", "tests/bench"])
     failed = [name for name, code in codes.items() if code]

@@ -37,7 +37,8 @@ class Embedding:
 
 def build_parser() -> Parser:
     parser = backbone_parser("python -m byol_core.embed", "Write the features of every image of a folder to one .npz file: "
-                             "embeddings, names, and, where there are class sub-folders, labels and classes.")
+                             "embeddings, names, and, where there are class sub-folders, labels and classes (to be read: odd "
+                             "bytes of a folder's name are written as escapes there).")
     parser.add_argument("--out", default="embeddings.npz", metavar="FILE", help="where to (default: embeddings.npz)")
     return parser
 

@@ -15,6 +15,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from sklearn.base import BaseEstimator, is_classifier
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
@@ -182,6 +183,7 @@ def few_label_accuracy(train: Features, test: Features, per_class: int, draws: i
 def load_classifier(name: str) -> Classifier | None:
     """The classifier that --classifier names: logistic (None), knn, or the dotted name of a scikit-learn class.
 
+    Its random_state, where it has one, is 42, so that two runs agree.
     Raises: ValueError when there is no such class or it is no classifier.
     """
     if name == "logistic":
@@ -194,8 +196,11 @@ def load_classifier(name: str) -> Classifier | None:
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"--classifier {name}: {error} - use logistic, knn or a dotted name such as "
                          "sklearn.svm.LinearSVC") from error
-    if not (hasattr(classifier, "fit") and hasattr(classifier, "predict")):
-        raise ValueError(f"--classifier {name} has no fit and predict")
+    if not (isinstance(classifier, BaseEstimator) and is_classifier(classifier)):
+        raise ValueError(f"--classifier {name} is no classifier of scikit-learn's - use logistic, knn or a dotted name such "
+                         "as sklearn.svm.LinearSVC")
+    if classifier.get_params().get("random_state", 42) is None:
+        classifier.set_params(random_state=42)
     return classifier
 
 

@@ -54,8 +54,8 @@ def build_parser() -> Parser:
                              "untrained network and the majority class.")
     parser.add_argument("--eval-data", metavar="DIR", help="labelled folder to measure on (default: a fifth of every class "
                         "of --data, whose labels the probes do not see)")
-    parser.add_argument("--classifier", metavar="NAME", help="one more classifier: knn, or the dotted name of any of "
-                        "scikit-learn's, such as sklearn.svm.LinearSVC")
+    parser.add_argument("--classifier", metavar="NAME", help="one more classifier: knn, logistic, or the dotted name of "
+                        "any of scikit-learn's, such as sklearn.svm.LinearSVC")
     parser.add_argument("--linear", default="auto", choices=("auto", "sklearn", "sgd"), help="the linear probe: "
                         "scikit-learn's logistic regression, or SGD as published, for large sets (default: auto, by size)")
     parser.add_argument("--baseline-weights", metavar="FILE", help="torchvision's weights for the same architecture, to "
@@ -278,9 +278,10 @@ def _measure(evaluation: Evaluation, name: str, fit: "Features", test: "Features
     evaluation.note("note: linear is " + ("SGD on frozen features, the published protocol" if by_sgd else
                                           "scikit-learn's logistic regression on standardised features"))
     predicted = predict(LinearProbe(device=evaluation.runtime.device) if by_sgd else None, "linear")
-    if evaluation.classifier is not None:
+    if evaluation.options.classifier is not None:
+        fresh = None if evaluation.classifier is None else clone(evaluation.classifier, safe=False)
         try:
-            predict(clone(evaluation.classifier, safe=False), evaluation.options.classifier)
+            predict(fresh, evaluation.options.classifier)
         except Exception as error:  # classifiers raise whatever they like
             raise RuntimeError(f"--classifier {evaluation.options.classifier} failed on the features of the {name} network: "
                                f"{error}") from error

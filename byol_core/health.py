@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ RANK_COLLAPSED, RANK_COLLAPSING = 3.0, 5.0  # dimensions in use; the digits use 
 FLAT_CHANGE = 0.05  # less than this share of change in loss, spread and rank since the start is no change
 FLAT_RECORDS, FLAT_SHARE = 10, 0.1  # records, and share of the run, before it may be called flat
 SCORES = ("linear", "knn", "linear_5", "linear_1")  # accuracies that decide together, where they were measured
+RISEN = 0.01  # an accuracy that rose by less may have done so by chance: on a few hundred images that is one deviation
+SMALL_TAU = 0.9  # the smallest of the paper's that came close to the best
 REMEMBERED = 0.5  # share of its random start that a target may still hold when half the run is over
 
 Record = Mapping[str, float]  # a line of metrics.jsonl
@@ -23,9 +25,9 @@ Record = Mapping[str, float]  # a line of metrics.jsonl
 
 @dataclass(frozen=True)
 class Verdict:
-    """word: "starting", "learning", "flat", "collapsing", "collapsed" or "finished well". why: the numbers that say so.
+    """word: "starting", "learning", "flat", "collapsing", "collapsed", "finished well" or "undecided".
 
-    advice: what to do next, empty where nothing is wrong.
+    why: the numbers that say so. advice: what to do next, empty where nothing is wrong.
     """
 
     word: str
@@ -71,11 +73,13 @@ def find_collapse(records: Sequence[Record], plan: Mapping[str, object] | None =
 
 
 def collapse_advice(plan: Mapping[str, object]) -> str:
-    """What most likely causes a collapse in a run with these numbers, by the paper's ablations (Grill et al. 2020)."""
-    advice = ["lower --lr by 3 to 10 times"]
-    tau, batch, decay = (_number(plan.get(name)) for name in ("tau_base", "batch_size", "weight_decay"))
-    if tau < 0.9:
-        advice.insert(0, f"raise --tau-base from {tau:.3g} (the paper: 0 collapses, 0.9 costs 4 points against 0.99)")
+    """What most likely causes a collapse in a run with these numbers, by the paper's ablations (Grill et al. 2020).
+
+    A learning rate that was asked for comes first, else the target momentum, where it is small.
+    """
+    lower_lr, raise_tau = ["lower --lr by 3 to 10 times"], _raise_tau(plan)
+    advice = lower_lr + raise_tau if _asked_for("lr", plan) else raise_tau + lower_lr
+    batch, decay = (_number(plan.get(name)) for name in ("batch_size", "weight_decay"))
     if batch < 128:
         advice.append(f"use a larger --batch-size than {batch:.0f} (the paper: 64 costs 12 points against 256)")
     if decay == 0:
@@ -85,6 +89,19 @@ def collapse_advice(plan: Mapping[str, object]) -> str:
     return "; ".join(advice) + "; in code of your own, check that the predictor is there and that the target gets no gradient"
 
 
+def _raise_tau(plan: Mapping[str, object]) -> list[str]:
+    tau = _number(plan.get("tau_base"))
+    return [f"raise --tau-base from {tau:.3g} (the paper: 0 collapses, 0.9 costs 4 points against 0.99)"
+            ] if tau < SMALL_TAU else []
+
+
+def _asked_for(name: str, plan: Mapping[str, object]) -> bool:
+    """Whether a choice of the plan was made by the user."""
+    choices = plan.get("choices")
+    return isinstance(choices, (list, tuple)) and any((choice["name"], choice["reason"]) == (name, "as asked")
+                                                      for choice in choices)
+
+
 def judge(records: Sequence[Record], epochs: int, status: str = "running", scores: Mapping[str, object] | None = None,
           plan: Mapping[str, object] | None = None) -> Verdict:
     """The verdict on a run from its records, in the order they were made.
@@ -92,16 +109,18 @@ def judge(records: Sequence[Record], epochs: int, status: str = "running", score
     epochs: of the whole run. status: "running", "stopped", "failed" or "finished". scores: the summary, of which the
     accuracies before and after are used. plan: the run's resolved numbers, for advice that fits them.
     """
-    records = [record for record in records if "loss" in record]
+    records = [record for record in records if record.keys() >= {"loss", "spread", "tau"}]
     if not records:
         return Verdict("starting", "nothing recorded yet")
     collapse = find_collapse(records, plan)
     if collapse is not None:
         return Verdict("collapsed", collapse.why, collapse.advice) if status == "finished" else collapse
-    flat = _unmoved(records, epochs) or _remembering(records, epochs)
-    if flat is not None:
-        return flat
-    return _finished(records, scores or {}) if status == "finished" else _learning(records)
+    verdict = _unmoved(records, epochs) or _remembering(records, epochs)
+    if verdict is None:
+        verdict = _finished(records, scores or {}) if status == "finished" else _learning(records)
+    if verdict.word == "flat" and (plan or {}).get("tau_schedule") == "constant":
+        return replace(verdict, advice="; ".join([*_raise_tau(plan or {}), verdict.advice]))
+    return verdict
 
 
 def _unmoved(records: Sequence[Record], epochs: int) -> Verdict | None:
@@ -136,9 +155,14 @@ def _finished(records: Sequence[Record], scores: Mapping[str, object]) -> Verdic
     told = ", ".join(f"{name} {after:.1%} (untrained {before:.1%})" for name, after, before in pairs)
     if sum(after - before for _, after, before in pairs) > 0:
         return Verdict("finished well", f"{told}; {_state(records)}")
+    if any(after - before >= RISEN for _, after, before in pairs):
+        return Verdict("undecided", f"some accuracies rose, others fell: {told}", "train for more epochs")
     if pairs:
         return Verdict("flat", f"on the whole no better than untrained: {told}", "train for more epochs; look at views.png: "
                        "what the views do not keep is not learned (the paper: crops alone 59.4, all views 72.5)")
+    if len(records) < FLAT_RECORDS:
+        return Verdict("undecided", f"{len(records)} records are too few to judge by; {_state(records)}",
+                       "train for more epochs")
     return Verdict("finished well", _state(records))
 
 
@@ -150,7 +174,7 @@ def _learning(records: Sequence[Record]) -> Verdict:
 
 def _state(records: Sequence[Record]) -> str:
     first, last = records[0], records[-1]
-    rank = f", rank {last['rank']:.1f} of {last['rank_limit']:.0f}" if "rank_limit" in last else ""
+    rank = f", rank {last['rank']:.1f} of {last['rank_limit']:.0f}" if last.keys() >= {"rank", "rank_limit"} else ""
     return f"loss {first['loss']:.3g} to {last['loss']:.3g}, spread {last['spread']:.2f}{rank}"
 
 

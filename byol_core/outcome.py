@@ -11,11 +11,13 @@ from torch import nn
 
 from byol_core.checkpoint import State, export_backbone, write_json, write_text
 from byol_core.evaluate import embed_data
+from byol_core.failures import own_words
 from byol_core.losses import effective_rank
 from byol_core.memory import peak_memory
 from byol_core.parts import Parts
 from byol_core.pictures import save_embedding, save_neighbours, save_views
-from byol_core.report import how_to_load, read_run, write_report
+from byol_core.report import how_to_load, write_report
+from byol_core.run_facts import read_run
 from byol_core.scoring import Scores, some_indices
 
 PICTURED_AT_MOST = 2_000  # images among which neighbours are looked for
@@ -77,11 +79,17 @@ class Outcome:
                 self.parts.log.board.picture(self.parts.progress.updates, self.parts.folder / name)
 
     def measure_untrained(self) -> None:
-        """What the network gives before it has learned anything, and, for images that small, what bare pixels give."""
+        """What the network gives before it has learned anything, and, for images that small, what bare pixels give.
+
+        Says so where nothing can be measured, now or on the way.
+        """
         if self.parts.plan.image_size <= PIXELS_UP_TO:
             self.measure("pixels", nn.Flatten())
         if "untrained" not in self.scores:
             self.measure("untrained", self.parts.new_model().online.backbone)
+        if self.parts.scorer is None and self.parts.config.eval_every:
+            why = "without labels to measure with" if self.parts.config.eval else "with --no-eval"
+            self.parts.log.say(f"note: --eval-every {self.parts.config.eval_every} has no effect {why}")
 
     def measure(self, name: str, backbone: nn.Module) -> None:
         """Scores of `backbone` under `name`, where there are labels and it was not measured before the run was resumed."""
@@ -116,14 +124,15 @@ class Outcome:
         export_backbone(parts.folder, parts.backbone.state_dict(), {**parts.about_backbone(), **about}, name)
 
     def report_under_way(self) -> None:
-        """report.html as the run goes, so that it is true whenever someone looks; it never stops the run."""
+        """The facts and report.html as the run goes, to be true whenever someone looks; they never stop the run."""
         began = time.monotonic()
         if began < self.report_due:
             return
         try:
-            write_report(self.parts.folder, self._summary("running"))
-        except OSError as error:
-            self.parts.log.note(f"warning: {error}")
+            self._write_facts("running")
+            write_report(self.parts.folder, under_way=True)
+        except Exception as error:  # also of a file in the run folder that somebody has damaged
+            self.parts.log.note(f"warning: {own_words(error)}")
         self.report_due = began + max(REPORT_EVERY, 100 * (time.monotonic() - began))
         self.parts.log.start(self.parts.progress)
 
@@ -154,14 +163,22 @@ class Outcome:
 
     @contextlib.contextmanager
     def _only_to_look_at(self) -> Iterator[None]:
-        """Writes that fail are told and do not fail the run: nothing of it is lost."""
+        """What fails here, as for a full disk or a damaged file, is told and does not fail the run: nothing of it is lost."""
         try:
             yield
-        except OSError as error:
-            self.parts.log.say(f"warning: {error} - the run goes on")
+        except Exception as error:
+            self.parts.log.say(f"warning: {own_words(error)} - the run goes on")
 
     def write_end(self, status: str, reason: str | None = None) -> None:
-        """summary.json, bad_files.txt and report.html, whatever way the run ended. reason: of a run that did not finish."""
+        """The facts and report.html, whatever way the run ended. reason: of a run that did not finish."""
+        self._write_facts(status, reason)
+        with self._only_to_look_at():
+            write_report(self.parts.folder)
+        if self.parts.log.board is not None:
+            self.parts.log.board.close()
+
+    def _write_facts(self, status: str, reason: str | None = None) -> None:
+        """summary.json and bad_files.txt."""
         parts = self.parts
         write_json(parts.folder / "summary.json", self._summary(status, reason))
         listing = parts.data.bad.listing()
@@ -169,10 +186,6 @@ class Outcome:
             listing += parts.bad_eval_files.listing(f"{parts.config.eval_data}/")
         if listing:
             write_text(parts.folder / "bad_files.txt", listing)
-        with self._only_to_look_at():
-            write_report(parts.folder)
-        if parts.log.board is not None:
-            parts.log.board.close()
 
     def _summary(self, status: str, reason: str | None = None) -> dict[str, object]:
         parts, progress, log = self.parts, self.parts.progress, self.parts.log
@@ -201,12 +214,13 @@ class Outcome:
             for key in self.scores[names[-1]]:
                 values = [self.scores[name].get(key) for name in names]
                 say(f"{key:<12}" + "".join(f"{'-' if value is None else f'{value:.1%}':>12}" for value in values))
-        elif self.parts.config.eval:
+        elif self.parts.config.eval and data.files.labels is None and self.parts.config.eval_data is None:
             say("no class folders, so no accuracy: look at neighbours.png, or pass a labelled folder as --eval-data")
         if data.bad.reasons:
             say(f"skipped {len(data.bad.reasons)} of {len(data)} images (bad_files.txt)")
-        verdict = read_run(folder).verdict
-        say(f"{verdict.word}: {verdict.why}" + (f" - {verdict.advice}" if verdict.advice else ""))
+        with self._only_to_look_at():
+            verdict = read_run(folder).verdict
+            say(f"{verdict.word}: {verdict.why}" + (f" - {verdict.advice}" if verdict.advice else ""))
         if self.best:
             say(f"best: kNN {self.best['knn']:.1%} after epoch {self.best['epoch']}, in {folder / 'best.pt'}")
         say(f"report: {folder / 'report.html'}\nuse it:\n{how_to_load(folder, self.parts.about_backbone())}")

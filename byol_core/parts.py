@@ -22,7 +22,7 @@ from byol_core.networks import BYOL
 from byol_core.optim import build_optimizer, build_scheduler
 from byol_core.plan import Plan
 from byol_core.processes import Processes
-from byol_core.runtime import Runtime, choose_device, choose_precision
+from byol_core.runtime import Runtime, choose_device, choose_precision, prefers_channels_last
 from byol_core.scoring import Scorer
 from byol_core.tensorboard import check_tensorboard
 from byol_core.training import Progress
@@ -51,13 +51,13 @@ class Parts:
     def __init__(self, config: TrainConfig, plan: Plan, files: ImageSet, folder: Path, processes: Processes) -> None:
         self.config, self.plan, self.folder, self.processes = config, plan, folder, processes
         device, self.device_reason = choose_device(config.device, processes)
-        amp_dtype, self.amp_reason = choose_precision(config.amp, device, tiny=plan.arch == "conv6")
-        channels_last = device.type == "cuda" or plan.arch == "conv6"
-        self.runtime = Runtime(device, amp_dtype, channels_last, processes)
+        tiny = plan.arch == "conv6"
+        amp_dtype, self.amp_reason = choose_precision(config.amp, device, tiny)
+        self.runtime = Runtime(device, amp_dtype, prefers_channels_last(device, amp_dtype, tiny), processes)
         self.classifier = load_classifier(config.classifier)
         if config.tensorboard:
             check_tensorboard()
-        self.log = RunLog(folder, plan.epochs, plan.updates_per_epoch, plan.batch_size, processes)
+        self.log = RunLog(folder, plan.epochs, plan.updates_per_epoch, plan.batch_size, processes, asdict(plan))
         self.model = self.new_model()
         self.optimizer = build_optimizer(self.model.online, plan)
         self.scheduler = build_scheduler(self.optimizer, plan)

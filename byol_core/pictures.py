@@ -18,9 +18,10 @@ from byol_core.decoding import BadImageError
 from byol_core.seeds import seed_from
 from byol_core.views import ViewRecipe, inverse_normalise
 
-TILE, SMALL_TILE, GAP, LINE = 96, 72, 4, 16  # pixels; LINE is the height of a line of text
+TILE, SMALL_TILE, GAP = 96, 76, 4  # pixels
+TEXT, LINE = 15, 20  # size of letters and height of a line, in pixels: to be read on a phone, where a picture is made smaller
 ROWS, NEAREST = 8, 5
-TITLE = 78  # pixels for the title of a row of neighbours
+NAME = 150  # pixels for a class beside its colour
 MAP, DOT, FINER = 460, 3, 3  # edge of a map and radius of its dots in pixels; drawn that much finer, then reduced
 TSNE_UP_TO = 2_000  # points; beyond them it takes minutes
 NAMED_CLASSES = 20  # told apart by colour
@@ -49,7 +50,7 @@ def tile(image: Tensor | Image.Image, edge: int = TILE) -> Image.Image:
 
 
 def write_text_at(sheet: Image.Image, corner: tuple[int, int], text: str, width: int, colour: str = BLACK,
-                  size: int = 12) -> None:
+                  size: int = TEXT) -> None:
     """One line of text, cut off where `width` pixels end."""
     pen, letters = ImageDraw.Draw(sheet), font(size)
     if pen.textlength(text, font=letters) > width:
@@ -92,12 +93,12 @@ def save_views(path: Path, data: ImageData, recipes: tuple[ViewRecipe, ViewRecip
 
 
 def nearest(features: Tensor, queries: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """(rows, cosines), both (queries, count): the most similar other rows of `features` (n, d) by cosine."""
+    """(rows, distances), both (queries, count): the nearest other rows of `features` (n, d), by 1 - cosine."""
     unit = nn.functional.normalize(features, dim=1)
     cosines = unit[queries] @ unit.T
     cosines[torch.arange(len(queries)), queries] = -2.0  # not itself
     best = cosines.topk(min(count, len(features) - 1))
-    return best.indices, best.values
+    return best.indices, (1 - best.values).clamp_min(0)  # which rounding may leave below
 
 
 def save_neighbours(path: Path, data: ImageData, indices: Tensor, trained: Tensor, untrained: Tensor, seed: int) -> None:
@@ -107,36 +108,37 @@ def save_neighbours(path: Path, data: ImageData, indices: Tensor, trained: Tenso
     """
     generator = torch.Generator().manual_seed(seed_from(seed, "neighbours"))
     queries = torch.randperm(len(indices), generator=generator)[:ROWS]
-    found = {"trained": nearest(trained, queries, NEAREST), "untrained": nearest(untrained, queries, NEAREST)}
+    found = nearest(trained, queries, NEAREST), nearest(untrained, queries, NEAREST)
     labels, classes = data.files.labels, data.files.classes
-    cell, row_height = SMALL_TILE + GAP + 4, SMALL_TILE + LINE + GAP + 4
-    left, block = 2 * GAP + SMALL_TILE + TITLE, 2 * row_height + 3 * GAP
-    sheet = Image.new("RGB", (left + NEAREST * cell, 3 * LINE + len(queries) * block), "white")
-    heading = [f"{len(queries)} random images (seed {seed}) and the {NEAREST} nearest of {len(indices)} by cosine",
-               "below each: cosine (class); green frame: same class, red: another" if labels is not None
-               else "below each: cosine"]
+    heading = [f"{len(queries)} random images (seed {seed}) and the {NEAREST} nearest of {len(indices)} to each:",
+               "above by the trained network, below by the untrained one;",
+               "under each its distance, 1 - cosine" + ("" if labels is None else ", and class (green: the same)")]
+    cell, row_height = SMALL_TILE + 2 * GAP, SMALL_TILE + (1 if labels is None else 2) * LINE + 2 * GAP
+    left, block, first = 4 * GAP + SMALL_TILE, 2 * row_height + 3 * GAP, (len(heading) + 1) * LINE
+    sheet = Image.new("RGB", (left + NEAREST * cell, first + len(queries) * block), "white")
     for number, text in enumerate(heading):
-        write_text_at(sheet, (GAP, GAP + number * LINE), text, sheet.width - 2 * GAP, BLACK if number == 0 else GREY)
+        write_text_at(sheet, (GAP, GAP + number * LINE), text, sheet.width - 2 * GAP)
     pen = ImageDraw.Draw(sheet)
+
+    def show(corner: tuple[int, int], index: int, captions: Sequence[str]) -> None:
+        sheet.paste(tile(data.image(index), SMALL_TILE), corner)
+        if labels is not None:
+            captions = [*captions, classes[labels[index]]]
+        for number, text in enumerate(captions):
+            write_text_at(sheet, (corner[0], corner[1] + SMALL_TILE + 2 + number * LINE), text, SMALL_TILE, GREY)
+
     for number, query in enumerate(queries.tolist()):
-        top = 3 * LINE + number * block
-        own = int(indices[query])
+        own, top = int(indices[query]), first + number * block
         pen.line((GAP, top - 2 * GAP, sheet.width - GAP, top - 2 * GAP), fill="#dfe3e8")
-        sheet.paste(tile(data.image(own), SMALL_TILE), (GAP, top))
-        write_text_at(sheet, (GAP, top + SMALL_TILE + 2), f"({classes[labels[own]]})" if labels is not None else "image",
-                      SMALL_TILE)
-        for line, (name, (neighbours, cosines)) in enumerate(found.items()):
-            y = top + line * row_height
-            write_text_at(sheet, (left - TITLE + 6, y + SMALL_TILE // 2 - LINE // 2), name, TITLE, BLACK, 13)
-            for place, (row, cosine) in enumerate(zip(neighbours[number].tolist(), cosines[number].tolist())):
-                other, x = int(indices[row]), left + place * cell
-                sheet.paste(tile(data.image(other), SMALL_TILE), (x, y))
-                text = f"{cosine:.3f}"
+        show((GAP, top), own, ())
+        write_text_at(sheet, (GAP, top + row_height + SMALL_TILE // 2 - LINE // 2), "untrained:", SMALL_TILE + GAP, GREY)
+        for line, (neighbours, distances) in enumerate(found):
+            for place, (row, distance) in enumerate(zip(neighbours[number].tolist(), distances[number].tolist())):
+                other, x, y = int(indices[row]), left + place * cell, top + line * row_height
+                show((x, y), other, [f"{distance:.3f}"])
                 if labels is not None:
                     frame = SAME if labels[other] == labels[own] else OTHER
                     pen.rectangle((x - 2, y - 2, x + SMALL_TILE + 1, y + SMALL_TILE + 1), outline=frame, width=2)
-                    text += f" ({classes[labels[other]]})"
-                write_text_at(sheet, (x, y + SMALL_TILE + 2), text, SMALL_TILE, GREY)
     save_png(path, sheet)
 
 
@@ -166,24 +168,25 @@ def save_embedding(path: Path, features: Tensor, labels: Tensor | None, classes:
     if not maps:
         return
     named = labels is not None and len(classes) <= NAMED_CLASSES
-    per_line = max(1, (len(maps) * (MAP + GAP)) // 110)
+    per_line = MAP // NAME
     legend = -(-len(classes) // per_line) if named else 1
-    sheet = Image.new("RGB", (len(maps) * (MAP + GAP) + GAP, MAP + (legend + 2) * LINE + 2 * GAP), "white")
+    height = LINE + MAP + 2 * GAP
+    sheet = Image.new("RGB", (MAP + 2 * GAP, len(maps) * height + (legend + 1) * LINE), "white")
     colours = [COLOURS[0]] * len(features) if labels is None else [COLOURS[label % len(COLOURS)] for label in labels.tolist()]
     for place, (title, points) in enumerate(maps.items()):
-        left = GAP + place * (MAP + GAP)
-        write_text_at(sheet, (left, GAP), f"{title}: {len(features)} images", MAP)
-        sheet.paste(_dots(points, colours), (left, GAP + LINE))
-    y = MAP + LINE + 3 * GAP
+        top = GAP + place * height
+        write_text_at(sheet, (GAP, top), f"{title}: {len(features)} images", MAP)
+        sheet.paste(_dots(points, colours), (GAP, top + LINE))
+    y = len(maps) * height + 2 * GAP
     if named:
         pen = ImageDraw.Draw(sheet)
         for number, name in enumerate(classes):
-            x, line = GAP + number % per_line * 110, y + number // per_line * LINE
-            pen.ellipse((x + 2, line + 3, x + 10, line + 11), fill=COLOURS[number])
-            write_text_at(sheet, (x + 16, line), name, 110 - 20)
+            x, line = GAP + number % per_line * NAME, y + number // per_line * LINE
+            pen.ellipse((x + 2, line + 5, x + 12, line + 15), fill=COLOURS[number])
+            write_text_at(sheet, (x + 18, line), name, NAME - 24)
     else:
         text = "no labels" if labels is None else f"coloured by class folder; {len(classes)} classes, so colours repeat"
-        write_text_at(sheet, (GAP, y), text, sheet.width - 2 * GAP, GREY)
+        write_text_at(sheet, (GAP, y), text, MAP, GREY)
     save_png(path, sheet)
 
 

@@ -8,25 +8,27 @@ import argparse
 import base64
 import html
 import json
+import math
 import re
 import shlex
 import struct
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from byol_core.charts import Curve, Points, draw
-from byol_core.checkpoint import write_text
-from byol_core.config import TrainConfig, command_line
-from byol_core.health import Verdict, judge
+from byol_core.checkpoint import LAST, PREVIOUS, write_text
+from byol_core.config import TrainConfig, command_line, one_line
 from byol_core.report_style import STYLE
+from byol_core.run_facts import RunFacts, parse_object, read_run, read_text
 from byol_core.sample import without_sample
 
 PICTURES_AT_MOST = 4_500_000  # bytes of the page that pictures may take
+PNG = b"\x89PNG\r\n\x1a\n"  # how such files begin
 SKIPPED_AT_MOST = 200  # files named on the page
 SCORES = {"knn": "k nearest neighbours, all labels", "linear": "linear probe, all labels",
           "linear_5": "linear probe, 5 labels per class", "linear_1": "linear probe, 1 label per class"}
@@ -41,7 +43,7 @@ CURVES: tuple[tuple[str, str, str, Callable[..., Curve]], ...] = (
     ("loss", "Loss", "0 to 8; may rise again while the features improve",
      partial(Curve, low=0.0, smooth=True)),
     ("spread", "Spread", "1 is healthy, 0 is collapsed", partial(Curve, low=0.0, high=1.0)),
-    ("rank", "Effective rank", "dimensions in use; below 3 it is a collapse", partial(Curve, low=0.0)),
+    ("rank", "Effective rank", "dimensions in use; a collapse leaves fewer than 5", partial(Curve, low=0.0)),
     ("knn", "kNN accuracy", "on images whose labels the vote did not see", partial(Curve, percent=True)),
     ("cosine", "Mean cosine", "of different images; 0 is healthy, 1 is collapsed", partial(Curve, low=0.0)),
     ("alignment", "Alignment", "squared distance of two views, 0 to 4", partial(Curve, low=0.0, smooth=True)),
@@ -55,67 +57,12 @@ CURVES: tuple[tuple[str, str, str, Callable[..., Curve]], ...] = (
 GOOD, BAD = ("learning", "finished well"), ("collapsing", "collapsed")
 
 
-@dataclass(frozen=True)
-class RunFiles:
-    """What a run folder says. summary: of a run that ended or is under way, {} where there is none that is up to date."""
-
-    folder: Path
-    summary: dict[str, Any]
-    config: dict[str, Any]
-    records: list[dict[str, Any]]
-    resumed: list[float]
-    skipped: list[str]
-
-    @property
-    def name(self) -> str:
-        return self.folder.resolve().name
-
-    @property
-    def plan(self) -> dict[str, Any]:
-        return self.config.get("plan", {})
-
-    @property
-    def status(self) -> str:
-        """ "running", "stopped", "failed" or "finished"; "unknown" when nothing says that it ended."""
-        return str(self.summary.get("status", "unknown"))
-
-    @property
-    def verdict(self) -> Verdict:
-        return judge(self.records, self.plan.get("epochs", 0), self.status, self.summary, self.plan)
-
-    def points(self, key: str) -> list[tuple[float, float]]:
-        found = [(record["epoch"], record[key]) for record in self.records if record.get(key) is not None]
-        if key == "knn" and found:  # what was measured before and after belongs to it
-            before, after = self.summary.get("knn_untrained"), self.summary.get("knn")
-            found = [*([(0.0, before)] if before is not None else []), *found]
-            if after is not None and self.summary["epochs"] > found[-1][0]:
-                found.append((float(self.summary["epochs"]), after))
-        return found
-
-
-def read_run(folder: Path, summary: Mapping[str, object] | None = None) -> RunFiles:
-    """The files of a run folder, whichever exist. summary: of a run under way, in place of summary.json."""
-    records = []
-    for line in _read_text(folder / "metrics.jsonl").splitlines():
-        record = _parse(line)
-        if record.keys() >= {"update", "epoch"}:  # else the line that a killed run was writing
-            records.append(record)
-    config = _parse(_read_text(folder / "config.json"))
-    known = _parse(_read_text(folder / "summary.json")) if summary is None else dict(summary)
-    if known and records and known["updates"] < records[-1]["update"]:
-        known = {}  # it tells of an earlier end, from which the run went on
-    per_epoch = config.get("plan", {}).get("updates_per_epoch") or 1
-    resumed = [int(update) / per_epoch for update in
-               re.findall(r"^\S+ resuming at epoch \d+, update (\d+)$", _read_text(folder / "train.log"), re.MULTILINE)]
-    return RunFiles(folder, known, config, records, resumed, _read_text(folder / "bad_files.txt").splitlines())
-
-
-def write_report(folder: Path, summary: Mapping[str, object] | None = None) -> None:
+def write_report(folder: Path, under_way: bool = False) -> None:
     """Write report.html from summary.json, config.json, metrics.jsonl and the pictures in `folder`, whichever exist.
 
-    summary: what summary.json would say of a run that is under way, with status "running".
+    under_way: it is the run itself that writes it, and goes on.
     """
-    run = read_run(folder, summary)
+    run = read_run(folder, under_way)
     curves = "".join(_figure(key, title, note, _curve_of(run, key, kind)) for key, title, note, kind in CURVES)
     legend = "".join(f'<span><i class="mark {kind}"></i>{text}</span>' for kind, text in
                      (("resume", "resumed"), ("skip", "steps skipped by the float16 scaler")) if f'"mark {kind}"' in curves)
@@ -131,7 +78,7 @@ def write_report(folder: Path, summary: Mapping[str, object] | None = None) -> N
         ("The two views", _views(run)),
         ("Environment", _environment(run)),
         (f"Skipped files ({len(run.skipped)})", _skipped(run)),
-        ("All options", _details("as resolved", json.dumps(run.config.get("config", {}), indent=1)) if run.config else ""),
+        ("All options", _details("as resolved", json.dumps(run.config["config"], indent=1)) if run.config["config"] else ""),
     ]
     write_text(folder / "report.html", _page(run.name, "BYOL run", sections, _footer(run)))
 
@@ -142,18 +89,17 @@ def compare(folders: Sequence[Path], out: Path) -> None:
     names = [str(folder) for folder in folders]
     legend = "".join(f'<span><i class="swatch s{number % 8}"></i>{html.escape(name)}</span>'
                      for number, name in enumerate(names))
-    curves = "".join(_figure(key, title, note, kind({name: run.points(key) for name, run in zip(names, runs)}))
+    curves = "".join(_overlaid(key, title, note, kind, {name: run.points(key) for name, run in zip(names, runs)})
                      for key, title, note, kind in CURVES)
     verdicts = [{"status": run.status, "verdict": run.verdict.word, "why": run.verdict.why} for run in runs]
-    results = [{**verdict, **{key: value for key, value in run.summary.items() if key != "status"}}
-               for verdict, run in zip(verdicts, runs)]
-    options = [flatten({**run.config.get("config", {}), **run.plan, "data": " ".join(_data(run.config.get("config", {}))),
-                        **run.config.get("versions", {}), "images": run.config.get("data", {}).get("images")}) for run in runs]
+    options = [flatten({**run.config["config"], **run.plan, "data": " ".join(_data(run.config["config"])),
+                        **run.config["versions"], "images": run.config["data"].get("images")}) for run in runs]
+    results = [{key: value for key, value in run.summary.items() if key not in ("status", "images")} for run in runs]
     sections = [
         ("", f'<p class="legend">{legend}</p>'),
-        ("Results", _side_by_side(names, results, only_differences=False)),
+        ("Results", _side_by_side(names, verdicts, results)),
         ("Curves", f'<div class="curves">{curves}</div><p class="legend">{legend}</p>' if curves else ""),
-        ("Differences in configuration", _side_by_side(names, options, only_differences=True)
+        ("Differences in configuration", _side_by_side(names, [{} for _ in runs], options)
          or "<p>None: the runs were asked for in the same way.</p>"),
     ]
     write_text(out, _page(f"{len(runs)} runs compared", "BYOL runs", sections, ""))
@@ -170,21 +116,6 @@ def flatten(value: object, prefix: str = "") -> dict[str, object]:
     return {key: leaf for name, item in parts for key, leaf in flatten(item, f"{prefix} {name}".strip()).items()}
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text("utf-8", "replace")
-    except OSError:
-        return ""
-
-
-def _parse(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError:  # absent, or cut off
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
 def _page(title: str, kind: str, sections: Sequence[tuple[str, str]], footer: str) -> str:
     body = "".join(f"<section>{f'<h2>{heading}</h2>' if heading else ''}{content}</section>"
                    for heading, content in sections if content)
@@ -197,9 +128,9 @@ def _page(title: str, kind: str, sections: Sequence[tuple[str, str]], footer: st
 
 
 def _table(rows: Sequence[Sequence[str]], head: Sequence[str] = (), kinds: str = "") -> str:
-    """Cells are HTML already. kinds: a letter per column, n for numbers."""
+    """Cells are HTML already. kinds: a letter per column, n for numbers, w for text to be broken anywhere."""
     def row(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f'<{tag} class="n">{cell}</{tag}>' if kinds[place:place + 1] == "n" else
+        return "<tr>" + "".join(f'<{tag} class="{kind}">{cell}</{tag}>' if (kind := kinds[place:place + 1]) else
                                 f"<{tag}>{cell}</{tag}>" for place, cell in enumerate(cells)) + "</tr>"
 
     top = f"<thead>{row(head, 'th')}</thead>" if head else ""
@@ -210,19 +141,20 @@ def _details(title: str, text: str) -> str:
     return f"<details><summary>{title}</summary><pre>{html.escape(text)}</pre></details>"
 
 
-def _verdict(run: RunFiles) -> str:
+def _verdict(run: RunFacts) -> str:
     verdict, epochs = run.verdict, run.plan.get("epochs")
-    done = run.summary.get("epochs", int(run.records[-1]["epoch"]) if run.records else 0)
+    done = run.summary["epochs"]
     place = f"after {done} of {epochs} epochs" if epochs is not None else f"after {done} epochs"
     by = f" by {run.summary['reason']}" if run.summary.get("reason") else ""
     headline, tone = {
         "finished": (verdict.word if verdict.word in ("finished well", "collapsed") else f"finished, but {verdict.word}",
-                     "good" if verdict.word in GOOD else "bad"),
+                     "good" if verdict.word in GOOD else "warn" if verdict.word == "undecided" else "bad"),
         "stopped": (f"stopped {place}{by}", "warn"), "failed": (f"failed {place}", "bad"),
         "running": (f"{verdict.word}, {place}", "good" if verdict.word in GOOD else "warn"),
     }.get(run.status, (f"has not ended, or was cut off, {place}", "warn"))
     if verdict.word == "starting" and run.status == "finished":
-        headline, tone = "finished without training", "warn"
+        headline, tone = "finished, but without records to judge by" if run.summary["updates"] else \
+            "finished without training", "warn"
     if verdict.word in BAD:
         tone = "bad"
     lines = [f'<p class="headline">{html.escape(headline[0].upper() + headline[1:])}</p>']
@@ -237,16 +169,15 @@ def _verdict(run: RunFiles) -> str:
     return f'<div class="verdict {tone}">{"".join(lines)}</div>'
 
 
-def _facts(run: RunFiles) -> str:
-    summary, data = run.summary, run.config.get("data", {})
-    images, classes = summary.get("images", data.get("images")), summary.get("classes", len(data.get("classes", [])))
-    last = run.records[-1] if run.records else {}
-    machine = [str(summary[key]) for key in ("device", "amp") if summary.get(key, "off") != "off"]
-    if summary.get("world_size", 1) != 1:
+def _facts(run: RunFacts) -> str:
+    summary, classes = run.summary, _classes(run)
+    machine = [str(summary[key]) for key in ("device", "amp") if (summary.get(key) or "off") != "off"]
+    if (summary.get("world_size") or 1) != 1:
         machine.append(f"{summary['world_size']} processes")
-    facts = [("images", _count(images)), ("classes", _count(classes) if classes else "no labels"),
+    facts = [("images", _count(summary.get("images", run.config["data"].get("images")))),
+             ("classes", _count(classes) if classes else "no labels"),
              ("network", html.escape(str(run.plan.get("arch", "")))),
-             ("updates", _count(summary.get("updates", last.get("update")))),
+             ("updates", _count(summary["updates"])),
              ("training time", _duration(summary.get("seconds"))),
              ("images per second", _count(summary.get("images_per_second"))),
              ("waiting for data", _percent(summary.get("wait_fraction"))),
@@ -255,28 +186,41 @@ def _facts(run: RunFiles) -> str:
         + "</dl>"
 
 
-def _scores(run: RunFiles) -> str:
-    summary = run.summary
-    columns = [(suffix, title) for suffix, title in (("", "trained"), ("_untrained", "untrained"), ("_pixels", "raw pixels"))
-               if summary.get("knn" + suffix) is not None]
+def _classes(run: RunFacts) -> int:
+    return run.summary.get("classes") or len(run.config["data"].get("classes") or [])
+
+
+def _scores(run: RunFacts) -> str:
+    scores, trained, on_the_way = run.summary, "trained", run.recorded("knn")
+    if scores.get("knn") is None and on_the_way:
+        scores, trained = {**scores, "knn": on_the_way[-1][1]}, f"after epoch {on_the_way[-1][0]:.0f}"
+    columns = [(suffix, title) for suffix, title in (("", trained), ("_untrained", "untrained"), ("_pixels", "raw pixels"))
+               if scores.get("knn" + suffix) is not None]
     if not columns:
-        classes = summary.get("classes", len(run.config.get("data", {}).get("classes", [])))
-        return "<p>Not measured.</p>" if classes else \
-            "<p>There are no class folders, so no accuracy: judge by the health below, and by the neighbours.</p>"
+        return f"<p>{_why_no_scores(run)}</p>"
     rows = []
     for key, title in SCORES.items():
-        if any(summary.get(key + suffix) is not None for suffix, _ in columns):
-            rows.append([title, *(_bar(summary.get(key + suffix), suffix) for suffix, _ in columns)])
-    later = "" if summary.get("knn") is not None else " The trained network is measured when the run is complete."
-    return (f"<p>Accuracy on {html.escape(str(summary.get('measured_on')))}.{later}</p>"
+        if any(scores.get(key + suffix) is not None for suffix, _ in columns):
+            rows.append([title, *(_bar(scores.get(key + suffix), suffix) for suffix, _ in columns)])
+    later = "" if run.summary.get("knn") is not None else " The trained network is measured when the run is complete."
+    return (f"<p>Accuracy on {html.escape(str(scores.get('measured_on') or 'held-out images'))}.{later}</p>"
             + _table(rows, ["", *(title for _, title in columns)]) + _best(run))
 
 
-def _best(run: RunFiles) -> str:
-    best = run.summary.get("best_knn")
-    return "" if best is None else (f"<p>Best k nearest neighbours on the way: <b>{best:.1%}</b> after epoch "
-                                    f"{run.summary['best_epoch']}; that network is best.pt, to be used as backbone.pt is. "
-                                    "Chosen by these images, it is a little flattered on them.</p>")
+def _why_no_scores(run: RunFacts) -> str:
+    asked = run.config["config"]
+    if not asked.get("eval", True):
+        return "Not measured, as asked (--no-eval)."
+    if not _classes(run) and asked.get("eval_data") is None:
+        return "There are no class folders, so no accuracy: judge by the health below, and by the neighbours."
+    return "Not measured: the labels do not allow it; train.log says why." if run.status == "finished" else "Not measured yet."
+
+
+def _best(run: RunFacts) -> str:
+    best, epoch = run.summary.get("best_knn"), run.summary.get("best_epoch")
+    return "" if best is None or epoch is None else (
+        f"<p>Best k nearest neighbours on the way: <b>{best:.1%}</b> after epoch {epoch}; that network is best.pt, to be used "
+        "as backbone.pt is. Chosen by these images, it is a little flattered on them.</p>")
 
 
 def _bar(value: float | None, suffix: str) -> str:
@@ -286,7 +230,7 @@ def _bar(value: float | None, suffix: str) -> str:
     return f'<span class="bar"><i class="{kind}" style="width:{100 * value:.1f}%"></i></span><b>{value:.1%}</b>'
 
 
-def _health(run: RunFiles) -> str:
+def _health(run: RunFacts) -> str:
     records = [record for record in run.records if "spread" in record]
     rows = []
     for key, (title, healthy, meaning) in HEALTH.items():
@@ -296,8 +240,8 @@ def _health(run: RunFiles) -> str:
             rows.append([_named(title, f"{meaning}; healthy: {healthy}"), f"{values[0]:.3g}", f"{values[-1]:.3g}{limit}"])
     if run.summary.get("rank_features") is not None:
         meaning = "of the backbone, over whole images; much lower than in a like run: dimensions were lost. High is no proof"
-        rows.append([_named("effective rank of the features", meaning), f"{run.summary['rank_features_untrained']:.3g}",
-                     f"{run.summary['rank_features']:.3g}"])
+        rows.append([_named("effective rank of the features", meaning),
+                     *(_plain(run.summary.get(key), 3) for key in ("rank_features_untrained", "rank_features"))])
     return _table(rows, ["", "first", "last"], "tnn") if rows else ""
 
 
@@ -305,7 +249,7 @@ def _named(title: str, meaning: str) -> str:
     return f"{title}<small>{meaning}</small>"
 
 
-def _curve_of(run: RunFiles, key: str, kind: Callable[..., Curve]) -> Curve:
+def _curve_of(run: RunFacts, key: str, kind: Callable[..., Curve]) -> Curve:
     skipped = [record["epoch"] for before, record in zip([{}, *run.records], run.records)
                if record.get("skipped", 0) > before.get("skipped", record.get("skipped", 0) if before else 0)]
     untrained = run.summary.get("knn_untrained")
@@ -319,20 +263,33 @@ def _figure(key: str, title: str, note: str, curve: Curve) -> str:
         return ""
     points: Points = next(iter(curve.lines.values()))
     last = "" if len(curve.lines) > 1 or not points else \
-        f"<b>{_percent(points[-1][1]) if curve.percent else _plain(float(f'{points[-1][1]:.3g}'))}</b>"
+        f"<b>{_percent(points[-1][1]) if curve.percent else _plain(points[-1][1], 3)}</b>"
     return (f'<figure class="curve" id="curve-{key}"><figcaption><span>{title}</span>{last}<small>{note}</small></figcaption>'
             f"{drawing}</figure>")
 
 
+def _overlaid(key: str, title: str, note: str, kind: Callable[..., Curve], lines: Mapping[str, Points]) -> str:
+    """Curves of several runs; learning rates over ten times apart by their power of ten, or all but one would lie flat."""
+    peaks = [max(y for _, y in points) for points in lines.values() if points]
+    if key != "lr" or not peaks or not max(peaks) > 10 * min(peaks) > 0:
+        return _figure(key, title, note, kind(lines))
+    floor = min(peaks) / 100  # schedules end near 0, which has no power of ten
+    powers = {name: [(x, math.log10(max(y, floor))) for x, y in points] for name, points in lines.items()}
+    return _figure(key, f"{title}, powers of ten", f"{note}; -3 is 0.001", Curve(powers))
+
+
 def _pictures(folder: Path) -> str:
     titles = {"embedding.png": "All features on a plane: what lies together looks alike to the network",
-              "neighbours.png": "Random images and the others most like them, by the trained and by the untrained network",
-              "views.png": "What it is trained on: originals and their two views, in true colours"}
+              "views.png": "What it is trained on: originals and their two views, in true colours",
+              "neighbours.png": "Random images and the others most like them, by the trained and by the untrained network"}
     parts, left = [], PICTURES_AT_MOST
     for name, title in titles.items():
-        if not (folder / name).exists():
+        try:
+            png = (folder / name).read_bytes()
+        except OSError:
             continue
-        png = (folder / name).read_bytes()
+        if not png.startswith(PNG) or len(png) < 24:  # damaged: its size is not known
+            continue
         data = base64.b64encode(png).decode()
         if len(data) > left:
             parts.append(f"<p>{title}: see {name} in the run folder, which is too large for this page.</p>")
@@ -349,36 +306,42 @@ def how_to_load(folder: Path, about: Mapping[str, object]) -> str:
     return ("import torch; from byol_core.backbones import build_backbone\n"
             f"backbone, dim = build_backbone({about['arch']!r}, small_images={about['small_stem']}, "
             f"image_size={about['image_size']})\n"
-            f"backbone.load_state_dict(torch.load({str(folder / 'backbone.pt')!r}, weights_only=True))")
+            f"backbone.load_state_dict(torch.load({str(folder / 'backbone.pt')!r}, weights_only=True)); backbone.eval()")
 
 
-def _use(run: RunFiles) -> str:
-    about = _parse(_read_text(run.folder / "backbone.json"))
+def _use(run: RunFacts) -> str:
+    about = parse_object(read_text(run.folder / "backbone.json"))
     if not about.keys() >= {"arch", "small_stem", "image_size", "mean", "std"}:
         return ""
     return (f"<pre>{html.escape(how_to_load(run.folder, about))}</pre>"
-            f"<p>Give it images of {about['image_size']} pixels in [0, 1], normalised by mean "
-            f"{html.escape(_plain(about['mean']))} and std {html.escape(_plain(about['std']))}.</p>")
+            f"<p>Give it images of {html.escape(str(about['image_size']))} pixels in [0, 1], normalised by mean "
+            f"{html.escape(_plain(about['mean']))} and std {html.escape(_plain(about['std']))}. In evaluation mode, as here, "
+            "features do not depend on the other images of a batch; backbone.train() is for training it further.</p>")
 
 
-def _go_on(run: RunFiles) -> str:
+def _go_on(run: RunFacts) -> str:
     known = {option.name for option in fields(TrainConfig)}
-    asked = run.config.get("config", {})
+    asked = run.config["config"]
     if not asked or not set(asked) <= known:
         return ""
     asked = {**asked, "data": _data(asked)}
-    processes = run.summary.get("world_size", 1)
+    processes = run.summary.get("world_size") or 1
     command = command_line(without_sample(TrainConfig(**asked)))
     if processes != 1:
         command = command.replace("python", f"torchrun --nproc-per-node={processes}", 1)
-    where = "<p>In the folder where the run was started:</p>"
     if run.status == "finished":
         again = f"{command_line(without_sample(TrainConfig(**{**asked, 'out': None})))} --out NEW-FOLDER --init-from " \
                 f"{shlex.quote(str(run.folder / 'backbone.pt'))}"
         return f"<p>The run is complete. A new one may start from its weights:</p><pre>{html.escape(again)}</pre>"
-    if run.status == "running":
-        return f"{where}<pre>{html.escape(command)} --resume</pre><p>goes on after an interruption, exactly.</p>"
-    return f"{where}<pre>{html.escape(command)} --resume</pre><p>goes on from the last checkpoint, exactly.</p>"
+    if run.status == "failed" and "not finite" in str(run.summary.get("reason")):
+        return "<p>Gone on with, the run would fail in the same place: see the reason above, and what it advises.</p>"
+    if not any((run.folder / name).exists() for name in (LAST, PREVIOUS)):
+        what = "begins anew: no checkpoint was saved yet."
+    elif run.status == "running":
+        what = "goes on after an interruption, exactly."
+    else:
+        what = "goes on from the last checkpoint, exactly."
+    return f"<p>In the folder where the run was started:</p><pre>{html.escape(command)} --resume</pre><p>{what}</p>"
 
 
 def _data(asked: Mapping[str, Any]) -> tuple[str, ...]:
@@ -387,14 +350,14 @@ def _data(asked: Mapping[str, Any]) -> tuple[str, ...]:
     return (data,) if isinstance(data, str) else tuple(data)
 
 
-def _choices(run: RunFiles) -> str:
+def _choices(run: RunFacts) -> str:
     rows = []
-    for choice in run.config.get("choices", []):
+    for choice in run.choices:
         value = f"{choice['value']:.6g}" if isinstance(choice["value"], float) else str(choice["value"])
-        if choice["name"] == "lr" and "lr" in run.plan:
+        if choice["name"] == "lr" and run.plan.keys() >= {"lr", "batch_size"}:
             value += f" x {run.plan['batch_size']}/256 = {run.plan['lr']:.6g}"
         rows.append([html.escape(str(choice["name"])), _named(html.escape(value), html.escape(str(choice["reason"])))])
-    asked = run.config.get("config", {})
+    asked = run.config["config"]
     rows += [[name, _named(html.escape(str(run.plan[name])), "per update" if name == "batch_size" else "as asked")]
              for name in ("epochs", "batch_size") if name in run.plan]
     if "seed" in asked:
@@ -402,52 +365,60 @@ def _choices(run: RunFiles) -> str:
     return _table(rows, ["", "value, and why"]) if rows else ""
 
 
-def _views(run: RunFiles) -> str:
-    views = run.plan.get("views", [])
+def _views(run: RunFacts) -> str:
+    views = run.plan.get("views") or []
     if len(views) != 2:
         return ""
     rows = [[html.escape(key.replace("_", " ")), *(html.escape(_plain(view.get(key))) for view in views)] for key in views[0]]
     return _table(rows, ["", "view 1", "view 2"])
 
 
-def _environment(run: RunFiles) -> str:
-    facts = {**run.config.get("versions", {}), **{key: run.summary[key] for key in ("device", "amp", "world_size")
-                                                  if key in run.summary}, "run folder": str(run.folder)}
+def _environment(run: RunFacts) -> str:
+    facts = {**run.config["versions"], **{key: run.summary[key] for key in ("device", "amp", "world_size")
+                                          if run.summary.get(key) is not None}, "run folder": str(run.folder)}
     return _table([[html.escape(str(key)), html.escape(str(value))] for key, value in facts.items()])
 
 
-def _skipped(run: RunFiles) -> str:
-    rows = [[html.escape(part) for part in line.split("\t", 1)] for line in run.skipped[:SKIPPED_AT_MOST]]
+def _skipped(run: RunFacts) -> str:
+    rows = []
+    for line in run.skipped[:SKIPPED_AT_MOST]:
+        name, _, why = line.partition("\t")
+        why = re.sub(rf" ?(['\"]).*?{re.escape(name)}\1", "", why).strip(" :")  # its path, which the name says already
+        rows.append([html.escape(name), html.escape(why)])
     more = len(run.skipped) - len(rows)
-    return (_table(rows, ["file", "why"]) + (f"<p>and {more} more, in bad_files.txt</p>" if more else "")) if rows else ""
+    rest = f"<p>and {more} more, in bad_files.txt</p>" if more else ""
+    return _table(rows, ["file", "why"], "ww") + rest if rows else ""
 
 
-def _footer(run: RunFiles) -> str:
+def _footer(run: RunFacts) -> str:
     path = run.folder / "metrics.jsonl"
     if not path.exists():
         return ""
     return f"<footer>Last record {datetime.fromtimestamp(path.stat().st_mtime).isoformat(' ', 'minutes')}.</footer>"
 
 
-def _side_by_side(names: Sequence[str], columns: Sequence[Mapping[str, object]], only_differences: bool) -> str:
-    keys = list(dict.fromkeys(key for column in columns for key in column))
+def _side_by_side(names: Sequence[str], always: Sequence[Mapping[str, object]],
+                  differing: Sequence[Mapping[str, object]]) -> str:
+    """A column per run: all of `always`, and of `differing` what is not the same in all runs, or of one run what is known."""
+    keys = list(dict.fromkeys(key for column in differing for key in column))
+    values = {key: [column.get(key) for column in differing] for key in keys}
+    values = {key: found for key, found in values.items()
+              if (found != [None] if len(found) == 1 else any(value != found[0] for value in found))}
+    values = {key: [column[key] for column in always] for key in always[0]} | values
     rows = []
-    for key in keys:
-        values = [column.get(key) for column in columns]
-        if only_differences and all(value == values[0] for value in values) or all(value is None for value in values):
-            continue
+    for key, found in values.items():
         accuracy = key.startswith((*SCORES, "best_knn"))
-        cells = [_percent(value) if accuracy and isinstance(value, float) else html.escape(_plain(value)) for value in values]
+        cells = [_percent(value) if accuracy and isinstance(value, float) else html.escape(_plain(value)) for value in found]
         rows.append([html.escape(key.replace("_", " ")), *cells])
     return _table(rows, ["", *map(html.escape, names)]) if rows else ""
 
 
-def _plain(value: object) -> str:
+def _plain(value: object, digits: int = 6) -> str:
     if value is None:
         return ""
     if isinstance(value, (list, tuple)):
-        return ", ".join(_plain(item) for item in value)
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+        return ", ".join(_plain(item, digits) for item in value)
+    return f"{float(f'{value:.{digits}g}'):.6g}" if isinstance(value, float) else str(value)
 
 
 def _percent(value: object) -> str:
@@ -487,7 +458,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             compare(folders, out)
             sys.stdout.write(f"{out}\n")
     except OSError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {one_line(error)}\n")
+        return 1
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # what no run has written
+        sys.stderr.write(f"error: {one_line(' or '.join(asked.runs))} has a damaged file, most likely config.json "
+                         f"({one_line(f'{type(error).__name__}: {error}')})\n")
         return 1
     return 0
 

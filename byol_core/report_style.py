@@ -37,6 +37,7 @@ tbody tr:last-child td { border-bottom: 0 }
 th { color: var(--soft); font-weight: 500; font-size: .85rem }
 td { font-variant-numeric: tabular-nums }
 .n { text-align: right; white-space: nowrap }
+.w { overflow-wrap: anywhere }
 .bar { display: block; height: .5rem; margin: .35rem 0 .1rem; min-width: 4rem; background: var(--line);
   border-radius: 4px }
 .bar i { display: block; height: 100%; border-radius: 4px }
@@ -72,7 +73,8 @@ svg text.base { fill: var(--s1); text-anchor: end }
 .legend i { display: inline-block; width: 1.4rem; border-top: 3px solid var(--mark); vertical-align: middle;
   margin-right: .5rem }
 .legend i.mark { border-top-style: dashed; border-top-width: 2px }
-.pictures { display: flex; flex-wrap: wrap; gap: 1.6rem 2.5rem; align-items: flex-start }
+.pictures { columns: 30rem; column-gap: 2.5rem }
+.pictures figure { break-inside: avoid; margin-bottom: 1.6rem }
 img { display: block; max-width: 100%; height: auto; margin-top: .5rem; border-radius: 6px }
 pre { background: var(--paper); border: 1px solid var(--line); border-radius: 8px; padding: .7rem .9rem;
   overflow-x: auto; font-size: .85rem; line-height: 1.45; white-space: pre-wrap }
@@ -92,7 +94,7 @@ footer { color: var(--soft); font-size: .85rem }
   figure, tr, .verdict { break-inside: avoid }
   h2 { break-after: avoid }
   .curves { grid-template-columns: repeat(3, 1fr) }
-  .pictures { display: block }
+  .pictures { columns: auto }
   .pictures figure { display: inline-block; vertical-align: top; margin: 0 1rem 1rem 0 }
   img { max-height: 21cm; width: auto }
 }

@@ -50,7 +50,7 @@ class Scorer:
             scores["linear"] = classifier_accuracy(fit.x, fit.y, test.x, test.y, classifier)
         if len(per_class) <= FEW_LABELS_CLASSES:
             scores |= {f"linear_{count}": few_label_accuracy(fit, test, count) for count in FEW_LABELS
-                       if count <= per_class.min()}
+                       if count <= per_class[per_class > 0].min()}
         return scores
 
     def features(self, backbone: nn.Module) -> tuple[Features, Features]:

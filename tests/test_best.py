@@ -13,9 +13,10 @@ import torch
 
 import train as command
 from byol_core import evaluate_command
-from byol_core.report import read_run, write_report
+from byol_core.report import write_report
 from byol_core.outcome import Outcome
 from byol_core.run import Run
+from byol_core.run_facts import read_run
 from byol_core.scoring import Scorer
 from tests.test_train_command import SMALL, checkpoint
 
@@ -109,10 +110,16 @@ def test_a_best_that_is_in_another_folder_is_not_claimed(image_folder: Folder, m
 
 
 @pytest.mark.parametrize("classes, options", [(0, ["--eval-every", "1"]), (2, []), (2, ["--eval-every", "1", "--no-eval"])])
-def test_without_labels_or_measurements_nothing_is_called_best(image_folder: Folder, classes: int, options: list[str]) -> None:
+def test_without_labels_or_measurements_nothing_is_called_best(image_folder: Folder, classes: int, options: list[str],
+                                                               capsys) -> None:
     assert run("--data", image_folder(classes=classes), "--epochs", 1, "--out", "out", *SMALL, *options) == 0
     assert not Path("out/best.pt").exists() and not Path("out/best.json").exists()
     assert read_run(Path("out")).summary["best_knn"] is None
+    said = capsys.readouterr()
+    assert said.out.count("has no effect") == ("--eval-every" in options)
+    if options:
+        why = "with --no-eval" if "--no-eval" in options else "without labels to measure with"
+        assert f"note: --eval-every 1 has no effect {why}\n" in said.out.split("network: ")[1].split("collaps")[0]
 
 
 def test_best_is_accepted_wherever_a_backbone_is(image_folder: Folder, capsys) -> None:
@@ -131,7 +138,9 @@ def test_the_lines_that_load_the_backbone_run_as_printed(image_folder: Folder, c
     assert run("--data", image_folder(), "--epochs", 1, "--no-eval", "--out", "a 'run'", *SMALL) == 0
     snippet = capsys.readouterr().out.split("\nuse it:\n")[1]
     assert snippet.count("\n") == 3
-    done = subprocess.run([sys.executable, "-c", f"{snippet}print(dim, float(backbone.conv1.weight.sum()))"], text=True,
+    script = f"{snippet}print(dim, float(backbone.conv1.weight.sum()), backbone.training)"
+    done = subprocess.run([sys.executable, "-c", script], text=True,
                           capture_output=True, env={**os.environ, "PYTHONPATH": str(Path(command.__file__).parent)})
     expected = float(torch.load("a 'run'/backbone.pt", weights_only=True)["conv1.weight"].sum())
-    assert done.stdout == f"128 {expected}\n", done.stderr
+    assert done.stdout == f"128 {expected} False\n", done.stderr
+    assert "In evaluation mode, as here, features do not depend on the other images" in Path("a 'run'/report.html").read_text()

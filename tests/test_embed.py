@@ -98,6 +98,20 @@ def test_odd_names_lead_back_to_their_files(backbone: Path, image_folder: Folder
         assert all((data / str(name)).is_file() for name in file["names"])
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="file systems elsewhere refuse such names")
+def test_odd_class_folders_are_escaped_in_classes_alone(backbone: Path, image_folder: Folder, tmp_path: Path, capsys) -> None:
+    data = image_folder(classes=2, per_class=2)
+    os.rename(data / "class1", os.fsencode(data) + b"/\xff")
+    assert run(backbone, data, tmp_path / "e.npz") == 0
+    with np.load(tmp_path / "e.npz") as file:
+        assert [os.fsencode(name).split(b"/")[0] for name in file["names"]] == [b"class0"] * 2 + [b"\xff"] * 2
+        assert list(file["labels"]) == [0, 0, 1, 1] and list(file["classes"]) == ["class0", "\\udcff"]
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "classes (to be read: odd bytes of a folder's name are written as escapes there)" in " ".join(
+        capsys.readouterr().out.split())
+
+
 def test_names_written_in_pieces_are_the_same(backbone: Path, image_folder: Folder, tmp_path: Path, monkeypatch) -> None:
     data = image_folder(classes=2, per_class=4)
     assert run(backbone, data, tmp_path / "whole.npz") == 0

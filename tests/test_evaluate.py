@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from byol_core.evaluate import (Features, classifier_accuracy, embed, few_label_accuracy, fit_classifier, knn_accuracy,
                                 load_classifier, split)
 
+from byol_core.scoring import Scorer
+
 
 def clusters(per_class: int = 30, classes: int = 3, dim: int = 5, noise: float = 0.3, seed: int = 0) -> Features:
     generator = torch.Generator().manual_seed(seed)
@@ -146,10 +148,31 @@ def test_classifiers_are_found_by_name(name: str, kind: str) -> None:
     assert load_classifier("logistic") is None
 
 
-@pytest.mark.parametrize("name", ["svm", "sklearn.svm.Nope", "no_such_module.X", "collections.Counter"])
+@pytest.mark.parametrize("name", ["svm", "sklearn.svm.Nope", "no_such_module.X", "collections.Counter", "sklearn.svm.SVR",
+                                  "sklearn.cluster.KMeans", "sklearn.preprocessing.StandardScaler"])
 def test_a_classifier_that_is_none_is_refused_by_name(name: str) -> None:
     with pytest.raises(ValueError, match=f"--classifier {name}"):
         load_classifier(name)
+
+
+def test_a_classifier_with_chance_in_it_has_a_seed() -> None:
+    forest = load_classifier("sklearn.ensemble.RandomForestClassifier")
+    assert forest.get_params()["random_state"] == 42  # type: ignore[union-attr]
+    train, test = clusters(noise=3.0), clusters(noise=3.0, seed=1)
+    accuracies = {classifier_accuracy(train.x, train.y, test.x, test.y,
+                                      load_classifier("sklearn.tree.ExtraTreeClassifier")) for _ in range(5)}
+    assert len(accuracies) == 1
+
+
+@pytest.mark.parametrize("missing", [0, 2])
+def test_a_class_without_an_image_to_fit_on_takes_no_measure_away(monkeypatch, missing: int) -> None:
+    train, test = clusters(), clusters(seed=1)
+    there = train.y != missing
+    fit = Features(train.x[there], train.y[there])
+    monkeypatch.setattr(Scorer, "features", lambda *_: (fit, test))
+    scorer = object.__new__(Scorer)
+    scorer.classifier = None
+    assert set(scorer.measure(nn.Identity())) == {"knn", "linear", "linear_1", "linear_5"}
 
 
 def test_knn_takes_any_dtype() -> None:

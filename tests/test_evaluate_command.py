@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import sklearn.metrics
 import torch
+from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 from torchvision.models import resnet18
@@ -37,7 +38,7 @@ class Hasty(LogisticRegression):
         super().__init__(max_iter=1)
 
 
-class Clumsy:
+class Clumsy(ClassifierMixin, BaseEstimator):
     def fit(self, features: np.ndarray, labels: np.ndarray) -> None:
         raise ZeroDivisionError("two left hands")
 
@@ -228,6 +229,14 @@ def test_any_classifier_of_scikit_learn_gets_a_row(trained: Path, tmp_path: Path
                tmp_path / "r.json") == 0
     found = results(tmp_path / "r.json")
     assert found["online"]["sklearn.dummy.DummyClassifier"] == pytest.approx(found["majority"]["linear"])
+
+
+@pytest.mark.usefixtures("without_few_labels")
+def test_logistic_regression_has_a_row_where_it_is_asked_for(trained: Path, tmp_path: Path) -> None:
+    assert run(trained, trained.parent / "imgs", "--classifier", "logistic", "--linear", "sgd", "--json",
+               tmp_path / "r.json") == 0
+    summary = json.loads((trained / "summary.json").read_text())
+    assert results(tmp_path / "r.json")["online"]["logistic"] == pytest.approx(summary["linear"])
 
 
 @pytest.mark.usefixtures("without_few_labels")

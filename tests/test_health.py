@@ -14,12 +14,14 @@ from byol_core.batches import DeviceBatches, Order
 from byol_core.config import TrainConfig
 from byol_core.data import load_images
 from byol_core.folder import scan
-from byol_core.health import ROWS, Verdict, collapse_advice, find_collapse, judge, measure
+from byol_core.health import (RANK_COLLAPSED, RANK_COLLAPSING, ROWS, SPREAD_COLLAPSED, SPREAD_COLLAPSING, Verdict,
+                              collapse_advice, find_collapse, judge, measure)
 from byol_core.metrics import RunLog
 from byol_core.networks import BYOL
 from byol_core.optim import build_optimizer, build_scheduler
 from byol_core.plan import Facts, make_plan
 from byol_core.parts import new_model
+from byol_core.report import CURVES
 from byol_core.runtime import Runtime
 from byol_core.sample import write_digits
 from byol_core.training import train
@@ -83,6 +85,15 @@ def test_collapse_is_seen_in_spread_or_in_rank(values: dict[str, float], word: s
     assert judge(records(**values), 100).word == word
 
 
+def test_the_words_give_the_limits_that_decide() -> None:
+    note = next(note for key, _, note, _ in CURVES if key == "rank")
+    assert note.endswith(f"a collapse leaves fewer than {RANK_COLLAPSING:g}")
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    assert (f"spread under {SPREAD_COLLAPSING}, under {SPREAD_COLLAPSED}; or effective rank under {RANK_COLLAPSING:g}, under "
+            f"{RANK_COLLAPSED:g} (less for small batches), the median of the last three records; a run that ends collapsing "
+            "is called collapsed") in readme
+
+
 def test_one_odd_batch_is_no_verdict() -> None:
     assert judge([*records(19), record(19, spread=0.01, rank=1.0)], 10).word == "learning"
 
@@ -112,7 +123,41 @@ def test_accuracy_decides_where_it_was_measured() -> None:
     assert verdict.word == "finished well" and verdict.why.startswith("linear 90.0% (untrained 80.0%), knn 70.0% (untr")
     worse = {"linear": 0.8, "linear_untrained": 0.8, "knn": 0.7, "knn_untrained": 0.75}
     assert judge(records(), 10, "finished", worse).word == "flat"
+    mixed = {**worse, "linear": 0.825}  # 2.5 points won, 5 lost
+    verdict = judge(records(), 10, "finished", mixed)
+    assert verdict.word == "undecided" and verdict.why.startswith("some accuracies rose, others fell: linear 82.5% (untr")
+    assert judge(records(), 10, "finished", {**worse, "linear": 0.808}).word == "flat"  # within chance
     assert judge(records(), 10, "finished", {"linear": None, "knn": None}).word == "finished well"
+
+
+def test_a_run_of_few_records_without_labels_is_undecided() -> None:
+    verdict = judge(records(9), 1, "finished")
+    assert verdict.word == "undecided" and verdict.why.startswith("9 records are too few to judge by; loss 4 to 3.2")
+    assert judge(records(10), 1, "finished").word == "finished well"
+    assert judge(records(9, spread=0.3), 1, "finished").word == "collapsed"  # which few records can show
+
+
+def test_records_without_what_is_judged_are_passed_over() -> None:
+    assert judge([{"update": 1, "epoch": 1.0, "loss": 1.0}, {"update": 2, "epoch": 2.0, "knn": 0.5}], 2).word == "starting"
+    without_rank = [{key: value for key, value in entry.items() if key != "rank"} for entry in records()]
+    assert judge(without_rank, 10, "finished").why == "loss 4 to 2.1, spread 0.90"
+
+
+def test_a_flat_run_whose_target_has_no_memory_is_told_so_first() -> None:
+    worse = {"linear": 0.8, "linear_untrained": 0.8}
+    still = [record(number, loss=4.0) for number in range(20)]
+    constant = {"tau_base": 0.0, "tau_schedule": "constant"}
+    for verdict in (judge(records(), 10, "finished", worse, constant), judge(still, 10, plan=constant)):
+        assert verdict.word == "flat" and verdict.advice.startswith("raise --tau-base from 0 (")
+    for plan in ({**constant, "tau_schedule": "cosine"}, {**constant, "tau_base": 0.99}, None):
+        assert "--tau-base" not in judge(records(), 10, "finished", worse, plan).advice
+
+
+@pytest.mark.parametrize("reason, first", [("as asked", "lower --lr"), ("the paper's", "raise --tau-base")])
+def test_a_learning_rate_that_was_asked_for_is_the_first_suspect(reason: str, first: str) -> None:
+    plan = {"tau_base": 0.877, "choices": [{"name": "lr", "value": 0.08, "reason": reason}]}
+    advice = collapse_advice(plan)
+    assert advice.startswith(first) and "raise --tau-base from 0.877" in advice and "lower --lr" in advice
 
 
 def test_advice_follows_from_the_numbers_of_the_run() -> None:

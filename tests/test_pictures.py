@@ -31,9 +31,11 @@ def test_tiles_keep_colours_and_proportions() -> None:
 
 def test_nearest_are_the_most_similar_others() -> None:
     features = torch.tensor([[1.0, 0.0], [2.0, 0.1], [0.0, 1.0], [-1.0, 0.0]])
-    rows, cosines = nearest(features, torch.tensor([0]), 2)
+    rows, distances = nearest(features, torch.tensor([0]), 2)
     assert rows.tolist() == [[1, 2]]
-    assert cosines[0].tolist() == pytest.approx([2 / (4 + 0.01) ** 0.5, 0.0])
+    assert distances[0].tolist() == pytest.approx([1 - 2 / (4 + 0.01) ** 0.5, 1.0], abs=1e-6)
+    alike = torch.rand(3, 100, generator=torch.Generator().manual_seed(0)).repeat(2, 1)
+    assert (nearest(alike, torch.arange(6), 5)[1] >= 0).all()  # cosines of 1 are rounded to either side
 
 
 def load(folder: Path) -> ImageData:
@@ -68,6 +70,19 @@ def test_frames_tell_the_classes_of_neighbours_apart(image_folder: Callable[...,
     flat = load(image_folder("flat", classes=0, per_class=8))
     save_neighbours(tmp_path / "flat.png", flat, rows, alike, opposite, 0)
     assert not {same, other} & colours_in(tmp_path / "flat.png")
+
+
+def test_a_neighbour_is_captioned_with_its_distance_and_on_a_line_of_its_own_its_class(image_folder: Callable[..., Path],
+                                                                                       tmp_path: Path, monkeypatch) -> None:
+    written: list[tuple[tuple[int, int], str]] = []
+    monkeypatch.setattr(pictures, "write_text_at", lambda sheet, corner, text, *_: written.append((corner, text)))
+    data = load(image_folder(classes=2, per_class=1))
+    save_neighbours(tmp_path / "pair.png", data, torch.arange(2), torch.eye(2), torch.ones(2, 2), 0)
+    for distance in ("1.000", "0.000"):  # trained, untrained
+        (x, y), *others = [corner for corner, text in written if text == distance]
+        below = [text for corner, text in written if corner == (x, y + pictures.LINE)]
+        assert len(others) == 1 and len(below) == 1 and below[0] in data.files.classes
+    assert any("its distance, 1 - cosine, and class" in text for _, text in written)
 
 
 def test_pictures_have_the_same_bytes_for_the_same_seed(image_folder: Callable[..., Path], tmp_path: Path) -> None:

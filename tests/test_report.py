@@ -13,7 +13,8 @@ from byol_core import report
 from byol_core.charts import Curve, draw, number_text, smoothed, thinned, ticks
 from byol_core.config import TrainConfig, command_line, parse_config
 from byol_core.pictures import save_grid, tile
-from byol_core.report import compare, flatten, main, read_run, write_report
+from byol_core.report import compare, flatten, main, write_report
+from byol_core.run_facts import read_run
 from byol_core.sample import with_sample, without_sample
 
 HOSTILE = '</pre><script>alert(1)</script><img src="http://x/y" onerror=alert(1)>\'"&amp;'
@@ -81,9 +82,18 @@ def write_run(folder: Path, labels: bool = True, updates: int = 6, hostile: str 
     return folder
 
 
-def page(folder: Path, summary: dict | None = None) -> str:
-    write_report(folder, summary)
+def page(folder: Path, under_way: bool = False) -> str:
+    write_report(folder, under_way)
     return Page(folder / "report.html").text
+
+
+def change_json(path: Path, **values: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def add_line(folder: Path, text: str) -> None:
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(text + "\n")
 
 
 def test_page_says_what_the_files_say(tmp_path: Path) -> None:
@@ -118,19 +128,38 @@ def test_best_on_the_way_is_named_where_there_is_one(tmp_path: Path) -> None:
 
 
 def test_without_labels_it_says_so_and_shows_health(tmp_path: Path) -> None:
-    text = page(write_run(tmp_path, labels=False))
+    text = page(write_run(tmp_path, labels=False, updates=12))
     assert "no class folders, so no accuracy" in text and "no labels" in text and "Finished well" in text
     assert "effective rank of the features" in text and "9 of 15" in text
 
 
 def test_stopped_and_failed_runs_say_where_why_and_how_to_go_on(tmp_path: Path) -> None:
-    stopped = page(write_run(tmp_path / "s", status="stopped", reason="SIGTERM", epochs=1, knn=None, linear=None))
+    write_run(tmp_path / "s", status="stopped", reason="SIGTERM", epochs=1, knn=None, linear=None)
+    (tmp_path / "s" / "last.pt").touch()
+    stopped = page(tmp_path / "s")
+    assert "goes on from the last checkpoint, exactly" in stopped
     assert "Stopped after 1 of 2 epochs by SIGTERM" in stopped and "measured when the run is complete" in stopped
     command = re.search(r"python train.py .* --resume", stopped)
     assert command and parse_config(shlex.split(command[0])[2:]) == TrainConfig(
         data=("<b>",), out=str(tmp_path / "s"), epochs=2, seed=5, resume="")
     failed = page(write_run(tmp_path / "f", status="failed", reason="disk <full>", epochs=1))
     assert "Failed after 1 of 2 epochs" in failed and "disk <full>" in failed
+
+
+def test_without_a_checkpoint_nothing_is_gone_on_from(tmp_path: Path) -> None:
+    for status in ("failed", "stopped", "running"):
+        text = page(write_run(tmp_path / status, status=status, epochs=0), under_way=True)
+        assert "begins anew: no checkpoint was saved yet" in text and "exactly" not in text
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_run_whose_numbers_ran_away_is_not_to_be_resumed(tmp_path: Path, saved: bool) -> None:
+    write_run(tmp_path, status="failed", epochs=0,
+              reason="the loss or a gradient is not finite at epoch 1, update 13 - start again with a lower --lr")
+    if saved:
+        (tmp_path / "last.pt").touch()
+    text = page(tmp_path)
+    assert "start again with a lower --lr" in text and "see the reason above" in text and "--resume" not in text
 
 
 def test_collapsed_run_says_so_first_and_what_to_do(tmp_path: Path) -> None:
@@ -142,12 +171,49 @@ def test_collapsed_run_says_so_first_and_what_to_do(tmp_path: Path) -> None:
 
 
 def test_run_under_way_is_told_from_one_that_ended(tmp_path: Path) -> None:
-    write_run(tmp_path)
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    (tmp_path / "summary.json").unlink()
-    text = page(tmp_path, {**summary, "status": "running", "epochs": 1, "knn": None, "linear": None})
+    write_run(tmp_path, status="running", epochs=1, knn=None, linear=None)
+    (tmp_path / "last.pt").touch()
+    text = page(tmp_path, under_way=True)
     assert "Learning, after 1 of 2 epochs" in text and "after an interruption" in text
+    assert "Has not ended, or was cut off, after 1 of 2 epochs" in page(tmp_path)
+    (tmp_path / "summary.json").unlink()
     assert "Has not ended, or was cut off, after 2 of 2 epochs" in page(tmp_path)
+
+
+def test_a_run_that_was_cut_off_keeps_its_facts(tmp_path: Path) -> None:
+    """Killed ten updates after its latest summary: what was measured before is still true."""
+    write_run(tmp_path, status="running", epochs=2, knn=None, linear=None, updates=6, best_knn=0.75, best_epoch=1)
+    for update in (3, 9):
+        add_line(tmp_path, json.dumps({**line(update), "knn": 0.7}))
+    text = page(tmp_path)
+    assert read_run(tmp_path).status == "unknown" and "cut off, after 3 of 2 epochs" in text
+    for expected in ("50.0%", "75.0%", "4 s", " 41 ", "cpu, float32", "3 images of <b>", " 9 "):
+        assert expected in text, expected
+    assert "Not measured" not in text
+    change_json(tmp_path / "summary.json", updates=0, seconds=0.0, images_per_second=0.0, wait_fraction=0.0)
+    assert "training time" not in page(tmp_path)  # which is not 0
+
+
+@pytest.mark.parametrize("under_way", [False, True])
+def test_what_is_not_measured_yet_is_not_said_to_be_left_out(tmp_path: Path, under_way: bool) -> None:
+    write_run(tmp_path, status="running", knn=None, linear=None, knn_untrained=None, linear_untrained=None)
+    assert "Not measured yet." in page(tmp_path, under_way)
+    (tmp_path / "summary.json").unlink()
+    assert "Not measured yet." in page(tmp_path)
+    change_json(tmp_path / "config.json", config={"eval": False})
+    assert "Not measured, as asked (--no-eval)." in page(tmp_path)
+
+
+def test_accuracy_measured_on_the_way_has_a_column_until_the_end(tmp_path: Path) -> None:
+    write_run(tmp_path, status="stopped", knn=None, linear=None)
+    add_line(tmp_path, '{"update": 3, "epoch": 1.0, "knn": 0.6875}')
+    text = page(tmp_path)
+    learned = text[text.index("What it learned"):text.index("Health")]
+    assert "after epoch 1" in learned and "68.8%" in learned and "50.0%" in learned
+    change_json(tmp_path / "summary.json", knn=0.8125, status="finished")
+    text = page(tmp_path)
+    learned = text[text.index("What it learned"):text.index("Health")]
+    assert "after epoch" not in learned and "81.2%" in learned and "68.8%" not in learned
 
 
 def test_summary_of_an_earlier_end_is_not_believed(tmp_path: Path) -> None:
@@ -164,6 +230,55 @@ def test_empty_and_broken_folders_still_give_a_page(tmp_path: Path) -> None:
     for name in ("summary.json", "config.json", "metrics.jsonl", "backbone.json"):
         (tmp_path / name).write_text('["torn')
     assert "Has not ended" in page(tmp_path)
+
+
+@pytest.mark.parametrize("name, content, expected", [
+    ("config.json", '{"config": {}, "plan": null, "choices": [7], "data": [], "versions": "1"}', "Finished well"),
+    ("summary.json", '{"status": "finished"}', "Finished, but undecided"),
+    ("summary.json", '{"status": 1, "updates": "6", "knn": "0.5", "world_size": null, "images": [1], "classes": {}}',
+     "Has not ended, or was cut off, after 2 of 2 epochs"),
+    ("views.png", "", "Finished well"), ("views.png", "\x89PNG", "Finished well"),
+    ("views.png", "no picture " * 9, "Finished well"),
+    ("metrics.jsonl", "", "Finished, but without records to judge by"),
+    ("metrics.jsonl", '{"update": 6, "epoch": 2.0, "loss": null, "spread": "0.5"}\n', "Finished, but without records"),
+    ("metrics.jsonl", '{"update": 6, "epoch": 2.0, "loss": 1.0, "spread": 0.9}\n', "Finished, but without records"),
+    ("metrics.jsonl", '{"update": "6", "epoch": "2"}\n{"update": 6, "epoch": NaN}\n', "Finished, but without records"),
+    ("metrics.jsonl", '{"update": 6, "epoch": 2.0, "loss": 1.0, "spread": 0.9, "tau": 0.5, "rank": 1e999, "rank_limit": 15}\n',
+     "Finished well"),
+    ("backbone.json", '{"arch": "<b>", "small_stem": 1, "image_size": "<b>", "mean": null, "std": 1}', "Finished well"),
+])
+def test_damaged_files_cost_what_they_said_and_no_more(tmp_path: Path, capsys, name: str, content: str, expected: str) -> None:
+    write_run(tmp_path, knn_untrained=0.5, rank_features_untrained=None)
+    (tmp_path / name).write_text(content, "latin-1")
+    assert main([str(tmp_path)]) == 0, capsys.readouterr().err
+    assert expected in Page(tmp_path / "report.html").text
+
+
+def test_damage_that_nobody_thought_of_is_one_line(tmp_path: Path, capsys) -> None:
+    write_run(tmp_path / "run")
+    change_json(tmp_path / "run" / "config.json", plan={"epochs": "two", "updates_per_epoch": "x"})
+    (tmp_path / "run" / "train.log").write_text("t resuming at epoch 1, update 3\n")
+    for arguments in ([], ["--out", str(tmp_path / "both.html")]):
+        assert main([str(tmp_path / "run"), *arguments]) == 1
+        said = capsys.readouterr().err
+        assert said.startswith(f"error: {tmp_path / 'run'} has a damaged file") and said.count("\n") == 1
+
+
+def test_no_epochs_are_no_damage(tmp_path: Path) -> None:
+    write_run(tmp_path, updates=0, epochs=0)
+    assert "Finished without training" in page(tmp_path)
+
+
+def test_a_skipped_file_is_named_once(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    (tmp_path / "bad_files.txt").write_text(
+        "a/b.jpg\tUnidentifiedImageError: cannot identify image file '/data/imgs/a/b.jpg'\n"
+        "c d.png\t[Errno 2] No such file or directory: \"/data/it's/c d.png\"\n"
+        "e.png\tOSError: image file is truncated (5 bytes not processed)\n")
+    text = page(tmp_path)
+    assert text.count("b.jpg") == text.count("c d.png") == 1 and "/data" not in text
+    assert "cannot identify image file " in text and "No such file or directory " in text and "(5 bytes" in text
+    assert '<td class="w">a/b.jpg</td><td class="w">Unid' in (tmp_path / "report.html").read_text()
 
 
 def test_resumes_and_skipped_steps_are_marked(tmp_path: Path) -> None:
@@ -206,6 +321,30 @@ def test_comparison_shows_differences_alone_and_all_results(tmp_path: Path, caps
     assert "91.2%" in results and "25.0%" in results
     assert "views 2 blur" in differences and "0.75" in differences and "views 1 blur" not in differences
     assert Page(tmp_path / "both.html").tags.count("svg") == 10
+
+
+def test_results_that_are_the_same_in_all_runs_are_left_out(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / "one"), write_run(tmp_path / "other", linear=0.875)]
+    compare(folders, tmp_path / "both.html")
+    results = Page(tmp_path / "both.html").text.split("Differences in configuration")[0]
+    assert "verdict" in results and "87.5%" in results and "91.2%" not in results.split("linear")[-1]
+    assert "wait fraction" not in results and "updates" not in results
+    compare(folders[:1], tmp_path / "one.html")
+    assert "wait fraction" in Page(tmp_path / "one.html").text
+
+
+@pytest.mark.parametrize("lr, by_powers", [(0.5, False), (100.0, True)])
+def test_a_rate_far_above_the_others_does_not_flatten_them(tmp_path: Path, lr: float, by_powers: bool) -> None:
+    folders = [write_run(tmp_path / "one"), write_run(tmp_path / "other")]
+    records = [line(n, lr=lr if n < 6 else 0.0) for n in range(1, 7)]
+    (tmp_path / "other" / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    compare(folders, tmp_path / "both.html")
+    text = (tmp_path / "both.html").read_text()
+    figure = text[text.index('id="curve-lr"'):]
+    assert ("powers of ten" in figure) == by_powers
+    heights = [float(pair.split(",")[1]) for pair in re.findall(r'<polyline class="s0" points="([^"]+)"', figure)[0].split()]
+    bottom = 200 - 34  # of the drawing, where its axis is
+    assert bottom - heights[0] > 20  # the lower curve, of 0.1, is seen
 
 
 def test_command_writes_a_report_again_and_refuses_what_is_no_run(tmp_path: Path, capsys) -> None:

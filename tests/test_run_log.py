@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from byol_core.health import judge
 from byol_core.metrics import RunLog
 from byol_core.training import Progress, Step
 
@@ -66,6 +67,14 @@ def test_a_torn_last_line_is_dropped(tmp_path: Path) -> None:
 def test_collapse_is_said_once(tmp_path: Path, capsys) -> None:
     train_log(tmp_path, 30, [1e-7], spread=0.0)
     assert capsys.readouterr().out.count("features are collapsing: spread 0.000") == 1
+
+
+def test_the_warning_while_it_goes_gives_the_advice_of_the_end(tmp_path: Path, capsys) -> None:
+    plan = {"tau_base": 0.5, "batch_size": 64, "choices": [{"name": "lr", "value": 9.0, "reason": "as asked"}]}
+    log = RunLog(tmp_path, 2, 25, 4, plan=plan)
+    log.step(Progress(updates=10, batch=10), step(spread=0.0), 0.0)
+    assert f" - {judge(records(tmp_path), 2, plan=plan).advice}\n" in capsys.readouterr().out
+    assert "raise --tau-base from 0.5" in judge(records(tmp_path), 2, plan=plan).advice
 
 
 def test_collapse_is_judged_by_the_records_before_a_resume_too(tmp_path: Path, capsys) -> None:

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import train as command
+from byol_core import report
 from byol_core.outcome import Outcome
 from byol_core.run import Run
 
@@ -93,10 +94,53 @@ def test_a_flat_folder_trains_without_labels(image_folder: Callable[..., Path]) 
     assert Path("out/neighbours.png").exists()
 
 
+def test_a_run_under_way_says_so_in_its_summary(image_folder: Callable[..., Path], monkeypatch) -> None:
+    seen = []
+    original = Run._after_step
+
+    def look(self: Run, progress, step) -> None:
+        seen.append(summary("out"))
+        assert Path("out/bad_files.txt").read_text().startswith("class0/005.png")
+        assert report.main(["out"]) == 0
+        original(self, progress, step)
+
+    monkeypatch.setattr(Run, "_after_step", look)
+    data = image_folder(per_class=12)
+    (data / "class0" / "005.png").write_bytes(b"not an image")
+    assert run("--data", data, "--epochs", 1, "--out", "out", *SMALL) == 0
+    assert {found["status"] for found in seen} == {"running"}
+    assert seen[0]["knn"] is None and seen[0]["knn_untrained"] == summary("out")["knn_untrained"] is not None
+    assert summary("out")["status"] == "finished"
+
+
+def test_a_report_that_fails_stops_no_run(image_folder: Callable[..., Path], monkeypatch, capsys) -> None:
+    def fail(folder: Path, under_way: bool = False) -> None:
+        raise KeyError("plan")
+
+    monkeypatch.setattr("byol_core.outcome.write_report", fail)
+    monkeypatch.setattr("byol_core.outcome.read_run", fail)
+    assert run("--data", image_folder(), "--epochs", 1, "--no-eval", "--out", "out", *SMALL) == 0
+    assert "warning: KeyError: 'plan' - the run goes on" in capsys.readouterr().out
+    assert summary("out")["status"] == "finished" and "warning: KeyError" in Path("out/train.log").read_text()
+
+
+def test_too_few_images_of_a_class_are_not_called_missing_folders(image_folder: Callable[..., Path], capsys) -> None:
+    arguments = ["--epochs", 1, "--eval-every", 1, *SMALL]
+    assert run("--data", image_folder(classes=8, per_class=1), "--out", "out", *arguments) == 0
+    said = capsys.readouterr().out
+    assert "nothing measured: measuring needs" in said and "no class folders, so" not in said
+    assert said.index("--eval-every 1 has no effect") < said.index("use it:") and said.count("has no effect") == 1
+    assert "Not measured: the labels do not allow it" in Path("out/report.html").read_text()
+    assert run("--data", image_folder("flat", classes=0), "--out", "other", *arguments) == 0
+    assert "no class folders, so no accuracy" in capsys.readouterr().out
+
+
 def test_exported_backbone_loads_into_torchvision_but_for_its_classifier(image_folder: Callable[..., Path]) -> None:
     from torchvision.models import resnet18
     assert run("--data", image_folder(size=(32, 32)), "--epochs", 1, "--out", "out", "--arch", "resnet18", "--no-small-stem",
                "--hidden-dim", 8, "--projection-dim", 4, "--batch-size", 8, "--workers", 0, "--no-eval") == 0
+    snippet = (REPOSITORY / "README.md").read_text().split("import torch, torchvision\n")[1].split("```")[0]
+    assert snippet.splitlines()[-1].startswith("backbone.eval()")
     model = resnet18()
     missing, unexpected = model.load_state_dict(torch.load("out/backbone.pt", weights_only=True), strict=False)
     assert missing == ["fc.weight", "fc.bias"] and unexpected == []

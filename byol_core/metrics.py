@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from byol_core.checkpoint import write_text
-from byol_core.failures import show
+from byol_core.failures import own_words, show
 from byol_core.health import RECENT, find_collapse, measure
 from byol_core.processes import ALONE, Processes
 from byol_core.schedules import due
@@ -83,11 +83,11 @@ class RunLog:
 
     @contextlib.contextmanager
     def warn_only(self) -> Iterator[None]:
-        """Writes that fail in this block are told and do not fail the run: nothing of it is lost."""
+        """What fails in this block, as on a full disk, is told and does not fail the run: nothing of it is lost."""
         try:
             yield
-        except OSError as error:
-            self.say(f"warning: {error} - the run goes on")
+        except Exception as error:
+            self.say(f"warning: {own_words(error)} - the run goes on")
 
     def record(self, progress: Progress, **values: Value) -> None:
         """One line of metrics.jsonl."""

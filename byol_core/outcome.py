@@ -3,7 +3,6 @@
 import contextlib
 import json
 import time
-from collections.abc import Iterator
 from typing import cast
 
 import torch
@@ -153,7 +152,7 @@ class Outcome:
         readable, trained = embed_data(parts.backbone, parts.data, recipe, indices, parts.runtime, parts.workers)
         untrained = parts.new_model().online.backbone
         _, before = embed_data(untrained, parts.data, recipe, readable, parts.runtime, parts.workers)
-        with self._only_to_look_at():
+        with self.parts.log.warn_only():
             save_neighbours(parts.folder / "neighbours.png", parts.data, readable, trained, before, parts.config.seed)
             save_embedding(parts.folder / "embedding.png", trained, None if labels is None else labels[readable],
                            parts.data.files.classes, parts.config.seed)
@@ -161,18 +160,10 @@ class Outcome:
                       "rank_features_untrained": float(effective_rank(before))}
         self._show_on_board("neighbours.png", "embedding.png")
 
-    @contextlib.contextmanager
-    def _only_to_look_at(self) -> Iterator[None]:
-        """What fails here, as for a full disk or a damaged file, is told and does not fail the run: nothing of it is lost."""
-        try:
-            yield
-        except Exception as error:
-            self.parts.log.say(f"warning: {own_words(error)} - the run goes on")
-
     def write_end(self, status: str, reason: str | None = None) -> None:
         """The facts and report.html, whatever way the run ended. reason: of a run that did not finish."""
         self._write_facts(status, reason)
-        with self._only_to_look_at():
+        with self.parts.log.warn_only():
             write_report(self.parts.folder)
         if self.parts.log.board is not None:
             self.parts.log.board.close()
@@ -218,7 +209,7 @@ class Outcome:
             say("no class folders, so no accuracy: look at neighbours.png, or pass a labelled folder as --eval-data")
         if data.bad.reasons:
             say(f"skipped {len(data.bad.reasons)} of {len(data)} images (bad_files.txt)")
-        with self._only_to_look_at():
+        with self.parts.log.warn_only():
             verdict = read_run(folder).verdict
             say(f"{verdict.word}: {verdict.why}" + (f" - {verdict.advice}" if verdict.advice else ""))
         if self.best:

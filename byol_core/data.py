@@ -128,7 +128,7 @@ def decode_all(files: ImageSet, on_bad: Callable[[int, str], None], workers: int
         if len(images) != len(indices) or pixels is not None and len(images) and pixels.shape[1:] != images.shape[1:]:
             return None
         if pixels is not None:
-            pixels[indices] = images
+            pixels.numpy()[indices.numpy()] = images.numpy()  # torch would wake all its threads for each of these small blocks
     return pixels
 
 

@@ -25,7 +25,7 @@ from byol_core.folder import scan
 from byol_core.plan import make_plan
 from byol_core.run import Run
 from byol_core.training import Progress, Step, train
-from tests.bench import rivals
+from tests.bench import rivals, step
 from tests.bench.table import environment, markdown, parse, show, side_by_side
 from tests.bench.views import find
 
@@ -60,6 +60,8 @@ def compare(case: str, options: argparse.Namespace) -> None:
         limit, runtime = "bare forward and backward on resident views", run.parts.runtime
         rows[limit] = partial(rivals.bare_loop(rivals.new_byol(options.arch, small_stem, size, runtime), runtime),
                               rivals.random_views(options.updates, batch, size, runtime))
+        resident = "byol_core's train on resident views"
+        rows[resident] = step.ours((options.arch, small_stem, size), batch, options.updates, runtime)
         for name, make in rivals.present({LIGHTLY: partial(rivals.lightly_transform, size, blur=size >= 48)}):
             workers = choose_workers(None)
             loader = DataLoader(rivals.Photos(paths, make), batch_size=batch, shuffle=True, drop_last=True,
@@ -72,7 +74,8 @@ def compare(case: str, options: argparse.Namespace) -> None:
     table = [(name, f"{rate:.1f}", f"{rate / rates[limit]:.2f}", f"{rate / rates[LIGHTLY]:.2f}" if LIGHTLY in rates else "-")
              for name, rate in sorted(rates.items(), key=lambda item: -item[1])]
     text = (f"{environment(options.device, 'torchvision')}\n\nOurs: {run.parts.precision}, views: {run.parts.views_reason}; "
-            f"{started:.2f} s to start; waits for views {waited:.1%} of the time\n\n"
+            f"{started:.2f} s to start; waits for views {waited:.1%} of the time; "
+            f"an update on real data takes {rates[resident] / rates[ours]:.3f} times as long as on resident views\n\n"
             + markdown(("training", "images/s", "share of the bare step", "times lightly's"), table))
     stem = ", small stem" if small_stem else ""
     show(f"End to end: {options.arch}{stem}, {size} pixels, batch {batch}", text, options.write)
@@ -94,8 +97,8 @@ def new_run(paths: list[Path], case: str, options: argparse.Namespace, folder: P
 
 def epoch_of(run: Run) -> None:
     """The next epoch of the run, logging included; what comes once in a run or an epoch, such as saving, is left out."""
-    def log(progress: Progress, step: Step) -> None:
-        run.log.step(progress, step, run.parts.batches.waited)
+    def log(progress: Progress, done: Step) -> None:
+        run.log.step(progress, done, run.parts.batches.waited)
 
     parts = run.parts
     train(parts.model, parts.batches, run.progress.epoch + 1, optimizer=parts.optimizer, lr_scheduler=parts.scheduler,

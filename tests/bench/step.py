@@ -43,7 +43,7 @@ def main() -> None:
             rows[name] = partial(rivals.bare_loop(rivals.new_byol(*network, runtime), runtime),
                                  rivals.random_views(STEPS, options.batch, options.size, runtime))
     limit = names[chosen.amp_dtype, chosen.channels_last]
-    rows["**byol_core's train**, as auto chooses"] = ours(network, options.batch, chosen)
+    rows["**byol_core's train**, as auto chooses"] = ours(network, options.batch, STEPS, chosen)
     plain = Runtime(device)
     views = rivals.random_views(STEPS, options.batch, options.size, plain)
     makers = {"the loop that lightly documents": partial(rivals.lightly_loop, *network, device),
@@ -65,12 +65,12 @@ def main() -> None:
          text, options.write)
 
 
-def ours(network: tuple[str, bool, int], batch: int, runtime: Runtime) -> Callable[[], object]:
-    """`train` on one epoch of STEPS batches, with the optimizer and schedule that the recipe chooses."""
+def ours(network: tuple[str, bool, int], batch: int, steps: int, runtime: Runtime) -> Callable[[], object]:
+    """`train` on one epoch of so many batches, with the optimizer and schedule that the recipe chooses."""
     arch, small_stem, size = network
     config = TrainConfig(arch=arch, small_stem=small_stem, image_size=size, batch_size=batch)
     plan = make_plan(config, Facts(50_000, size, same_size=True))
-    model, views = rivals.new_byol(*network, runtime), rivals.random_views(STEPS, batch, size, runtime)
+    model, views = rivals.new_byol(*network, runtime), rivals.random_views(steps, batch, size, runtime)
     optimizer = build_optimizer(model.online, plan)
     scheduler = build_scheduler(optimizer, plan)
     return lambda: train(model, views, 1, optimizer=optimizer, lr_scheduler=scheduler, lr_scheduler_interval="step",

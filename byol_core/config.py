@@ -73,7 +73,8 @@ class TrainConfig:
     hidden_dim: int | None = option(None, "network", "hidden width of projector and predictor", type=count, metavar="N")
     projection_dim: int | None = option(None, "network", "output width of projector and predictor", type=count, metavar="N")
     batch_size: int | None = option(None, "training", "images of one optimizer update, over all processes and "
-                                    "accumulation steps (default: 256; the sample: 64)", type=count, metavar="N")
+                                    "accumulation steps (default: 256, fewer for fewer images; the sample: 64)",
+                                    type=count, metavar="N")
     recipe: str = option("auto", "training", "auto: chosen from images, batch and epochs, and explained; paper: the "
                          "published preset nearest in epochs; quadra: the source system's defaults",
                          choices=("auto", "paper", "quadra"))

@@ -162,7 +162,8 @@ def _scan_folders(given: str, folders: list[Path], flag: str, leave_out: Sequenc
         parts.append(_Part(below(folder, root) + b"/" if len(folders) > 1 else b"", names, _first_folders(names)))
     images = _assemble(given, root, parts, remarks)
     listed = [folder for part in found for folder in part.folders]
-    settled = max(modified for _, (modified, _) in listed) < began - SETTLED_NS and not any(part.unreadable for part in found)
+    settled = all(part.settled and not part.unreadable for part in found)
+    settled &= max(modified for _, (modified, *_) in listed) < began - SETTLED_NS
     if keep_in is not None and settled:
         _keep_listing(keep_in / LISTING, asked, listed, images)
     return images

@@ -47,7 +47,8 @@ class ScanProgress:
 class Found:
     """Below a folder, as paths relative to it: images, tars, and how many others by suffix; folders that cannot be listed.
 
-    folders: (absolute path, stamp) of all that were listed.
+    folders: (absolute path, stamp) of all that were listed. settled: False where links lead nowhere or into folders seen
+    before, so that what is below may change without a change of any of these folders.
     """
 
     images: list[bytes] = field(default_factory=list)
@@ -55,6 +56,7 @@ class Found:
     others: "Counter[str]" = field(default_factory=Counter)
     unreadable: list[str] = field(default_factory=list)
     folders: list[tuple[bytes, list[int]]] = field(default_factory=list)
+    settled: bool = True
 
 
 def walk(root: Path, seen: set[tuple[int, int]], progress: ScanProgress) -> Found:
@@ -66,6 +68,7 @@ def walk(root: Path, seen: set[tuple[int, int]], progress: ScanProgress) -> Foun
         try:
             status = os.stat(folder)
             if (status.st_dev, status.st_ino) in seen:
+                found.settled = False
                 continue  # a second way into the same folder: a link, or a loop of them
             seen.add((status.st_dev, status.st_ino))
             found.folders.append((os.path.abspath(folder), stamp(status)))
@@ -83,6 +86,8 @@ def _sort_entries(folder: bytes, prefix: bytes, found: Found, progress: ScanProg
             name = entry.name
             if is_hidden(name):
                 continue
+            if entry.is_symlink() and not os.path.exists(entry.path):
+                found.settled = False
             if not entry.is_file(follow_symlinks=False) and _is_folder(entry):
                 folders.append((entry.path, prefix + name + b"/"))
                 continue
@@ -103,7 +108,7 @@ def _sort_entries(folder: bytes, prefix: bytes, found: Found, progress: ScanProg
 
 def stamp(folder: os.stat_result) -> list[int]:
     """Changes when a file or folder in it is added, removed or renamed, or when another folder has taken its place."""
-    return [folder.st_mtime_ns, folder.st_ino % 2**63]
+    return [folder.st_mtime_ns, folder.st_ctime_ns, folder.st_ino % 2**63]
 
 
 def identity(folder: bytes | Path) -> tuple[int, int]:

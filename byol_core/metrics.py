@@ -6,8 +6,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any

@@ -1,5 +1,6 @@
 """What a run will do, worked out from the options and the data before anything is trained; every choice has its reason."""
 
+import math
 from dataclasses import dataclass, replace
 
 from byol_core.config import TrainConfig
@@ -79,7 +80,8 @@ def make_plan(config: TrainConfig, facts: Facts, world_size: int = 1) -> Plan:
     Raises: ValueError when the batch does not fit the images, the processes or the accumulation.
     """
     digits = config.recipe == "digits"
-    batch_size = config.batch_size or (64 if digits else 256)
+    batch = _batch(facts.images, digits) if config.batch_size is None else Choice("batch_size", config.batch_size, "as asked")
+    batch_size = int(batch.value)
     _check_batch(batch_size, config.accum_steps, world_size, facts.images)
     size = config.image_size or _image_size(facts)
     small = size < SMALL_STEM_BELOW
@@ -87,6 +89,7 @@ def make_plan(config: TrainConfig, facts: Facts, world_size: int = 1) -> Plan:
 
     arch = config.arch or ("conv6" if digits else "resnet18")
     chosen = {
+        "batch_size": batch,
         "arch": Choice("arch", arch, "a small network for tiny images" if digits else "the usual small backbone"),
         "image_size": Choice("image_size", size, f"images are about {facts.side} pixels"),
         "predictor_lr": Choice("predictor_lr", 1.0, "as the rest"),
@@ -94,7 +97,7 @@ def make_plan(config: TrainConfig, facts: Facts, world_size: int = 1) -> Plan:
                              f"3x3 stem for ResNets below {SMALL_STEM_BELOW} px"),
     }
     recipe = {"auto": _auto, "paper": _paper, "quadra": _quadra, "digits": _digits}[config.recipe]
-    chosen |= {choice.name: choice for choice in recipe(facts, config.epochs, updates * config.epochs)}
+    chosen |= {choice.name: choice for choice in recipe(facts, config.epochs, updates * config.epochs, batch_size)}
     asked = {name: getattr(config, name) for name in chosen if getattr(config, name, None) is not None}
     if asked.get("optimizer", chosen["optimizer"].value) != chosen["optimizer"].value:
         chosen |= {choice.name: choice for choice in _rates(str(asked["optimizer"]), config.epochs)}
@@ -107,12 +110,21 @@ def make_plan(config: TrainConfig, facts: Facts, world_size: int = 1) -> Plan:
 
     values = {name: choice.value for name, choice in chosen.items()}
     values["lr"] = scaled_lr(float(values["lr"]), batch_size)
+    views = _views(config.recipe, size)
     return Plan(
         **values,  # type: ignore[arg-type]
-        batch_size=batch_size, micro_batch=batch_size // (config.accum_steps * world_size), accum_steps=config.accum_steps,
+        micro_batch=batch_size // (config.accum_steps * world_size), accum_steps=config.accum_steps,
         epochs=config.epochs, updates_per_epoch=updates,
-        views=_views(config.recipe, size), choices=tuple(chosen.values()),
+        views=views, choices=(*chosen.values(), *_choices_of_views(config.recipe, *views)),
     )
+
+
+def _batch(images: int, digits: bool) -> Choice:
+    if digits:
+        return Choice("batch_size", 64, "best on the sample")
+    if images >= 256 or images < 4:
+        return Choice("batch_size", 256, "usual for one device")
+    return Choice("batch_size", 2 ** int(math.log2(images / 2)), f"the largest power of two that {images} images fill twice")
 
 
 def _check_batch(batch_size: int, accum_steps: int, world_size: int, images: int) -> None:
@@ -145,8 +157,9 @@ def _image_size(facts: Facts) -> int:
     return 128 if facts.side <= 160 else 224
 
 
-def _digits(facts: Facts, epochs: int, total: int) -> list[Choice]:
-    return [Choice("optimizer", "adamw", "best on the sample"), Choice("lr", 8e-3, "2e-3 at batch 64"),
+def _digits(facts: Facts, epochs: int, total: int, batch_size: int) -> list[Choice]:
+    return [Choice("optimizer", "adamw", "best on the sample"),
+            Choice("lr", 8e-3 * min(1.0, 64 / batch_size), "2e-3 from batch 64 on: more in larger ones loses the features"),
             Choice("predictor_lr", 10.0, "a fast predictor keeps the rank of the features up"),
             Choice("weight_decay", 0.01, "mild, for a small network"), *_cosine_step(),
             Choice("warmup_epochs", 0.3 * epochs, "a long warm-up keeps the rank of the features up"),
@@ -155,7 +168,7 @@ def _digits(facts: Facts, epochs: int, total: int) -> list[Choice]:
             Choice("projection_dim", 128, "in proportion to the network")]
 
 
-def _auto(facts: Facts, epochs: int, total: int) -> list[Choice]:
+def _auto(facts: Facts, epochs: int, total: int, batch_size: int) -> list[Choice]:
     if facts.images < SMALL_SET:
         optimizer = Choice("optimizer", "sgd", f"published for sets under {SMALL_SET} images")
         hidden_dim = Choice("hidden_dim", 1024, "published for CIFAR-10")
@@ -180,7 +193,7 @@ def _rates(optimizer: str, epochs: int) -> list[Choice]:
     return [Choice("lr", lr, reason), Choice("weight_decay", weight_decay, reason)]
 
 
-def _paper(facts: Facts, epochs: int, total: int) -> list[Choice]:
+def _paper(facts: Facts, epochs: int, total: int, batch_size: int) -> list[Choice]:
     nearest = _nearest_preset(epochs)
     lr, weight_decay, tau = PAPER_PRESETS[nearest]
     reason = f"the paper's {nearest}-epoch preset"
@@ -190,7 +203,7 @@ def _paper(facts: Facts, epochs: int, total: int) -> list[Choice]:
             Choice("hidden_dim", 4096, reason), Choice("projection_dim", 256, reason)]
 
 
-def _quadra(facts: Facts, epochs: int, total: int) -> list[Choice]:
+def _quadra(facts: Facts, epochs: int, total: int, batch_size: int) -> list[Choice]:
     reason = "the source system's default"
     return [Choice("optimizer", "adam", reason), Choice("lr", 3e-4, f"{reason} at batch 256"),
             Choice("weight_decay", 0.0, reason),
@@ -224,3 +237,15 @@ def _views(recipe: str, size: int) -> tuple[ViewRecipe, ViewRecipe]:
     if recipe == "quadra":
         return replace(view1, interpolation="bilinear"), replace(view2, interpolation="bilinear")
     return view1, view2
+
+
+def _choices_of_views(recipe: str, view1: ViewRecipe, view2: ViewRecipe) -> list[Choice]:
+    """What of the views is chosen, for the log; they are no options."""
+    if recipe == "digits":
+        return [Choice("views", "turned, zoomed, sheared, shifted, bent, blurred, noisy", "crops and flips change digits")]
+    low, high = view1.crop_scale or (1.0, 1.0)
+    of_blur = ("published settings for small images do not blur" if view1.blur == view2.blur == 0 else
+               "the paper's, for one view and the other")
+    return [Choice("crop_scale", f"{low:g} to {high:g}", "share of the image's area: the paper's, at every size"),
+            Choice("blur", f"{view1.blur:g} and {view2.blur:g}", of_blur),
+            Choice("solarize", f"{view1.solarize:g} and {view2.solarize:g}", "the paper's, for one view and the other")]

@@ -98,6 +98,7 @@ class Run:
     def _write_start(self) -> None:
         with self.log.warn_only():
             self._write_config()
+        with self.log.warn_only():
             if self.parts.plan.epochs and self.progress.updates == 0:
                 self.outcome.picture_views()
 
@@ -127,7 +128,7 @@ class Run:
         self.log.start(self.progress)
         try:
             self.stop.waits_for_a_step = True
-            self._train(self._after_step)
+            self._train(self.progress, self._after_step)
         except NonFiniteError as error:
             amp_dtype = self.parts.runtime.amp_dtype
             raise NonFiniteError(
@@ -147,11 +148,11 @@ class Run:
         if self.parts.plan.epochs == 0:
             self.save()
 
-    def _train(self, after_step: Callable[[Progress, Step], None]) -> None:
+    def _train(self, progress: Progress, after_step: Callable[[Progress, Step], None]) -> None:
         parts, plan = self.parts, self.parts.plan
         train(parts.model, parts.batches, plan.epochs, optimizer=parts.optimizer, lr_scheduler=parts.scheduler,
               lr_scheduler_interval=plan.scheduler_interval, tau_base=plan.tau_base, tau_schedule=plan.tau_schedule,
-              accum_steps=plan.accum_steps, seed=parts.config.seed, runtime=parts.runtime, progress=parts.progress,
+              accum_steps=plan.accum_steps, seed=parts.config.seed, runtime=parts.runtime, progress=progress,
               after_step=after_step)
 
     def _after_step(self, progress: Progress, step: Step) -> None:
@@ -236,5 +237,5 @@ class Run:
                 raise _EnoughMeasured
 
         with contextlib.suppress(_EnoughMeasured):
-            self._train(stop_early)
+            self._train(Progress(), stop_early)
         return (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 0.0

@@ -11,6 +11,7 @@ from byol_core.health import Verdict, judge
 
 SECTIONS = ("config", "plan", "data", "versions")  # of config.json
 TEXTS = ("status", "reason", "measured_on", "device", "amp")  # of summary.json; all else in it are numbers
+RESUMED = re.compile(r"^\S+ resuming at epoch \d+, update (\d+)(?:$|; changed)", re.MULTILINE)  # a line of train.log
 LARGEST = 1e300  # beyond it a number is damage, and overflows in a drawing
 
 
@@ -76,7 +77,7 @@ def read_run(folder: Path, under_way: bool = False) -> RunFacts:
                if numbers.keys() >= {"update", "epoch"}]  # else the line that a killed run was writing
     per_epoch = sections["plan"].get("updates_per_epoch") or 1
     resumed = [int(update) / per_epoch for update in
-               re.findall(r"^\S+ resuming at epoch \d+, update (\d+)$", read_text(folder / "train.log"), re.MULTILINE)]
+               RESUMED.findall(read_text(folder / "train.log"))]
     summary = _brought_up_to_date(parse_object(read_text(folder / "summary.json")), records, under_way)
     return RunFacts(folder, summary, sections, choices, records, resumed, read_text(folder / "bad_files.txt").splitlines())
 

@@ -1,6 +1,7 @@
 """A whole run as one checkpoint, and a run gone on with from there."""
 
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -101,11 +102,21 @@ def _restore(parts: Parts, outcome: Outcome, state: State) -> None:
             "statistics are taken over other parts, so this is not an exact resume")
     parts.progress = Progress(**state["progress"])  # type: ignore[arg-type]
     parts.data.bad.reasons.update(state.get("bad_files", {}))  # type: ignore[call-overload]
+    asked = Path(parts.config.resume or parts.folder)
+    source = asked if asked.is_dir() else asked.parent
+    _take_along(source, parts)
     outcome.load_state_dict(state)
     if not outcome.is_complete():
-        asked = Path(parts.config.resume or parts.folder)
-        parts.log.resume(state["log"], parts.progress, asked if asked.is_dir() else asked.parent)  # type: ignore[arg-type]
+        parts.log.resume(state["log"], parts.progress, source)  # type: ignore[arg-type]
         say(f"resuming at epoch {parts.progress.epoch}, update {parts.progress.updates}{_other_changes(parts)}")
+
+
+def _take_along(source: Path, parts: Parts) -> None:
+    """What was made on the way, where a run goes on in another folder."""
+    if parts.processes.first and source.resolve() != parts.folder.resolve():
+        for name in ("best.pt", "best.json", "views.png"):
+            if (source / name).is_file():
+                shutil.copyfile(source / name, parts.folder / name)
 
 
 def _other_changes(parts: Parts) -> str:

@@ -310,6 +310,29 @@ def test_a_listing_is_not_kept_of_what_changed_just_now_or_cannot_be_listed(walk
     assert len(scan_keeping("in")) == 2
 
 
+def test_a_listing_is_not_kept_where_links_may_change_what_is_below(walked: list[str]) -> None:
+    touch(Path("in/a/1.png"), Path("late/2.png"))
+    Path("in/b").symlink_to("../away")  # as a mount that is not there yet
+    assert len(scan_keeping("in")) == 1
+    Path("late").rename("away")
+    assert len(scan_keeping("in")) == 2 and len(walked) == 2
+    touch(Path("other/a/1.png"), Path("third/2.png"))
+    Path("other/z").symlink_to("../mount")
+    Path("mount").symlink_to("other/a")
+    assert len(scan_keeping("other")) == 1  # a second way to the same images
+    Path("mount").unlink()
+    Path("mount").symlink_to("third")
+    assert len(scan_keeping("other")) == 2
+
+
+def test_a_file_that_is_added_with_the_folders_time_put_back_is_found(walked: list[str]) -> None:
+    touch(Path("in/a/1.png"), Path("in/b/2.png"))
+    scan_keeping("in")
+    touch(Path("in/a/3.png"))
+    os.utime("in/a", (1e9, 1e9))
+    assert len(scan_keeping("in")) == 3
+
+
 @pytest.mark.parametrize("content", [b"", b"nonsense", {"listing": 1}, {"listing": 99}, ["in"]])
 def test_a_listing_that_cannot_be_used_is_made_again(walked: list[str], content: object) -> None:
     touch(Path("in/1.png"))

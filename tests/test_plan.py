@@ -76,6 +76,24 @@ def test_a_plateau_is_of_epochs_and_without_warm_up() -> None:
     assert plan(scheduler="plateau", scheduler_interval="step").scheduler_interval == "step"
 
 
+@pytest.mark.parametrize("images, batch", [(4, 2), (60, 16), (200, 64), (255, 64), (256, 256), (10**6, 256)])
+def test_small_sets_fill_their_batch_twice_at_least(images: int, batch: int) -> None:
+    chosen = plan(Facts(images, 32, True))
+    assert (chosen.batch_size, chosen.choices[0].name, chosen.choices[0].value) == (batch, "batch_size", batch)
+
+
+@pytest.mark.parametrize("batch, lr", [(32, 1e-3), (64, 2e-3), (256, 2e-3), (1024, 2e-3)])
+def test_the_rate_of_the_sample_does_not_grow_beyond_its_batch(batch: int, lr: float) -> None:
+    assert plan(recipe="digits", batch_size=batch).lr == pytest.approx(lr)
+
+
+def test_the_views_are_among_what_is_said() -> None:
+    said = {choice.name: choice.value for choice in plan().choices}
+    assert (said["crop_scale"], said["blur"], said["solarize"]) == ("0.08 to 1", "0 and 0", "0 and 0.2")
+    large = {choice.name: choice.value for choice in plan(Facts(1000, 224, True)).choices}
+    assert large["blur"] == "1 and 0.1"
+
+
 def test_learning_rate_scales_with_the_batch() -> None:
     assert plan(lr=0.4, batch_size=512).lr == pytest.approx(0.8)
 
@@ -98,8 +116,8 @@ def test_half_life_is_three_percent_of_the_run_up_to_the_papers() -> None:
 
 
 @pytest.mark.parametrize("images, options, message", [
-    (100, {}, "100 images < --batch-size 256 - use --batch-size 100 or less"),
-    (1, {"batch_size": 2}, "1 image is not enough"),
+    (100, {"batch_size": 256}, "100 images < --batch-size 256 - use --batch-size 100 or less"),
+    (1, {}, "1 image is not enough"), (3, {}, "3 images < --batch-size 256 - use --batch-size 3 or less"),
     (100, {"batch_size": 10, "accum_steps": 4}, "use a multiple of 4"),
     (100, {"batch_size": 4, "accum_steps": 4}, "use 8 or more"),
 ])

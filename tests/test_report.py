@@ -285,7 +285,9 @@ def test_resumes_and_skipped_steps_are_marked(tmp_path: Path) -> None:
     write_run(tmp_path)
     page(tmp_path)
     assert "mark resume" not in (tmp_path / "report.html").read_text()
-    (tmp_path / "train.log").write_text("t resuming at epoch 1, update 3\nt skipped x resuming at epoch 1, update 5\n")
+    (tmp_path / "train.log").write_text(
+        "t resuming at epoch 1, update 3; changed, without effect on the result: workers 0 -> 1\n"
+        "t skipped x resuming at epoch 1, update 5\n")
     lines = [line(n, skipped=1 if n > 4 else 0) for n in range(1, 7)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in lines))
     assert read_run(tmp_path).resumed == [1.0]

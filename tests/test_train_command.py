@@ -18,6 +18,7 @@ import train as command
 from byol_core import report
 from byol_core.outcome import Outcome
 from byol_core.run import Run
+from byol_core.runtime import Runtime
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 
@@ -338,6 +339,30 @@ def test_resuming_before_the_first_checkpoint_starts_clean(image_folder: Callabl
     assert [record["update"] for record in metrics("out")] == [4, 8]
 
 
+def test_the_best_network_goes_along_into_another_folder(image_folder: Callable[..., Path], monkeypatch) -> None:
+    arguments = ["--data", image_folder(per_class=10), "--epochs", 3, "--eval-every", 1, *SMALL]
+    knn = iter([0.9, 0.2, 0.3])
+    monkeypatch.setattr("byol_core.scoring.Scorer.knn", lambda *_: next(knn))
+    monkeypatch.setattr("byol_core.scoring.Scorer.measure", lambda *_: {"knn": 0.1, "linear": 0.1})
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "_share_bad_files", lambda run: run.stop._handle(signal.SIGTERM, None))  # at the end of epoch 1
+        assert run(*arguments, "--out", "one") == 143
+    assert run(*arguments, "--out", "other", "--resume", "one/last.pt") == 0
+    assert (summary("other")["best_knn"], summary("other")["best_epoch"]) == (0.9, 1)
+    assert Path("other/best.pt").read_bytes() == Path("one/best.pt").read_bytes()
+
+
+def test_a_check_of_a_run_that_stands_at_its_end_measures_too(image_folder: Callable[..., Path], monkeypatch, capsys) -> None:
+    arguments = ["--data", image_folder(), "--epochs", 2, "--no-eval", *SMALL]
+    assert run(*arguments, "--out", "out") == 0
+    capsys.readouterr()
+    updates: list[int] = []
+    original = Runtime.step
+    monkeypatch.setattr(Runtime, "step", lambda self, *rest: updates.append(1) or original(self, *rest))
+    assert run(*arguments, "--out", "other", "--check", "--resume", "out/last.pt") == 0
+    assert "disk; " in capsys.readouterr().out and len(updates) > 1
+
+
 def test_a_run_resumed_into_another_folder_takes_its_records_along(image_folder: Callable[..., Path], monkeypatch) -> None:
     arguments = ["--data", image_folder(), "--epochs", 2, "--no-eval", *SMALL]
     with monkeypatch.context() as patched:
@@ -345,7 +370,7 @@ def test_a_run_resumed_into_another_folder_takes_its_records_along(image_folder:
         assert run(*arguments, "--out", "one") == 143
     assert run(*arguments, "--out", "other", "--resume", "one/last.pt") == 0
     assert [record["update"] for record in metrics("other")] == [4, 8]
-    assert [record["update"] for record in metrics("one")] == [4]
+    assert [record["update"] for record in metrics("one")] == [4] and Path("other/views.png").exists()
 
 
 def test_resume_does_not_make_a_foreign_folder_a_run_folder(image_folder: Callable[..., Path], capsys) -> None:

@@ -11,7 +11,8 @@ import pytest
 from byol_core.scoring import Scores
 from tests.digits import train_digits
 
-# Means of 3 seeds plus and minus 4 standard deviations (spread: 0.07, as its own rounds to 0), after 25 epochs: see "ablations" in tests/bench/RESULTS.md.
+# Means of 3 seeds plus and minus 4 standard deviations (of spread 0.07, as its own rounds to 0), after 25 epochs: see
+# "What each part of the method is worth on digits" in tests/bench/RESULTS.md.
 BAND = {"linear_5": (0.906, 0.970), "knn": (0.939, 0.996), "spread": (0.8, 0.95), "rank": (26.0, 44.0)}
 
 

@@ -809,6 +809,12 @@ def test_ema_update_refuses_a_conjugate_behind_a_complex_parameter_of_its_type()
     assert_refused(target, online, "parameter 'b' is a lazy conjugate")
 
 
+def test_ema_update_refuses_a_negative_view_behind_a_parameter_of_its_type() -> None:
+    target, online = (holder(a=torch.zeros(2), b=torch.ones(2)) for _ in range(2))
+    target.b = nn.Parameter(torch._neg_view(target.b.detach()))
+    assert_refused(target, online, "parameter 'b' is a lazy conjugate or negative")
+
+
 # What the caller changes between two calls. Nothing may be remembered from the first to the second.
 
 

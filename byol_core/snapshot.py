@@ -1,5 +1,6 @@
 """A whole run as one checkpoint, and a run gone on with from there."""
 
+import contextlib
 import json
 import shutil
 from dataclasses import asdict
@@ -104,19 +105,25 @@ def _restore(parts: Parts, outcome: Outcome, state: State) -> None:
     parts.data.bad.reasons.update(state.get("bad_files", {}))  # type: ignore[call-overload]
     asked = Path(parts.config.resume or parts.folder)
     source = asked if asked.is_dir() else asked.parent
-    _take_along(source, parts)
+    _take_along(source, parts, state)
     outcome.load_state_dict(state)
     if not outcome.is_complete():
         parts.log.resume(state["log"], parts.progress, source)  # type: ignore[arg-type]
         say(f"resuming at epoch {parts.progress.epoch}, update {parts.progress.updates}{_other_changes(parts)}")
 
 
-def _take_along(source: Path, parts: Parts) -> None:
-    """What was made on the way, where a run goes on in another folder."""
-    if parts.processes.first and source.resolve() != parts.folder.resolve():
-        for name in ("best.pt", "best.json", "views.png"):
-            if (source / name).is_file():
-                shutil.copyfile(source / name, parts.folder / name)
+def _take_along(source: Path, parts: Parts, state: State) -> None:
+    """What was made on the way, where a run goes on in another folder; the best network only if it is that of `state`."""
+    if not parts.processes.first or source.resolve() == parts.folder.resolve():
+        return
+    names = ["views.png"]
+    with contextlib.suppress(OSError, ValueError):
+        about = json.loads((source / "best.json").read_text("utf-8"))
+        if {"knn": about.get("knn"), "epoch": about.get("epoch")} == state.get("best"):
+            names += ["best.pt", "best.json"]
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, parts.folder / name)
 
 
 def _other_changes(parts: Parts) -> str:

@@ -101,12 +101,17 @@ def test_a_resumed_run_knows_the_best_and_does_not_overwrite_it(image_folder: Fo
     assert all(torch.equal(tensor, whole[name]) for name, tensor in weights.items())
 
 
-def test_a_best_that_is_in_another_folder_is_not_claimed(image_folder: Folder, monkeypatch) -> None:
+@pytest.mark.parametrize("before, after, epoch", [({2: 0.75, 4: 0.5}, {4: 0.5}, 2), ({2: 0.5, 4: 0.75}, {4: 0.25}, 4)],
+                         ids=["that of the checkpoint", "a later one"])
+def test_a_best_in_another_folder_is_that_of_the_checkpoint_or_not_claimed(image_folder: Folder, monkeypatch,
+                                                                           before: dict, after: dict, epoch: int) -> None:
     arguments = ["--data", image_folder(), "--epochs", 4, "--eval-every", 2, *SMALL]
-    script_scores(monkeypatch, {2: 0.75, 4: 0.5}, 0.5)
+    script_scores(monkeypatch, before, 0.1)
     assert run(*arguments, "--out", "first") == 0
+    script_scores(monkeypatch, after, 0.1)
     assert run(*arguments, "--out", "second", "--resume", "first/previous.pt") == 0
-    assert best("second")[1]["epoch"] == json.loads(Path("second/summary.json").read_text())["best_epoch"] == 4
+    assert best("second")[1]["epoch"] == json.loads(Path("second/summary.json").read_text())["best_epoch"] == epoch
+    assert best("second")[1]["knn"] == json.loads(Path("second/summary.json").read_text())["best_knn"]
 
 
 @pytest.mark.parametrize("classes, options", [(0, ["--eval-every", "1"]), (2, []), (2, ["--eval-every", "1", "--no-eval"])])

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 import train
-from byol_core import folder
+from byol_core import decoding, folder
 from byol_core.decoding import MAX_PIXELS, BadImageError, decode
 from byol_core.folder import scan, typical_size
 
@@ -272,7 +272,7 @@ def test_bombs_are_refused_with_bounded_memory(tmp_path: Path) -> None:
 
 
 def test_the_limit_is_on_pixels_whatever_the_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folder, "MAX_PIXELS", 12)
+    monkeypatch.setattr(decoding, "MAX_PIXELS", 12)
     assert decoded(tmp_path, saved(Image.new("RGB", (12, 1)), "PNG")) == [BLACK] * 12
     with pytest.raises(BadImageError, match="13x1 pixels, over the limit of 12"):
         decoded(tmp_path, saved(Image.new("RGB", (13, 1)), "PNG"))

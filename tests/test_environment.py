@@ -107,11 +107,13 @@ def test_two_hundred_thousand_names_take_little_memory(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="a POSIX shell")
-def test_a_command_without_standard_streams_writes_whole_files(image_folder: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("closing", ["<&- >&- 2>&-", ">&-", "2>&-"])
+def test_a_command_without_standard_streams_writes_whole_files(image_folder: Callable[..., Path], tmp_path: Path,
+                                                               closing: str) -> None:
     """A file of the run that got a stream's number would take what is printed."""
     words = [sys.executable, train.__file__, "--data", str(image_folder()), "--out", "out", "--epochs", "1", "--no-eval",
              *map(str, SMALL)]
-    done = subprocess.run(["sh", "-c", f"exec {shlex.join(words)} <&- >&- 2>&-"], cwd=tmp_path)
+    done = subprocess.run(["sh", "-c", f"exec {shlex.join(words)} {closing}"], cwd=tmp_path)
     assert done.returncode == 0 and read_checkpoint(tmp_path / "out" / "last.pt")
     assert all(json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines())
 

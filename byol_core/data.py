@@ -17,7 +17,7 @@ from byol_core.views import ViewRecipe, normalise, plain_view
 from byol_core.workers import batches_from, new_loader, shared
 
 BAD_LIMIT = 0.1  # share of the files; with more the folder is not what its owner thinks
-DECODED_AT_A_TIME = 32  # images a worker hands over together
+BLOCK_BYTES = 2**20  # of images that a worker hands over together: each hand-over costs about as much as decoding two files
 DECODED_ALONE = 4_000  # images below which starting workers takes longer than decoding
 MEMORY_BUDGET = 2**31  # bytes of decoded images held at once: 700,000 images of 32 pixels
 
@@ -103,7 +103,7 @@ def load_images(files: ImageSet, where: str, device: torch.device, report: Calla
     height, width, same = typical_size(files)
     needed = len(files) * 3 * height * width
     if same and needed <= MEMORY_BUDGET:
-        pixels = decode_all(files, bad.add, workers)
+        pixels = decode_all(files, bad.add, workers, max(1, BLOCK_BYTES // (3 * height * width)))
         if pixels is not None:
             return ImageData(files, bad, pixels.to(device)), f"device ({len(files)} images of {width}x{height} in memory)"
         same = False
@@ -112,13 +112,14 @@ def load_images(files: ImageSet, where: str, device: torch.device, report: Calla
     return ImageData(files, bad), f"worker crops, finished on {device} ({reason})"
 
 
-def decode_all(files: ImageSet, on_bad: Callable[[int, str], None], workers: int = 0) -> Tensor | None:
+def decode_all(files: ImageSet, on_bad: Callable[[int, str], None], workers: int = 0, block: int = 32) -> Tensor | None:
     """Every image of a same-sized set as one uint8 tensor (N, 3, H, W), zeros for bad ones; None when sizes differ.
 
-    The same, and bad ones in the same order, whatever `workers` is.
+    block: images that a worker hands over together. The same, and bad ones in the same order, whatever `workers` and
+    `block` are.
     """
     pixels: Tensor | None = None
-    loader = new_loader(_PixelDataset(files), workers if len(files) >= DECODED_ALONE else 0, batch_size=None,
+    loader = new_loader(_PixelDataset(files, block), workers if len(files) >= DECODED_ALONE else 0, batch_size=None,
                         generator=torch.Generator())
     for indices, images, failures in batches_from(loader):
         for index, reason in failures:
@@ -135,16 +136,17 @@ def decode_all(files: ImageSet, on_bad: Callable[[int, str], None], workers: int
 class _PixelDataset(Dataset[tuple[Tensor, Tensor, list[Failure]]]):
     """Images by the block: (their indices, (n, 3, H, W) uint8, those that could not be decoded); n is 0 where sizes differ."""
 
-    def __init__(self, files: ImageSet) -> None:
+    def __init__(self, files: ImageSet, block: int) -> None:
         self.files = files
+        self.block = block
 
     def __len__(self) -> int:
-        return -(-len(self.files) // DECODED_AT_A_TIME)
+        return -(-len(self.files) // self.block)
 
-    def __getitem__(self, block: int) -> tuple[Tensor, Tensor, list[Failure]]:
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor, list[Failure]]:
         images: dict[int, np.ndarray] = {}  # (H, W, 3)
         failures: list[Failure] = []
-        for index in range(block * DECODED_AT_A_TIME, min((block + 1) * DECODED_AT_A_TIME, len(self.files))):
+        for index in range(number * self.block, min((number + 1) * self.block, len(self.files))):
             try:
                 images[index] = np.array(decode(self.files.source(index)))
             except BadImageError as error:

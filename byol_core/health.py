@@ -157,9 +157,15 @@ def _finished(records: Sequence[Record], scores: Mapping[str, object]) -> Verdic
         return Verdict("finished well", f"{told}; {_state(records)}")
     if any(after - before >= RISEN for _, after, before in pairs):
         return Verdict("undecided", f"some accuracies rose, others fell: {told}", "train for more epochs")
+    separated, before = (_number(scores.get(name)) for name in ("separation", "separation_untrained"))
+    if separated < before:
+        return Verdict("flat", f"separation {separated:.2f} (untrained {before:.2f}): views of one image are found less well "
+                       "than by an untrained network", "lower --lr by 3 to 10 times; train for more epochs")
     if pairs:
         return Verdict("flat", f"on the whole no better than untrained: {told}", "train for more epochs; look at views.png: "
                        "what the views do not keep is not learned (the paper: crops alone 59.4, all views 72.5)")
+    if separated > before:
+        return Verdict("finished well", f"separation {separated:.2f} (untrained {before:.2f}); {_state(records)}")
     if len(records) < FLAT_RECORDS:
         return Verdict("undecided", f"{len(records)} records are too few to judge by; {_state(records)}",
                        "train for more epochs")

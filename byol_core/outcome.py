@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import time
 from typing import cast
 
@@ -17,12 +18,16 @@ from byol_core.parts import Parts
 from byol_core.pictures import save_embedding, save_neighbours, save_views
 from byol_core.report import how_to_load, write_report
 from byol_core.run_facts import read_run
-from byol_core.scoring import Scores, some_indices
+from byol_core.scoring import Scorer, Scores, some_indices
 
 PICTURED_AT_MOST = 2_000  # images among which neighbours are looked for
 PIXELS_UP_TO = 16  # image size up to which raw pixels are a baseline
 REPORT_EVERY = 30.0  # seconds between reports of a run under way, and more where writing one takes over 1 % of that
 AMP_FLAGS = {None: "off", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def in_words(score: str, value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}" if score == "separation" else f"{value:.1%}"
 
 
 class Outcome:
@@ -34,7 +39,7 @@ class Outcome:
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
         self.scores: dict[str, Scores] = {}
-        self.best: dict[str, float] = {}  # knn and epoch of best.pt
+        self.best: dict[str, float] = {}  # of best.pt: epoch, and knn or, without labels, separation
         self.ranks: dict[str, float | None] = {"rank_features": None, "rank_features_untrained": None}
         self.report_due = 0.0
 
@@ -78,44 +83,43 @@ class Outcome:
                 self.parts.log.board.picture(self.parts.progress.updates, self.parts.folder / name)
 
     def measure_untrained(self) -> None:
-        """What the network gives before it has learned anything, and, for images that small, what bare pixels give.
-
-        Says so where nothing can be measured, now or on the way.
-        """
-        if self.parts.plan.image_size <= PIXELS_UP_TO:
+        """What the network gives before it has learned anything, and, for images that small, what bare pixels give."""
+        config, scorer = self.parts.config, self.parts.scorer
+        if self.parts.plan.image_size <= PIXELS_UP_TO and isinstance(scorer, Scorer):
             self.measure("pixels", nn.Flatten())
         if "untrained" not in self.scores:
             self.measure("untrained", self.parts.new_model().online.backbone)
-        if self.parts.scorer is None and self.parts.config.eval_every:
-            why = "without labels to measure with" if self.parts.config.eval else "with --no-eval"
-            self.parts.log.say(f"note: --eval-every {self.parts.config.eval_every} has no effect {why}")
+        if scorer is None and config.eval_every:
+            self.parts.log.say(f"note: --eval-every {config.eval_every} has no effect with --no-eval")
 
     def measure(self, name: str, backbone: nn.Module) -> None:
-        """Scores of `backbone` under `name`, where there are labels and it was not measured before the run was resumed."""
-        if self.parts.scorer is None or name in self.scores:
+        """Scores of `backbone` under `name`, unless it was measured before the run was resumed; with labels or without."""
+        parts = self.parts
+        if parts.scorer is None or name in self.scores:
             return
         try:
-            self.scores[name] = self.parts.scorer.measure(backbone)
+            self.scores[name] = parts.scorer.measure(backbone)
         except ValueError as error:
-            self.parts.log.say(f"nothing measured: {error}")
-            self.parts.scorer = None
-            return
-        self.parts.log.say(f"{name}: " + "  ".join(f"{key} {value:.1%}" for key, value in self.scores[name].items()
-                                                   if value is not None))
+            with_labels = isinstance(parts.scorer, Scorer)
+            parts.log.say(f"{'no accuracy' if with_labels else 'nothing measured'}: {error}")
+            parts.scorer = parts.without_labels() if with_labels else None
+            return self.measure(name, backbone)
+        parts.log.say(f"{name}: " + "  ".join(f"{key} {in_words(key, value)}" for key, value in self.scores[name].items()
+                                              if value is not None))
 
     def measure_on_the_way(self) -> None:
         parts = self.parts
         if parts.scorer is not None:
-            with contextlib.suppress(ValueError):  # labels that allow no measurement: said before training
-                knn = parts.scorer.knn(parts.backbone)
-                parts.log.record(parts.progress, knn=knn)
-                self._keep_best(knn)
+            with contextlib.suppress(ValueError):  # a feature is not finite, and the run about to say so
+                value = parts.scorer.quick(parts.backbone)
+                parts.log.record(parts.progress, **{parts.scorer.chosen_by: value})
+                self._keep_best(parts.scorer.chosen_by, value)
             parts.log.start(parts.progress)
 
-    def _keep_best(self, knn: float) -> None:
+    def _keep_best(self, score: str, value: float) -> None:
         """best.pt is the network as it is now, unless one measured before was better; of equals it is the later one."""
-        if knn >= self.best.get("knn", 0.0):
-            self.best = {"knn": knn, "epoch": self.parts.progress.epoch}
+        if value >= self.best.get(score, -math.inf):
+            self.best = {score: value, "epoch": self.parts.progress.epoch}
             self._export("best", **self.best)
 
     def _export(self, name: str, **about: float) -> None:
@@ -139,9 +143,11 @@ class Outcome:
         """Everything that is made of a trained network: export, scores, pictures, summary, report."""
         self._export("backbone")
         self.measure("trained", self.parts.backbone)
-        knn = self.scores.get("trained", {}).get("knn")
-        if self.parts.config.eval_every and knn is not None:
-            self._keep_best(knn)
+        if self.parts.config.eval_every and self.parts.scorer is not None:
+            score = self.parts.scorer.chosen_by
+            value = self.scores.get("trained", {}).get(score)
+            if value is not None:
+                self._keep_best(score, value)
         if self.parts.config.eval:
             self._picture_features()
         self.write_end("finished")
@@ -182,7 +188,8 @@ class Outcome:
         parts, progress, log = self.parts, self.parts.progress, self.parts.log
         scores: dict[str, float | None] = {}
         for name, suffix in (("trained", ""), ("untrained", "_untrained"), ("pixels", "_pixels")):
-            scores |= {key + suffix: value for key, value in self.scores.get(name, {"knn": None, "linear": None}).items()}
+            measured = {"knn": None, "linear": None, **self.scores.get(name, {})}
+            scores |= {key + suffix: value for key, value in measured.items()}
         return {
             "status": status, "reason": reason, "images": len(parts.data), "classes": len(parts.data.files.classes),
             "bad_files": len(parts.data.bad.reasons),
@@ -191,7 +198,8 @@ class Outcome:
             "images_per_second": round(progress.updates * parts.plan.batch_size / max(log.seconds, 1e-9), 2),
             "wait_fraction": round(log.waited / max(log.seconds, 1e-9), 4),
             "loss": log.last.get("loss"), "spread": log.last.get("spread"), **scores, **self.ranks,
-            "best_knn": self.best.get("knn"), "best_epoch": self.best.get("epoch"),
+            "best_knn": self.best.get("knn"), "best_separation": self.best.get("separation"),
+            "best_epoch": self.best.get("epoch"),
             "measured_on": parts.scorer.measured_on if parts.scorer else None,
             "world_size": parts.processes.world_size, "device": str(parts.runtime.device),
             "amp": AMP_FLAGS[parts.runtime.amp_dtype], "peak_memory_mb": round(peak_memory(parts.runtime.device) / 1e6)}
@@ -201,11 +209,10 @@ class Outcome:
         say, data, folder = self.parts.log.say, self.parts.data, self.parts.folder
         names = [name for name in ("pixels", "untrained", "trained") if name in self.scores]
         if names:
-            say(f"{'accuracy':<12}" + "".join(f"{name:>12}" for name in names))
+            say(f"{'accuracy' if 'knn' in self.scores[names[-1]] else '':<12}" + "".join(f"{name:>12}" for name in names))
             for key in self.scores[names[-1]]:
-                values = [self.scores[name].get(key) for name in names]
-                say(f"{key:<12}" + "".join(f"{'-' if value is None else f'{value:.1%}':>12}" for value in values))
-        elif self.parts.config.eval and data.files.labels is None and self.parts.config.eval_data is None:
+                say(f"{key:<12}" + "".join(f"{in_words(key, self.scores[name].get(key)):>12}" for name in names))
+        if self.parts.config.eval and data.files.labels is None and self.parts.config.eval_data is None:
             say("no class folders, so no accuracy: look at neighbours.png, or pass a labelled folder as --eval-data")
         if data.bad.reasons:
             say(f"skipped {len(data.bad.reasons)} of {len(data)} images (bad_files.txt)")
@@ -213,5 +220,6 @@ class Outcome:
             verdict = read_run(folder).verdict
             say(f"{verdict.word}: {verdict.why}" + (f" - {verdict.advice}" if verdict.advice else ""))
         if self.best:
-            say(f"best: kNN {self.best['knn']:.1%} after epoch {self.best['epoch']}, in {folder / 'best.pt'}")
+            score, value = next((name, self.best[name]) for name in self.best if name != "epoch")
+            say(f"best: {score} {in_words(score, value)} after epoch {self.best['epoch']}, in {folder / 'best.pt'}")
         say(f"report: {folder / 'report.html'}\nuse it:\n{how_to_load(folder, self.parts.about_backbone())}")

@@ -24,6 +24,7 @@ from byol_core.plan import Plan
 from byol_core.processes import Processes
 from byol_core.runtime import Runtime, choose_device, choose_precision, prefers_channels_last
 from byol_core.scoring import Scorer
+from byol_core.separation import SeparationScorer
 from byol_core.tensorboard import check_tensorboard
 from byol_core.training import Progress
 
@@ -66,8 +67,10 @@ class Parts:
         self.data, self.views_reason = self._load(files, config.views)
         self._compare_processes()
         self.bad_eval_files: BadFiles | None = None
-        self.scorer = self._new_scorer() if processes.first else None
-        self.batches = TimedBatches(self._new_batches(), device)
+        self.order = Order(len(self.data), plan.batch_size, plan.accum_steps, config.seed, processes.rank,
+                           processes.world_size)
+        self.scorer = self._new_scorer() if processes.first and config.eval else None
+        self.batches = TimedBatches(self._new_batches(self.order), device)
 
     def new_model(self) -> BYOL:
         """`new_model` where and as the run computes."""
@@ -100,11 +103,11 @@ class Parts:
                     raise ValueError(f"{IN_WORDS.get(key, key)} differ: {value} in rank 0, {identity[key]} in rank {rank} - "
                                      "all processes of a run need the same images and options")
 
-    def _new_scorer(self) -> Scorer | None:
-        """What measures features: on --eval-data, or on a part of --data; None without labels or with --no-eval."""
+    def _new_scorer(self) -> Scorer | SeparationScorer:
+        """What measures features: on --eval-data, on a part of --data, or without labels."""
         config = self.config
-        if not config.eval or (self.data.files.labels is None and config.eval_data is None):
-            return None
+        if self.data.files.labels is None and config.eval_data is None:
+            return self.without_labels()
         data, eval_data = self.data, None
         if config.eval_data is not None:
             files = scan(config.eval_data, "--eval-data", leave_out=(self.folder,))
@@ -117,6 +120,9 @@ class Parts:
                 data, eval_data = eval_data, None
         return Scorer(data, eval_data, self.plan.views[0], self.runtime, self.workers, self.classifier)
 
+    def without_labels(self) -> SeparationScorer:
+        return SeparationScorer(self._new_batches, self.order, self.runtime)
+
     def _compare_classes(self, files: ImageSet) -> None:
         own, others = set(self.data.files.classes), set(files.classes)
         if own and not own & others:
@@ -126,10 +132,8 @@ class Parts:
             self.log.say(f"warning: images of {len(others - own)} classes that --data does not have count as wrong: "
                          f"{', '.join(sorted(others - own)[:5])}")
 
-    def _new_batches(self) -> DeviceBatches | WorkerBatches:
+    def _new_batches(self, order: Order) -> DeviceBatches | WorkerBatches:
         plan = self.plan
-        order = Order(len(self.data), plan.batch_size, plan.accum_steps, self.config.seed, self.processes.rank,
-                      self.processes.world_size)
         if self.data.pixels is not None:
             return DeviceBatches(self.data, plan.views, order)
         if self.config.views != "cpu":

@@ -45,6 +45,7 @@ CURVES: tuple[tuple[str, str, str, Callable[..., Curve]], ...] = (
     ("spread", "Spread", "1 is healthy, 0 is collapsed", partial(Curve, low=0.0, high=1.0)),
     ("rank", "Effective rank", "dimensions in use; a collapse leaves fewer than 5", partial(Curve, low=0.0)),
     ("knn", "kNN accuracy", "on images whose labels the vote did not see", partial(Curve, percent=True)),
+    ("separation", "Separation", "of a few images, each in several views; higher is better", partial(Curve, low=0.0)),
     ("cosine", "Mean cosine", "of different images; 0 is healthy, 1 is collapsed", partial(Curve, low=0.0)),
     ("alignment", "Alignment", "squared distance of two views, 0 to 4", partial(Curve, low=0.0, smooth=True)),
     ("uniformity", "Uniformity", "lower is more even", partial(Curve, high=0.0)),
@@ -197,7 +198,7 @@ def _scores(run: RunFacts) -> str:
     columns = [(suffix, title) for suffix, title in (("", trained), ("_untrained", "untrained"), ("_pixels", "raw pixels"))
                if scores.get("knn" + suffix) is not None]
     if not columns:
-        return f"<p>{_why_no_scores(run)}</p>"
+        return f"<p>{_why_no_scores(run)}</p>{_best(run)}"
     rows = []
     for key, title in SCORES.items():
         if any(scores.get(key + suffix) is not None for suffix, _ in columns):
@@ -218,6 +219,10 @@ def _why_no_scores(run: RunFacts) -> str:
 
 def _best(run: RunFacts) -> str:
     best, epoch = run.summary.get("best_knn"), run.summary.get("best_epoch")
+    separation = run.summary.get("best_separation")
+    if separation is not None and epoch is not None:
+        return (f"<p>Best separation on the way: <b>{separation:.2f}</b> after epoch {epoch}; that network is best.pt, to be "
+                "used as backbone.pt is.</p>")
     return "" if best is None or epoch is None else (
         f"<p>Best k nearest neighbours on the way: <b>{best:.1%}</b> after epoch {epoch}; that network is best.pt, to be used "
         "as backbone.pt is. Chosen by these images, it is a little flattered on them.</p>")
@@ -238,6 +243,11 @@ def _health(run: RunFacts) -> str:
         if values:
             limit = f" of {records[-1]['rank_limit']:.0f}" if key == "rank" and "rank_limit" in records[-1] else ""
             rows.append([_named(title, f"{meaning}; healthy: {healthy}"), f"{values[0]:.3g}", f"{values[-1]:.3g}{limit}"])
+    if run.summary.get("separation_untrained") is not None:
+        meaning = "of images from each other, against the scatter of their own views, in the features; healthy: rising"
+        found = run.recorded("separation")
+        last = run.summary.get("separation", found[-1][1] if found else None)
+        rows.append([_named("separation", meaning), _plain(run.summary["separation_untrained"], 3), _plain(last, 3)])
     if run.summary.get("rank_features") is not None:
         meaning = "of the backbone, over whole images; much lower than in a like run: dimensions were lost. High is no proof"
         rows.append([_named("effective rank of the features", meaning),
@@ -252,9 +262,10 @@ def _named(title: str, meaning: str) -> str:
 def _curve_of(run: RunFacts, key: str, kind: Callable[..., Curve]) -> Curve:
     skipped = [record["epoch"] for before, record in zip([{}, *run.records], run.records)
                if record.get("skipped", 0) > before.get("skipped", record.get("skipped", 0) if before else 0)]
-    untrained = run.summary.get("knn_untrained")
-    return kind({"": run.points(key)}, marks={"resume": run.resumed, "skip": skipped},
-                baseline=(untrained, f"untrained {untrained:.1%}") if key == "knn" and untrained is not None else None)
+    untrained = run.summary.get(f"{key}_untrained")
+    baseline = None if untrained is None else (
+        untrained, f"untrained {untrained:.1%}" if key == "knn" else f"untrained {untrained:.2f}")
+    return kind({"": run.points(key)}, marks={"resume": run.resumed, "skip": skipped}, baseline=baseline)
 
 
 def _figure(key: str, title: str, note: str, curve: Curve) -> str:

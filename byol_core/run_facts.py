@@ -11,6 +11,7 @@ from byol_core.health import Verdict, judge
 
 SECTIONS = ("config", "plan", "data", "versions")  # of config.json
 TEXTS = ("status", "reason", "measured_on", "device", "amp")  # of summary.json; all else in it are numbers
+MEASURED = ("knn", "separation")  # before training, on the way, and after it
 RESUMED = re.compile(r"^\S+ resuming at epoch \d+, update (\d+)(?:$|; changed)", re.MULTILINE)  # a line of train.log
 LARGEST = 1e300  # beyond it a number is damage, and overflows in a drawing
 
@@ -54,10 +55,10 @@ class RunFacts:
         return [(record["epoch"], record[key]) for record in self.records if key in record]
 
     def points(self, key: str) -> list[tuple[float, float]]:
-        """What is to be drawn: to kNN on the way belongs what was measured before and after."""
+        """What is to be drawn: to what is measured on the way belongs what was measured before and after."""
         found = self.recorded(key)
-        if key == "knn" and found:
-            before, after = self.summary.get("knn_untrained"), self.summary.get("knn")
+        if key in MEASURED and found:
+            before, after = self.summary.get(f"{key}_untrained"), self.summary.get(key)
             found = [*([(0.0, before)] if before is not None else []), *found]
             if after is not None and self.summary["epochs"] > found[-1][0]:
                 found.append((float(self.summary["epochs"]), after))

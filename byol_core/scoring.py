@@ -13,7 +13,8 @@ from byol_core.linear_probe import LinearProbe, too_large_for_sklearn
 from byol_core.runtime import Runtime
 from byol_core.views import ViewRecipe
 
-Scores = dict[str, float | None]  # accuracies in [0, 1]: knn, linear (None where it failed), linear_N: N labels per class
+# Accuracies in [0, 1]: knn, linear (None where it failed), linear_N: N labels per class; without labels, separation.
+Scores = dict[str, float | None]
 MEASURED_AT_MOST = 50_000  # images per set; probes on more take longer than they tell
 FEW_LABELS, FEW_LABELS_CLASSES = (1, 5), 100  # labels per class for which a probe is measured too; classes at most
 
@@ -25,6 +26,8 @@ class Scorer:
     on large sets.
     """
 
+    chosen_by = "knn"  # what `quick` gives, and the best network is chosen by
+
     def __init__(self, data: ImageData, eval_data: ImageData | None, recipe: ViewRecipe, runtime: Runtime, workers: int,
                  classifier: Classifier | None = None) -> None:
         self.data, self.eval_data = data, eval_data
@@ -33,7 +36,7 @@ class Scorer:
         self.measured_on = ("a fifth of the images, whose labels the probe did not see" if eval_data is None
                             else f"{len(eval_data)} images of {eval_data.files.given}")
 
-    def knn(self, backbone: nn.Module) -> float:
+    def quick(self, backbone: nn.Module) -> float:
         """Accuracy of weighted kNN alone, for measuring on the way."""
         fit, test = self.features(backbone)
         return knn_accuracy(fit.x, fit.y, test.x, test.y)

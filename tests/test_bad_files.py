@@ -234,7 +234,7 @@ def test_images_of_one_pixel_and_of_one_line_are_trained_on(image_folder: Folder
 
 def test_labels_that_allow_no_measuring_stop_no_training(image_folder: Folder, capsys) -> None:
     assert run("--data", image_folder("single", classes=8, per_class=1), "--epochs", 1, "--out", "out1", *SMALL) == 0
-    assert "nothing measured: measuring needs at least 2 classes of 2 images" in capsys.readouterr().out
+    assert "no accuracy: measuring needs at least 2 classes of 2 images" in capsys.readouterr().out
     assert run("--data", image_folder("one", classes=1, per_class=8), "--epochs", 1, "--out", "out2", *SMALL) == 0
     assert "no class folders, so no accuracy: look at neighbours.png, or pass a labelled folder as --eval-data" in (
         capsys.readouterr().out)

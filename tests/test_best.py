@@ -1,4 +1,4 @@
-"""best.pt: the network whose kNN was best on the way, through stops and resumes; the snippet that loads a backbone."""
+"""best.pt: the network that was best on the way, by kNN or else by separation, through stops and resumes; how to load it."""
 
 import json
 import os
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import train as command
 from byol_core import evaluate_command
@@ -18,6 +19,7 @@ from byol_core.outcome import Outcome
 from byol_core.run import Run
 from byol_core.run_facts import read_run
 from byol_core.scoring import Scorer
+from byol_core.separation import SeparationScorer
 from tests.test_train_command import SMALL, checkpoint
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
@@ -32,7 +34,7 @@ def run(*arguments: object) -> int:
 def script_scores(monkeypatch: pytest.MonkeyPatch, knn: dict[int, float], last: float) -> None:
     """Let kNN on the way and in the end be these, by epoch."""
     def on_the_way(self: Outcome) -> None:
-        monkeypatch.setattr(Scorer, "knn", lambda scorer, backbone: knn[self.parts.progress.epoch])
+        monkeypatch.setattr(Scorer, "quick", lambda scorer, backbone: knn[self.parts.progress.epoch])
         original(self)
 
     original = Outcome.measure_on_the_way
@@ -76,7 +78,7 @@ def test_best_is_the_network_with_the_best_knn_and_of_equals_the_later(image_fol
     write_report(Path("out"))
     told = f"{score:.1%}</b> after epoch {epoch}; that network is best.pt"
     assert told in Path("out/report.html").read_text()
-    assert f"best: kNN {score:.1%} after epoch {epoch}, in out/best.pt" in capsys.readouterr().out
+    assert f"best: knn {score:.1%} after epoch {epoch}, in out/best.pt" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("save_every, stop_at", [(1, 2), (4, 3)])
@@ -114,17 +116,58 @@ def test_a_best_in_another_folder_is_that_of_the_checkpoint_or_not_claimed(image
     assert best("second")[1]["knn"] == json.loads(Path("second/summary.json").read_text())["best_knn"]
 
 
-@pytest.mark.parametrize("classes, options", [(0, ["--eval-every", "1"]), (2, []), (2, ["--eval-every", "1", "--no-eval"])])
-def test_without_labels_or_measurements_nothing_is_called_best(image_folder: Folder, classes: int, options: list[str],
-                                                               capsys) -> None:
-    assert run("--data", image_folder(classes=classes), "--epochs", 1, "--out", "out", *SMALL, *options) == 0
+@pytest.mark.parametrize("separations, epoch", [([1.0, 3.0, 2.0, 2.5], 2), ([1.0, 3.0, 3.0, 2.0], 3),
+                                                ([-3.0, -2.0, -4.0, -1.0], 4)])
+def test_without_labels_best_is_the_network_with_the_best_separation(image_folder: Folder, monkeypatch, capsys,
+                                                                     separations: list[float], epoch: int) -> None:
+    kept: dict[int, dict] = {}
+    left = iter([0.5, *separations, separations[-1]])  # before, after each epoch, and in the end
+    monkeypatch.setattr(SeparationScorer, "quick", lambda scorer, backbone: next(left))
+    keep_weights(monkeypatch, kept)
+    assert run("--data", image_folder(classes=0, per_class=16), "--epochs", 4, "--eval-every", 1, "--out", "out", *SMALL) == 0
+    weights, about = best("out")
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in kept[epoch].items())
+    summary, score = json.loads(Path("out/summary.json").read_text()), max(separations)
+    assert (summary["best_separation"], summary["best_epoch"]) == (about["separation"], about["epoch"]) == (score, epoch)
+    assert summary["separation_untrained"] == 0.5 and summary["separation"] == separations[-1] and summary["knn"] is None
+    told = f"{score:.2f}</b> after epoch {epoch}; that network is best.pt"
+    assert told in Path("out/report.html").read_text()
+    assert f"best: separation {score:.2f} after epoch {epoch}, in out/best.pt" in capsys.readouterr().out
+    assert read_run(Path("out")).points("separation") == list(zip(range(5), [0.5, *separations]))
+
+
+@pytest.mark.parametrize("views", ["device", "cpu", "crops"])
+def test_separation_is_measured_alike_before_a_stop_and_after_it(image_folder: Folder, monkeypatch, views: str) -> None:
+    """Of views that are the same every time, whatever has been trained on in between."""
+    data = image_folder(classes=0, per_class=20)
+    if views == "crops":
+        Image.new("RGB", (20, 20)).save(data / "other.png")  # of another size
+    arguments = ["--data", data, "--epochs", 3, "--eval-every", 1, *SMALL, "--views", "cpu" if views == "cpu" else "auto"]
+    assert run(*arguments, "--out", "whole") == 0
+    original = Run._after_step
+
+    def terminate(self: Run, progress, step) -> None:
+        if progress.epoch == 1 and progress.batch == 1 and self.parts.config.resume is None:
+            os.kill(os.getpid(), signal.SIGTERM)
+        original(self, progress, step)
+
+    monkeypatch.setattr(Run, "_after_step", terminate)
+    assert run(*arguments, "--out", "parts") == 143 and run(*arguments, "--out", "parts", "--resume") == 0
+    whole, parts = (read_run(Path(name)).points("separation") for name in ("whole", "parts"))
+    assert whole == parts and len({value for _, value in whole}) == 4
+
+
+@pytest.mark.parametrize("classes, options", [(0, []), (2, []), (2, ["--eval-every", "1", "--no-eval"])])
+def test_without_measurements_on_the_way_nothing_is_called_best(image_folder: Folder, classes: int, options: list[str],
+                                                                capsys) -> None:
+    data = image_folder(classes=classes, per_class=8)
+    assert run("--data", data, "--epochs", 1, "--out", "out", *SMALL, *options) == 0
     assert not Path("out/best.pt").exists() and not Path("out/best.json").exists()
-    assert read_run(Path("out")).summary["best_knn"] is None
-    said = capsys.readouterr()
-    assert said.out.count("has no effect") == ("--eval-every" in options)
-    if options:
-        why = "with --no-eval" if "--no-eval" in options else "without labels to measure with"
-        assert f"note: --eval-every 1 has no effect {why}\n" in said.out.split("network: ")[1].split("collaps")[0]
+    summary, said = read_run(Path("out")).summary, capsys.readouterr()
+    assert summary["best_knn"] is summary["best_separation"] is summary["best_epoch"] is None
+    assert said.out.count("note: --eval-every 1 has no effect with --no-eval\n") == ("--no-eval" in options)
+    assert (summary.get("separation") is not None) == (classes == 0)
+    assert (summary["knn"] is not None) == (not options and classes > 0)
 
 
 def test_best_is_accepted_wherever_a_backbone_is(image_folder: Folder, capsys) -> None:

@@ -1,0 +1,76 @@
+"""How well features tell images apart, without labels: the score by which the best network of an unlabelled run is kept."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from byol_core.batches import DeviceBatches, Order, WorkerBatches
+from byol_core.evaluate import embed
+from byol_core.runtime import Runtime
+from byol_core.scoring import Scores, some_indices
+from byol_core.seeds import seed_from
+
+SAMPLE, PAIRS = 256, 4  # images, and pairs of views of each: more tell little more
+AT_ONCE = 64  # images
+RIDGE = 1e-4  # keeps the covariance within images invertible where there are fewer views than dimensions
+
+
+def separation(features: Tensor, ridge: float = RIDGE) -> Tensor:
+    """log det(W + B + ridge) - log det(W + ridge): minus the log of Wilks' lambda, each image a class, its views the members.
+
+    W is the covariance of the l2-normalised features within images, B that of the images' means: the score grows where
+    views of one image lie close together and different images far apart, in many directions.
+
+    features: (images, views, D) floating, 2 of each at least. ridge: added to the diagonal. Returns: () float64, 0 when all
+    images are alike.
+    Raises: ValueError when features is not such a tensor.
+    """
+    if features.ndim != 3 or features.shape[0] < 2 or features.shape[1] < 2 or not features.is_floating_point():
+        raise ValueError(f"separation: features must be floating (images, views, D) with 2 images and 2 views at least, got "
+                         f"{tuple(features.shape)} of {features.dtype}")
+    images, views, dimensions = features.shape
+    rows = nn.functional.normalize(features.double(), dim=2)
+    means = rows.mean(1)
+    inside = (rows - means[:, None]).flatten(0, 1)
+    between = means - means.mean(0)
+    within = inside.T @ inside / (images * (views - 1))
+    within += ridge * torch.eye(dimensions, dtype=within.dtype, device=within.device)
+    return torch.logdet(within + between.T @ between / (images - 1)) - torch.logdet(within)
+
+
+@dataclass(frozen=True)
+class SampleOrder(Order):
+    """The same few images in every epoch; those that do not fill a batch are left out."""
+
+    def epoch(self, epoch: int) -> Tensor:
+        chosen = some_indices(self.images, SAMPLE)
+        return chosen[:len(chosen) // self.batch_size * self.batch_size].view(-1, self.batch_size)
+
+
+class SeparationScorer:
+    """Measures backbones on a fixed sample of the run's own images, in views that are the same every time.
+
+    new_batches: makes batches of two views from an order. order: of the run; its images, batch size and seed are used.
+    """
+
+    chosen_by = "separation"
+    measured_on = f"at most {SAMPLE} of the images, each in {2 * PAIRS} views"
+
+    def __init__(self, new_batches: Callable[[Order], DeviceBatches | WorkerBatches], order: Order, runtime: Runtime) -> None:
+        self.new_batches, self.runtime = new_batches, runtime
+        self.order = SampleOrder(order.images, min(order.batch_size, AT_ONCE), seed=seed_from(order.seed, "separation"))
+
+    def quick(self, backbone: nn.Module) -> float:
+        """`separation` of the backbone's features. Raises: ValueError when one is not finite."""
+        batches = self.new_batches(self.order)
+        try:
+            pairs = [embed(backbone, map(torch.cat, batches.epoch(pair)), self.runtime) for pair in range(PAIRS)]
+        finally:
+            batches.close()
+        views = [rows.unflatten(0, (-1, 2, self.order.batch_size)).transpose(1, 2).flatten(0, 1) for rows in pairs]
+        return float(separation(torch.cat(views, dim=1)))
+
+    def measure(self, backbone: nn.Module) -> Scores:
+        return {"separation": self.quick(backbone)}

@@ -98,8 +98,8 @@ class TrainConfig:
                                    "more time", action="store_true")
     classifier: str = option("logistic", "evaluation", "probe on frozen embeddings: logistic, knn, or the dotted name of "
                              "any scikit-learn classifier", metavar="NAME")
-    eval_every: int = option(0, "evaluation", "epochs between measurements while training (kNN, or separation without labels); 0: only before and after",
-                             type=natural, metavar="N")
+    eval_every: int = option(0, "evaluation", "epochs between measurements while training (kNN, or without labels "
+                             "separation); 0: only before and after", type=natural, metavar="N")
     eval: bool = option(True, "evaluation", "no evaluation before and after training", flag="--no-eval",
                         action="store_false")
     save_every: int = option(1, "run folder", "epochs between checkpoints", type=count, metavar="N")

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 FAILED = "failed"  # the store's key for why the run fails: the first process to write it is the one that says so
-PUBLISH_S = 1.0  # seconds between two signs of life
+PUBLISH_S, LOOKS = 1.0, 4  # seconds between two signs of life; looks at the others' before a verdict
 STUCK_S, STUCK_STEPS, FIRST_STEP_S = 20.0, 10.0, 600.0  # what counts as stuck: see `Watch.limit`
 GRACE_S = 3.0  # seconds for a process to end by itself once another one has failed
 WORKING, WAITING, UNLIMITED = "working", "waiting", "unlimited"
@@ -52,7 +52,7 @@ class Watch(threading.Thread):
         self._step_began: float | None = None
         self.last_words: Callable[[str], None] = lambda reason: None  # called before the process is ended for `reason`
         self._ended = threading.Event()
-        self._seen: deque[list[Sign]] = deque(maxlen=4)  # the others' signs in the latest seconds of waiting too long
+        self._seen: deque[list[Sign]] = deque(maxlen=LOOKS)  # the others' signs in the latest seconds of waiting long
         self._launcher = os.getppid()
 
     @property
@@ -116,11 +116,11 @@ class Watch(threading.Thread):
                 self.store.set(f"sign/{self.rank}", f"{number} {self.state} {waited:.1f}")
                 if self.store.check([FAILED]):
                     self._end_with_it()
-                if self.state != WAITING or waited <= self.limit:
+                if self.state != WAITING or waited <= self.limit - LOOKS * PUBLISH_S:
                     self._seen.clear()
                 else:
                     self._seen.append(self._signs())
-                    if len(self._seen) == self._seen.maxlen:
+                    if len(self._seen) == LOOKS and waited > self.limit:
                         self._judge(self._seen[0], self._seen[-1])
                 if os.getppid() != self._launcher:
                     raise ConnectionError("the launcher is gone")

@@ -4,77 +4,118 @@
     python -m tests.bench.accuracy cifar10 --images data/cifar10 --minutes 10 --seeds 2 --write
 
 Options that this command does not know go to train.py, such as --arch, --batch-size, --lr or --recipe. cifar10 is a
-folder with train/<class>/ and test/<class>/. Every run's log stays in its folder under runs/accuracy.
+folder with train/<class>/ and test/<class>/. A run that was cut off goes on; with --write its log is kept beside the results.
 """
 
 import argparse
 import contextlib
 import json
+import shutil
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch import nn
+
 import train as command
 from byol_core.config import parse_config
 from byol_core.evaluate import knn_accuracy
-from byol_core.plan import Plan
+from byol_core.parts import Parts
 from byol_core.processes import ALONE
+from byol_core.scoring import Scorer
+from tests.bench.lightly_recipe import train_lightly
 from tests.bench.table import environment, markdown, show
 
-COLUMNS = ("epochs", "minutes", "images/s", "kNN 20, last", "kNN 20, best", "kNN 200, last", "linear, last", "1 label",
-           "5 labels", "log")
+ACCURACIES = ("kNN 20, last", "kNN 20, best", "kNN 200, last", "kNN 200, best", "linear, last", "linear, best", "1 label",
+              "5 labels")
+COLUMNS = ("epochs", "minutes", "images/s", *ACCURACIES, "log")
 MEASURED = 20  # times that kNN is measured on the way, for the best epoch
+LOGS = Path("tests", "bench", "logs")  # the command is run from the root of the repository
 
 
 @dataclass
 class Result:
-    """One run: what it took and what it reached, accuracies in percent."""
+    """One run, or a baseline: what it took, where that is known, and what it reached, accuracies in [0, 1]."""
 
-    folder: Path
-    epochs: int
-    minutes: float
-    images_per_second: float
+    name: str
     accuracies: dict[str, float | None]
+    epochs: int | None = None
+    minutes: float | None = None
+    images_per_second: float | None = None
+    log: str = ""
+
+    def cells(self) -> tuple[str, ...]:
+        known = {"epochs": _shown(self.epochs, "d"), "minutes": _shown(self.minutes, ".2f"),
+                 "images/s": _shown(self.images_per_second, ".0f"), "log": self.log}
+        return self.name, *(known[column] if column in known else _percent(self.accuracies.get(column)) for column in COLUMNS)
 
 
-def epochs_for(minutes: float, arguments: list[str], out: Path) -> int:
-    """As many epochs as fit into so many minutes of training, by the time of a few updates."""
-    with contextlib.ExitStack() as stack:
-        run = command.prepare(parse_config([*arguments, "--out", str(out), "--no-eval"]), ALONE, stack)
-        per_epoch = run.seconds_per_update() * run.parts.plan.updates_per_epoch
-    return max(1, int(60 * minutes / per_epoch))
+def _shown(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
-def train_once(arguments: list[str], epochs: int, seed: int, out: Path) -> tuple[Result, Plan]:
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.2f}"
+
+
+def epochs_for(minutes: float, arguments: list[str], place: Path) -> int:
+    """As many epochs as fit into so many minutes of training, by the time of a few updates; asked again, the same."""
+    kept = place / f"epochs-in-{minutes:g}-minutes.txt"
+    if not kept.exists():
+        with contextlib.ExitStack() as stack:
+            run = command.prepare(parse_config([*arguments, "--out", str(place / "timing"), "--no-eval"]), ALONE, stack)
+            per_epoch = run.seconds_per_update() * run.parts.plan.updates_per_epoch
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(str(max(1, int(60 * minutes / per_epoch))))
+    return int(kept.read_text())
+
+
+def train_once(arguments: list[str], epochs: int, seed: int, out: Path, log: Path | None) -> tuple[Result, Parts]:
+    """Train, or go on, and measure the last network and the one whose kNN was best. log: where a copy of it is kept."""
     options = [*arguments, "--epochs", str(epochs), "--seed", str(seed), "--out", str(out),
                "--eval-every", str(max(1, epochs // MEASURED))]
     if command.main([*options, "--resume"]) != 0:
         raise SystemExit(f"the run in {out} failed; see its train.log")
     summary = json.loads((out / "summary.json").read_text())
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    measured = [record["knn"] for record in records if "knn" in record] + [summary["knn"]]
     with contextlib.ExitStack() as stack:
-        run = command.prepare(parse_config([*options, "--resume"]), ALONE, stack)
-        fit, test = run.parts.scorer.features(run.parts.model.online.backbone)  # type: ignore[union-attr]
-    accuracies = {"kNN 20, last": summary["knn"], "kNN 20, best": max(measured), "linear, last": summary["linear"],
-                  "kNN 200, last": knn_accuracy(fit.x, fit.y, test.x, test.y, k=200),
-                  "1 label": summary.get("linear_1"), "5 labels": summary.get("linear_5")}
-    return Result(out, epochs, summary["seconds"] / 60, summary["images_per_second"],
-                  {name: None if value is None else 100 * value for name, value in accuracies.items()}), run.parts.plan
+        parts = command.prepare(parse_config([*options, "--resume"]), ALONE, stack).parts
+    best = parts.new_model().online.backbone
+    best.load_state_dict(torch.load(out / "best.pt", weights_only=True))
+    accuracies = measured(parts, parts.backbone, "last") | measured(parts, best, "best")
+    if log is not None:
+        log.parent.mkdir(exist_ok=True)
+        shutil.copy(out / "train.log", log)
+    return Result(f"seed {seed}", accuracies, epochs, summary["seconds"] / 60, summary["images_per_second"],
+                  str(log or out / "train.log")), parts
 
 
-def row(name: str, results: list[Result]) -> tuple[str, ...]:
-    def mean(values: list[float | None]) -> str:
+def measured(parts: Parts, backbone: nn.Module, which: str) -> dict[str, float | None]:
+    """The accuracies of a backbone. which: "last" or "best"; few labels are left to the last."""
+    assert isinstance(parts.scorer, Scorer)
+    scores = parts.scorer.measure(backbone)
+    fit, test = parts.scorer.features(backbone)
+    found = {f"kNN 20, {which}": scores["knn"], f"kNN 200, {which}": knn_accuracy(fit.x, fit.y, test.x, test.y, k=200),
+             f"linear, {which}": scores["linear"]}
+    return found if which == "best" else found | {"1 label": scores.get("linear_1"), "5 labels": scores.get("linear_5")}
+
+
+def mean_row(results: list[Result]) -> tuple[str, ...]:
+    def mean(values: list[float | None], form: str) -> str:
         known = [value for value in values if value is not None]
-        if not known:
-            return "-"
-        return f"{statistics.mean(known):.2f}" + (f" ± {statistics.stdev(known):.2f}" if len(known) > 1 else "")
+        return f"{statistics.mean(known):{form}} ± {statistics.stdev(known):{form}}" if len(known) > 1 else "-"
 
-    cells = {"epochs": str(results[0].epochs), "minutes": mean([result.minutes for result in results]),
-             "images/s": mean([result.images_per_second for result in results]),
-             "log": str(results[0].folder / "train.log") if len(results) == 1 else ""}
-    cells |= {key: mean([result.accuracies[key] for result in results]) for key in results[0].accuracies}
-    return name, *(cells[column] for column in COLUMNS)
+    percents = [{key: None if value is None else 100 * value for key, value in result.accuracies.items()}
+                for result in results]
+    accuracies = [mean([values[key] for values in percents], ".2f") for key in ACCURACIES]
+    return ("mean", _shown(results[0].epochs, "d"), mean([result.minutes for result in results], ".2f"),
+            mean([result.images_per_second for result in results], ".0f"), *accuracies, "")
+
+
+def baselines(parts: Parts) -> list[Result]:
+    """The untrained network of this seed and bare pixels, measured alike."""
+    return [Result("untrained", measured(parts, parts.new_model().online.backbone, "last")),
+            Result("raw pixels", measured(parts, nn.Flatten(), "last"))]
 
 
 def main() -> None:
@@ -86,23 +127,35 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1, help="runs, with seeds 0, 1, ...")
     parser.add_argument("--images", type=Path, default=Path("data", "cifar10"), help="folder with train/ and test/")
     parser.add_argument("--out", type=Path, default=Path("runs", "accuracy"))
+    parser.add_argument("--lightly", action="store_true", help="train lightly's recipe for the same minutes, too")
     parser.add_argument("--write", action="store_true", help="append the table to RESULTS.md beside this file")
     options, passed_on = parser.parse_known_args()
     arguments = ["--data", "digits"] if options.set == "digits" else [
         "--data", str(options.images / "train"), "--eval-data", str(options.images / "test")]
     arguments += passed_on
     place = options.out / "-".join([options.set, *(word.strip("-").replace("/", "_") for word in passed_on)])
-    epochs = options.epochs or (epochs_for(options.minutes, arguments, place / "timing") if options.minutes else 100)
-    runs = [train_once(arguments, epochs, seed, place / f"{epochs}-epochs-seed-{seed}") for seed in range(options.seeds)]
-    results, plan = [result for result, _ in runs], runs[0][1]
-    rows = [row(f"seed {seed}", [result]) for seed, result in enumerate(results)]
+    epochs = options.epochs or (epochs_for(options.minutes, arguments, place) if options.minutes else 100)
+    results = []
+    for seed in range(options.seeds):
+        name = f"{epochs}-epochs-seed-{seed}"
+        log = LOGS / f"{place.name}-{name}.log" if options.write else None
+        result, parts = train_once(arguments, epochs, seed, place / name, log)
+        results.append(result)
+    rows = [result.cells() for result in results]
     if len(results) > 1:
-        rows.append(row("mean", results))
+        rows.append(mean_row(results))
+    if options.lightly:
+        backbone, epochs_there, minutes, rate = train_lightly(parts, results[-1].minutes or 0.0, options.seeds - 1)
+        accuracies = measured(parts, backbone, "last")
+        rows.append(Result("lightly's recipe in the same minutes", accuracies, epochs_there, minutes, rate).cells())
+    rows += [result.cells() for result in baselines(parts)]
+    plan = parts.plan
     recipe = "; ".join(f"{choice.name} {choice.value:.6g}" if isinstance(choice.value, float) else
                        f"{choice.name} {choice.value}" for choice in plan.choices)
-    device = json.loads((results[0].folder / "summary.json").read_text())["device"]
-    text = (f"`python -m tests.bench.accuracy {options.set} --epochs {epochs} --seeds {options.seeds} "
-            f"{' '.join(passed_on)}`: {environment(device, 'torchvision', 'scikit-learn')}\n\n"
+    words = [options.set, "--epochs", str(epochs), "--seeds", str(options.seeds), *["--lightly"] * options.lightly,
+             *([] if options.set == "digits" else ["--images", "DIR"]), *passed_on]
+    text = (f"`python -m tests.bench.accuracy {' '.join(words)}`: "
+            f"{environment(str(parts.runtime.device), 'torchvision', 'scikit-learn')}\n\n"
             f"batch {plan.batch_size}; {recipe}\n\n{markdown(('run', *COLUMNS), rows)}")
     show(f"Accuracy on {options.set}", text, options.write)
 

@@ -5,12 +5,14 @@ import importlib
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 from byol_core.backbones import build_backbone
@@ -45,14 +47,19 @@ def lightly_transform(size: int, blur: bool) -> Callable[[Image.Image], Any]:
 
 def lightly_loop(arch: str, small_stem: bool, size: int, device: str) -> Callable[[Iterable[Any]], None]:
     """An epoch of the loop that lightly's documentation gives for BYOL: float32, SGD, target first. Raises: ImportError."""
+    return lightly_epochs(*build_backbone(arch, small_stem, size), device, partial(torch.optim.SGD, lr=0.06))[0]
+
+
+def lightly_epochs(backbone: nn.Module, dim: int, device: str, optimizer_of: Callable[[list[nn.Parameter]], Optimizer]
+                   ) -> tuple[Callable[[Iterable[Any]], None], Optimizer]:
+    """(an epoch of that loop around a backbone with `dim` features, its optimizer). Raises: ImportError."""
     heads = importlib.import_module("lightly.models.modules.heads")
     update_momentum = importlib.import_module("lightly.models.utils").update_momentum
     criterion = importlib.import_module("lightly.loss").NegativeCosineSimilarity()
-    backbone, dim = build_backbone(arch, small_stem, size)
     online = nn.Sequential(backbone, heads.BYOLProjectionHead(dim, HIDDEN, OUT)).to(device)
     predictor = heads.BYOLPredictionHead(OUT, HIDDEN, OUT).to(device)
     target = copy.deepcopy(online).requires_grad_(False)
-    optimizer = torch.optim.SGD([*online.parameters(), *predictor.parameters()], lr=0.06)
+    optimizer = optimizer_of([*online.parameters(), *predictor.parameters()])
 
     def epoch(batches: Iterable[Any]) -> None:
         total = torch.zeros((), device=device)
@@ -67,7 +74,7 @@ def lightly_loop(arch: str, small_stem: bool, size: int, device: str) -> Callabl
             optimizer.step()
             optimizer.zero_grad()
 
-    return epoch
+    return epoch, optimizer
 
 
 def byol_pytorch_loop(arch: str, small_stem: bool, size: int, device: str) -> Callable[[Iterable[Any]], None]:

@@ -1,0 +1,47 @@
+"""lightly's documented CIFAR recipe, trained for given minutes on the images of a run of ours."""
+
+import time
+from functools import partial
+from itertools import islice
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from byol_core.backbones import build_backbone
+from byol_core.parts import Parts
+from tests.bench import rivals
+
+BATCH, RATE = 128, 0.06  # its benchmark; momentum, weight decay and a cosine to 0 as there, tau constant at 0.99
+TIMED = 10  # updates, after as many that warm up, by which the number of epochs is chosen
+
+
+def train_lightly(parts: Parts, minutes: float, seed: int) -> tuple[nn.Module, int, float, float]:
+    """(backbone, epochs, minutes, images per second) of as many epochs as fit; the network is that of `parts`.
+
+    Raises: ImportError without lightly.
+    """
+    plan, device, files = parts.plan, str(parts.runtime.device), parts.data.files
+    torch.manual_seed(seed)
+    backbone, dim = build_backbone(plan.arch, plan.small_stem, plan.image_size)
+    photos = rivals.Photos([files.path(index) for index in range(len(files))],
+                           rivals.lightly_transform(plan.image_size, blur=plan.image_size >= 48))
+    batch = min(BATCH, len(photos))
+    loader = DataLoader(photos, batch_size=batch, shuffle=True, drop_last=True, num_workers=parts.workers,
+                        persistent_workers=parts.workers > 0)
+    optimizer_of = partial(torch.optim.SGD, lr=RATE * batch / BATCH, momentum=0.9, weight_decay=5e-4)
+    trial, _ = rivals.lightly_epochs(*build_backbone(plan.arch, plan.small_stem, plan.image_size), device, optimizer_of)
+    trial(islice(loader, TIMED))
+    began = time.monotonic()
+    timed = min(TIMED, len(loader))
+    trial(islice(loader, timed))
+    epochs = max(1, int(60 * minutes * timed / (time.monotonic() - began) / len(loader)))
+
+    epoch, optimizer = rivals.lightly_epochs(backbone, dim, device, optimizer_of)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    began = time.monotonic()
+    for _ in range(epochs):
+        epoch(loader)
+        scheduler.step()
+    seconds = time.monotonic() - began
+    return backbone, epochs, seconds / 60, epochs * len(loader) * batch / seconds

@@ -6,9 +6,10 @@ import subprocess
 import sys
 import tempfile
 
-# Parts of the whole check that run beside the rest of the tests: those that train long, those that mostly wait for processes.
-BESIDE = [["accuracy"], ["torchrun", "processes", "ema_sharded"],
-          ["kills", "signal_delivery", "workers", "soak", "full_disk"]]
+# Parts of the whole check that run beside the rest of the tests, of about the same length each.
+BESIDE = [["accuracy", "bad_files"], ["torchrun", "processes", "ema_sharded"],
+          ["kills", "signal_delivery", "workers", "soak", "full_disk"],
+          ["best", "environment", "memory", "checkpoint", "crops"]]
 
 
 def main() -> int:

@@ -111,23 +111,14 @@ def open_missing_streams() -> None:
 
 def carry_out(run: "Run") -> int:
     try:
-        if run.outcome.is_complete():
-            if run.processes.first:  # nothing is touched
-                show(sys.stdout, f"already complete ({run.progress.epoch}/{run.parts.plan.epochs} epochs)\n")
-        elif run.parts.config.check:
-            run.describe()
-            run.write_start()
-            run.check()
-        else:
-            run.describe()
-            run.write_start()
-            run.measure_untrained()
-            run.train()
-            run.finish()
-        run.processes.leave()
+        try:
+            work(run)
+        except Stopped as stopped:
+            run.stop.ignore()
+            run.processes.stopped(stopped)
+            raise
         return 0
     except Stopped as stopped:
-        run.stop.ignore()
         with contextlib.suppress(OSError):  # on a full disk
             run.write_end("stopped", str(stopped))
         run.log.say(f"{stopped}: stopped at epoch {run.progress.epoch}, update {run.progress.updates}; {run.what_is_saved()}; "
@@ -147,6 +138,23 @@ def carry_out(run: "Run") -> int:
     finally:
         run.stop.ignore()  # all is written
         run.parts.batches.close()  # workers left over would be waited for at the exit, and never end
+
+
+def work(run: "Run") -> None:
+    if run.outcome.is_complete():
+        if run.processes.first:  # nothing is touched
+            show(sys.stdout, f"already complete ({run.progress.epoch}/{run.parts.plan.epochs} epochs)\n")
+    elif run.parts.config.check:
+        run.describe()
+        run.write_start()
+        run.check()
+    else:
+        run.describe()
+        run.write_start()
+        run.measure_untrained()
+        run.train()
+        run.finish()
+    run.processes.leave()
 
 
 def complain(config: TrainConfig, processes: "Processes | None", error: Exception, line: str | None = None) -> str:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from byol_core.signals import Stopped
 from byol_core.watch import Watch
 
 MEETING_S = 120.0  # seconds in which all processes must have come
@@ -125,6 +126,11 @@ class Processes:
         The others learn of it and end, too.
         """
         return (str(error), True) if self.watch is None else self.watch.fail(error)
+
+    def stopped(self, stop: Stopped) -> None:
+        """A signal is about to end this process. Raises: ConnectionError in the first when it came because another is gone."""
+        if self.watch is not None and self.watch.asked_to_stop(look=self.first and not stop.agreed):
+            raise ConnectionError("connection closed by another process") from stop
 
     def leave(self) -> None:
         """The end of a run that went well in every process."""

@@ -167,7 +167,7 @@ class Run:
         asked = self.processes.agree_on_stop(self.stop.signal, now=ended_epoch)
         if asked is not None:
             self.save()
-            raise Stopped(*asked)
+            raise Stopped(*asked, agreed=True)
         if ended_epoch and (progress.epoch % config.save_every == 0 or progress.epoch == epochs):
             self.save()
         if ended_epoch and self.processes.first:

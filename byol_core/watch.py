@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 FAILED = "failed"  # the store's key for why the run fails: the first process to write it is the one that says so
-PUBLISH_S, LOOKS = 1.0, 4  # seconds between two signs of life; looks at the others' before a verdict
+PUBLISH_S = 1.0  # seconds between two signs of life
+LOOKS, LOOKS_UNASKED = 4, 10  # at the others' signs before a verdict: by one that waits for them, and by one that does not
 STUCK_S, STUCK_STEPS, FIRST_STEP_S = 20.0, 10.0, 600.0  # what counts as stuck: see `Watch.limit`
 GRACE_S = 3.0  # seconds for a process to end by itself once another one has failed
 WORKING, WAITING, UNLIMITED = "working", "waiting", "unlimited"
@@ -52,7 +53,7 @@ class Watch(threading.Thread):
         self._step_began: float | None = None
         self.last_words: Callable[[str], None] = lambda reason: None  # called before the process is ended for `reason`
         self._ended = threading.Event()
-        self._seen: deque[list[Sign]] = deque(maxlen=LOOKS)  # the others' signs in the latest seconds of waiting long
+        self._seen: deque[list[Sign]] = deque(maxlen=LOOKS_UNASKED)  # the others' signs in the latest seconds
         self._launcher = os.getppid()
 
     @property
@@ -101,6 +102,16 @@ class Watch(threading.Thread):
             return self._have_the_word(text)
         return text, True
 
+    def asked_to_stop(self, look: bool) -> bool:
+        """A signal ends this process. look: whether to find out if it came because another process is gone.
+
+        torchrun sends it to all others when one of them is killed; one that was asked to stop itself says so before it goes.
+        """
+        with contextlib.suppress(RuntimeError):  # the store is gone, with the launcher or the first machine
+            self.store.set(f"asked/{self.rank}", "")
+            return look and any(not self.store.check([f"asked/{rank}"]) for rank in self._silent())
+        return False
+
     def _have_the_word(self, text: str) -> tuple[str, bool]:
         agreed = self.store.compare_set(FAILED, "", text).decode()
         if agreed == text:
@@ -116,12 +127,7 @@ class Watch(threading.Thread):
                 self.store.set(f"sign/{self.rank}", f"{number} {self.state} {waited:.1f}")
                 if self.store.check([FAILED]):
                     self._end_with_it()
-                if self.state != WAITING or waited <= self.limit - LOOKS * PUBLISH_S:
-                    self._seen.clear()
-                else:
-                    self._seen.append(self._signs())
-                    if len(self._seen) == LOOKS and waited > self.limit:
-                        self._judge(self._seen[0], self._seen[-1])
+                self._look_around(waited)
                 if os.getppid() != self._launcher:
                     raise ConnectionError("the launcher is gone")
             except (RuntimeError, OSError):  # the store went with the launcher: save and stop, as for SIGTERM
@@ -137,9 +143,21 @@ class Watch(threading.Thread):
             finally:
                 os._exit(1)
 
+    def _look_around(self, waited: float) -> None:
+        """Look at the others after so many seconds in one state: when waiting long, and when busy once training has begun."""
+        waits, busy = self.state == WAITING, self.state == UNLIMITED and self.longest is not None
+        if not busy and not (waits and waited > self.limit - LOOKS * PUBLISH_S):
+            self._seen.clear()
+            return
+        self._seen.append(self._signs())
+        looks = LOOKS if waits else LOOKS_UNASKED
+        if len(self._seen) >= looks and (busy or waited > self.limit):
+            self._judge(self._seen[-looks], self._seen[-1])
+
     def _judge(self, before: list[Sign], after: list[Sign]) -> None:
-        """This process waits for others too long: say for which of them, unless one is busy without limit."""
-        silent = [rank for rank in range(self.world_size) if after[rank].number == before[rank].number]
+        """This process waits for others too long: say for which of them, unless one is busy without limit, as this may be."""
+        silent = [rank for rank in range(self.world_size)
+                  if after[rank].number == before[rank].number and not self.store.check([f"asked/{rank}"])]
         stuck = [rank for rank, sign in enumerate(after) if sign.state == WORKING and sign.seconds > self.limit]
         text = ""
         if silent:

@@ -15,7 +15,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "backbones": {"seeds"}, "views": {"image_ops"}, "watch": set(), "memory": set(), "checkpoint": set(), "config": set(),
     "listing": set(), "shards": {"checkpoint", "listing"}, "decoding": {"shards"},
     "folder": {"checkpoint", "decoding", "listing", "shards"},
-    "processes": {"watch"}, "runtime": {"lars", "processes", "watch"},
+    "processes": {"signals", "watch"}, "runtime": {"lars", "processes", "watch"},
     "sample": {"config"},
     "run_folder": {"checkpoint", "config"}, "failures": set(), "workers": {"signals"},
     "networks": {"ema"},

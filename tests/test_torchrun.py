@@ -60,6 +60,36 @@ def test_a_process_that_fails_is_named_once_and_ends_the_run(fault: str, message
         assert summary(tmp_path)["status"] == "failed" and summary(tmp_path)["reason"] in done.messages[0]
 
 
+def test_a_frozen_process_is_named_and_killed_by_torchrun(image_folder: Callable[..., Path], tmp_path: Path) -> None:
+    """Which asks it to stop first, and waits 30 seconds for an answer."""
+    done = trained(tmp_path, image_folder(), fault="freezes", stuck=4.0)
+    assert done.code == 1 and done.seconds < START_S + 2 * AFTER_FAULT_S and not done.orphans
+    assert done.messages == ["error: rank 1 of 2 is silent: frozen, or cut off"], done.err
+    assert summary(tmp_path)["status"] == "failed" and summary(tmp_path)["reason"] in done.messages[0]
+
+
+BUSY = "from byol_core.outcome import Outcome\nOutcome.{} = lambda outcome: time.sleep(600)"  # and so in no exchange
+LATER = "import threading; threading.Timer(2, os.kill, ({}, signal.{})).start()"
+
+
+@pytest.mark.parametrize("does, how", [("measure_on_the_way", "silent: frozen, or cut off"),
+                                       ("finish", "gone: killed, out of memory, or cut off")])
+def test_a_process_killed_while_the_first_one_is_busy_is_named(does: str, how: str, image_folder: Callable[..., Path],
+                                                               tmp_path: Path) -> None:
+    done = torchrun(tmp_path, "--data", image_folder(), "--out", "out", "--epochs", 1, *SMALL, "--eval-every", 1, update=1,
+                    fault=LATER.format("os.getpid()", "SIGKILL"), setup=BUSY.format(does))
+    assert done.code == 1 and done.seconds < START_S + AFTER_FAULT_S and not done.orphans
+    assert done.messages == [f"error: rank 1 of 2 is {how}"], done.err
+    assert summary(tmp_path)["status"] == "failed" and summary(tmp_path)["reason"] in done.messages[0]
+
+
+def test_a_signal_to_all_while_the_first_one_is_busy_is_a_stop(image_folder: Callable[..., Path], tmp_path: Path) -> None:
+    done = torchrun(tmp_path, "--data", image_folder(), "--out", "out", "--epochs", 1, *SMALL, update=2,
+                    fault=LATER.format("os.getppid()", "SIGTERM"), setup=BUSY.format("finish"))
+    assert done.code == 1 and not done.messages and not done.orphans, done.err
+    assert done.out.count(": stopped at epoch 1") == 1 and summary(tmp_path)["status"] == "stopped"
+
+
 def test_sigterm_to_one_process_stops_all_after_the_same_update(image_folder: Callable[..., Path], tmp_path: Path) -> None:
     images = image_folder(per_class=24)
     done = trained(tmp_path, images, fault="gets SIGTERM")

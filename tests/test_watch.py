@@ -41,6 +41,25 @@ def test_a_process_without_new_signs_is_silent(capsys) -> None:
     assert judged(before, after, capsys) == "error: rank 1 of 3 is silent: frozen, or cut off\n"
 
 
+def test_a_process_that_was_asked_to_stop_is_not_missed(capsys) -> None:
+    one, other = Watch(dist.HashStore(), 0, 2), signs((WAITING, 1), (WAITING, 1))
+    Watch(one.store, 1, 2).asked_to_stop(look=False)
+    one.longest = 1.0
+    one._judge(other, [Sign(8, WAITING, 1), other[1]])
+    assert capsys.readouterr().err == "" and not one.store.check([FAILED])
+
+
+@pytest.mark.parametrize("state, looks", [(WAITING, 4), ("unlimited", 10)])
+def test_others_are_looked_at_when_waiting_long_and_when_busy(state: str, looks: int, monkeypatch, capsys) -> None:
+    one = Watch(dist.HashStore(), 0, 2)
+    one.state, one.longest = state, 1.0
+    monkeypatch.setattr(one, "_signs", lambda: [Sign(len(one._seen), state, 99), Sign(3, WAITING, 1)])
+    for number in range(1, looks + 1):
+        assert not one.store.check([FAILED]), number
+        one._look_around(16.5 + number)  # the limit is 20
+    assert capsys.readouterr().err == "error: rank 1 of 2 is silent: frozen, or cut off\n"
+
+
 def test_an_exchange_is_waiting_and_what_comes_after_it_is_not() -> None:
     one = Watch(dist.HashStore(), 0, 2)
     one.enter(WORKING)

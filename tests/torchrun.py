@@ -28,6 +28,7 @@ import train
 from byol_core import watch
 from byol_core.run import Run
 watch.STUCK_S = {stuck}
+{setup}
 rank, attempt = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 after_step = Run._after_step
 def faulty(run, progress, step):
@@ -55,14 +56,15 @@ class Finished:
 
 def torchrun(folder: Path, *arguments: object, processes: int = 2, fault: str = "pass", rank: int = 1, update: int = 3,
              options: tuple[str, ...] = ("--standalone",), before: tuple[str, ...] = (), timeout: float = 120.0,
-             patience: float = 6.0, env: dict[str, str] | None = None, stuck: float = 20.0) -> Finished:
+             patience: float = 6.0, env: dict[str, str] | None = None, stuck: float = 20.0, setup: str = "") -> Finished:
     """`train.py` with these arguments in `folder`, in so many processes.
 
-    options: of torchrun. before: of the command. stuck: seconds after which a process is taken to be stuck.
+    options: of torchrun. before: of the command. stuck: seconds after which a process is taken to be stuck. setup: code that
+    all processes run first.
     """
     driver = folder / "driver.py"
     driver.write_text(DRIVER.format(repository=str(REPOSITORY), update=update, rank=rank, fault=FAULTS.get(fault, fault),
-                                    stuck=stuck))
+                                    stuck=stuck, setup=setup))
     command = [*before, sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), *options,
                str(driver), *map(str, arguments)]
     return watched(command, folder, timeout, env, patience)

@@ -7,7 +7,7 @@ import sys
 import tempfile
 
 # Parts of the whole check that run beside the rest of the tests, of about the same length each.
-BESIDE = [["accuracy", "bad_files"], ["torchrun", "processes", "ema_sharded"],
+BESIDE = [["accuracy", "bad_files"], ["torchrun", "processes", "ema_sharded"], ["torchrun_faults"],
           ["kills", "signal_delivery", "workers", "soak", "full_disk"],
           ["best", "environment", "memory", "checkpoint", "crops"]]
 

@@ -89,8 +89,9 @@ class Outcome:
             self.measure("pixels", nn.Flatten())
         if "untrained" not in self.scores:
             self.measure("untrained", self.parts.new_model().online.backbone)
-        if scorer is None and config.eval_every:
-            self.parts.log.say(f"note: --eval-every {config.eval_every} has no effect with --no-eval")
+        for option, value in (("--eval-every", config.eval_every), ("--eval-data", config.eval_data)):
+            if value and not config.eval:
+                self.parts.log.say(f"note: {option} {value} has no effect with --no-eval")
 
     def measure(self, name: str, backbone: nn.Module) -> None:
         """Scores of `backbone` under `name`, unless it was measured before the run was resumed; with labels or without."""

@@ -157,7 +157,8 @@ def test_separation_is_measured_alike_before_a_stop_and_after_it(image_folder: F
     assert whole == parts and len({value for _, value in whole}) == 3
 
 
-@pytest.mark.parametrize("classes, options", [(0, []), (2, []), (2, ["--eval-every", "1", "--no-eval"])])
+@pytest.mark.parametrize("classes, options", [(0, []), (2, []),
+                                              (2, ["--eval-every", "1", "--no-eval", "--eval-data", "nowhere"])])
 def test_without_measurements_on_the_way_nothing_is_called_best(image_folder: Folder, classes: int, options: list[str],
                                                                 capsys) -> None:
     data = image_folder(classes=classes, per_class=8)
@@ -165,7 +166,8 @@ def test_without_measurements_on_the_way_nothing_is_called_best(image_folder: Fo
     assert not Path("out/best.pt").exists() and not Path("out/best.json").exists()
     summary, said = read_run(Path("out")).summary, capsys.readouterr()
     assert summary["best_knn"] is summary["best_separation"] is summary["best_epoch"] is None
-    assert said.out.count("note: --eval-every 1 has no effect with --no-eval\n") == ("--no-eval" in options)
+    for option in ("--eval-every 1", "--eval-data nowhere"):
+        assert said.out.count(f"note: {option} has no effect with --no-eval\n") == ("--no-eval" in options)
     assert (summary.get("separation") is not None) == (classes == 0)
     assert (summary["knn"] is not None) == (not options and classes > 0)
 

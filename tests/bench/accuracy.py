@@ -152,11 +152,13 @@ def main() -> None:
     plan = parts.plan
     recipe = "; ".join(f"{choice.name} {choice.value:.6g}" if isinstance(choice.value, float) else
                        f"{choice.name} {choice.value}" for choice in plan.choices)
+    if not any(choice.name == "batch_size" for choice in plan.choices):
+        recipe = f"batch_size {plan.batch_size}; {recipe}"
     words = [options.set, "--epochs", str(epochs), "--seeds", str(options.seeds), *["--lightly"] * options.lightly,
              *([] if options.set == "digits" else ["--images", "DIR"]), *passed_on]
     text = (f"`python -m tests.bench.accuracy {' '.join(words)}`: "
             f"{environment(str(parts.runtime.device), 'torchvision', 'scikit-learn')}\n\n"
-            f"batch {plan.batch_size}; {recipe}\n\n{markdown(('run', *COLUMNS), rows)}")
+            f"{recipe}\n\n{markdown(('run', *COLUMNS), rows)}")
     show(f"Accuracy on {options.set}", text, options.write)
 
 

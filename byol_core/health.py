@@ -159,8 +159,8 @@ def _finished(records: Sequence[Record], scores: Mapping[str, object]) -> Verdic
         return Verdict("undecided", f"some accuracies rose, others fell: {told}", "train for more epochs")
     separated, before = (_number(scores.get(name)) for name in ("separation", "separation_untrained"))
     if separated < before:
-        return Verdict("flat", f"separation {separated:.2f} (untrained {before:.2f}): an untrained network tells images apart better",
-                       "train for more epochs; where that does not help, lower --lr by 3 to 10 times")
+        return Verdict("flat", f"separation {separated:.2f} (untrained {before:.2f}): an untrained network tells images apart "
+                       "better", "train for more epochs; where that does not help, lower --lr by 3 to 10 times")
     if pairs:
         return Verdict("flat", f"on the whole no better than untrained: {told}", "train for more epochs; look at views.png: "
                        "what the views do not keep is not learned (the paper: crops alone 59.4, all views 72.5)")

@@ -8,6 +8,7 @@ from byol_core.schedules import scaled_lr
 from byol_core.views import ViewRecipe, digits_recipes, paper_recipes
 
 SMALL_SET = 200_000  # images; below it the recipe follows published CIFAR settings, above it the paper's ImageNet ones
+LARGEST_SCALED = 512  # images: without LARS, rates in proportion to the batch are published up to it
 SMALL_STEM_BELOW = 48  # pixels; there the ImageNet stem leaves a 1x1 final map
 RESNETS = ("resnet", "resnext", "wide_resnet")
 LARGEST_LR = 1e6  # per 256 images; beyond it numbers overflow before anything can be learned
@@ -100,7 +101,7 @@ def make_plan(config: TrainConfig, facts: Facts, world_size: int = 1) -> Plan:
     chosen |= {choice.name: choice for choice in recipe(facts, config.epochs, updates * config.epochs, batch_size)}
     asked = {name: getattr(config, name) for name in chosen if getattr(config, name, None) is not None}
     if asked.get("optimizer", chosen["optimizer"].value) != chosen["optimizer"].value:
-        chosen |= {choice.name: choice for choice in _rates(str(asked["optimizer"]), config.epochs)}
+        chosen |= {choice.name: choice for choice in _rates(str(asked["optimizer"]), config.epochs, batch_size)}
         chosen["predictor_lr"] = Choice("predictor_lr", 1.0, "as the rest")
     if asked.get("scheduler") == "plateau":
         chosen |= {"scheduler_interval": Choice("scheduler_interval", "epoch", "a plateau is of the epoch's loss"),
@@ -175,12 +176,13 @@ def _auto(facts: Facts, epochs: int, total: int, batch_size: int) -> list[Choice
     else:
         optimizer = Choice("optimizer", "lars", "the paper's, for large sets")
         hidden_dim = Choice("hidden_dim", 4096, "the paper's")
-    return [optimizer, *_rates(str(optimizer.value), epochs), *_cosine_step(), *_by_length(epochs, total), hidden_dim,
-            Choice("projection_dim", 256, "the paper's")]
+    return [optimizer, *_rates(str(optimizer.value), epochs, batch_size), *_cosine_step(), *_by_length(epochs, total),
+            hidden_dim, Choice("projection_dim", 256, "the paper's")]
 
 
-def _rates(optimizer: str, epochs: int) -> list[Choice]:
+def _rates(optimizer: str, epochs: int, batch_size: int) -> list[Choice]:
     """Learning rate per 256 images and weight decay that go with an optimizer; one's rates ruin another's run."""
+    published = 1.0 if optimizer == "lars" else min(1.0, LARGEST_SCALED / batch_size)
     if optimizer == "lars":
         nearest = _nearest_preset(epochs)
         lr, weight_decay, _ = PAPER_PRESETS[nearest]
@@ -190,7 +192,8 @@ def _rates(optimizer: str, epochs: int) -> list[Choice]:
             "sgd": (0.12, 5e-4, "published for CIFAR-10, as 0.06 per 128 images with weight decay 5e-4"),
             "adam": (3e-4, 0.0, "usual for Adam in published BYOL code"),
             "adamw": (1e-3, 1e-2, "torch's own defaults for AdamW")}[optimizer]
-    return [Choice("lr", lr, reason), Choice("weight_decay", weight_decay, reason)]
+    for_lr = reason if published == 1 else f"{reason}; no more than in batches of {LARGEST_SCALED}, as more collapses"
+    return [Choice("lr", lr * published, for_lr), Choice("weight_decay", weight_decay, reason)]
 
 
 def _paper(facts: Facts, epochs: int, total: int, batch_size: int) -> list[Choice]:

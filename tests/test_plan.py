@@ -87,6 +87,14 @@ def test_the_rate_of_the_sample_does_not_grow_beyond_its_batch(batch: int, lr: f
     assert plan(recipe="digits", batch_size=batch).lr == pytest.approx(lr)
 
 
+@pytest.mark.parametrize("optimizer, batch, lr", [("sgd", 256, 0.12), ("sgd", 512, 0.24), ("sgd", 1024, 0.24),
+                                                  ("sgd", 4096, 0.24), ("adam", 4096, 6e-4), ("lars", 4096, 7.2)])
+def test_without_lars_the_rate_grows_with_the_batch_up_to_512_images(optimizer: str, batch: int, lr: float) -> None:
+    chosen = plan(Facts(10**5, 32, True), optimizer=optimizer, batch_size=batch)
+    assert chosen.lr == pytest.approx(lr)
+    assert any("more collapses" in choice.reason for choice in chosen.choices) == (batch > 512 and optimizer != "lars")
+
+
 def test_the_views_are_among_what_is_said() -> None:
     said = {choice.name: choice.value for choice in plan().choices}
     assert (said["crop_scale"], said["blur"], said["solarize"]) == ("0.08 to 1", "0 and 0", "0 and 0.2")

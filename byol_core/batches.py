@@ -82,7 +82,7 @@ class DeviceBatches:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Views]:
         height, width = self.pixels.shape[2:]
         for indices in self.order.epoch(epoch)[start:]:
-            images = self.pixels[self._readable(epoch, indices).to(self.pixels.device)]
+            images = self.pixels[self._readable(epoch, indices).to(self.pixels.device, non_blocking=True)]
             view1, view2 = (render(images, draw(recipe, self.order.seed, epoch, indices, view, height, width), recipe)
                             for view, recipe in enumerate(self.recipes))
             yield view1, view2
@@ -174,12 +174,16 @@ def _collate(samples: Sequence[tuple[Tensor, Tensor, list[Failure]]]) -> tuple[T
     return shared(torch.stack(first)), shared(torch.stack(second)), list(itertools.chain(*failures))
 
 
-def made_ahead(views: Iterator[Views], device: torch.device) -> Iterator[Views]:
-    """The same views; on CUDA each batch is copied and made on a stream of its own while the one before is trained on."""
-    if device.type != "cuda":
+def made_ahead(views: Iterator[Views], aside: "torch.cuda.Stream | None") -> Iterator[Views]:
+    """The same views; each batch is copied and made on the stream `aside` while the one before is trained on.
+
+    aside: None makes them as they are asked for. One stream should do for a run: torch keeps freed memory per stream.
+    """
+    if aside is None:
         yield from views
         return
-    aside, consumer = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    device = aside.device
+    consumer = torch.cuda.current_stream(device)
     aside.wait_stream(consumer)  # what the views are made of may still be on its way
 
     def make() -> Views | None:
@@ -201,14 +205,14 @@ class TimedBatches:
 
     def __init__(self, batches: DeviceBatches | WorkerBatches, device: torch.device = torch.device("cpu")) -> None:
         self.batches = batches
-        self.device = device
+        self.aside = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.waited = 0.0
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Views]:
-        views = made_ahead(self.batches.epoch(epoch, start), self.device)
+        views = made_ahead(self.batches.epoch(epoch, start), self.aside)
         while True:
             began = time.monotonic()
             try:

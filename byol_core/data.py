@@ -169,6 +169,8 @@ def plain_batches(data: ImageData, recipe: ViewRecipe, indices: Tensor, workers:
         for part in good.split(batch_size):
             yield part, normalise(data.pixels[part.to(data.pixels.device)].float() / 255, recipe)
         return
+    if data.pixels is not None and data.pixels.device.type != "cpu":
+        workers = 0  # forked processes have no GPU
     loader = new_loader(_PlainDataset(data, recipe, indices), workers, batch_size=batch_size, collate_fn=_collate_plain)
     for found, images, failures in batches_from(loader):
         for index, reason in failures:

@@ -1,7 +1,9 @@
 """Random views of a whole batch at once: draw every image's parameters on the CPU, then render them on any device."""
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -116,7 +118,7 @@ def render(images: Tensor, params: ViewParams, recipe: ViewRecipe) -> Tensor:
     if params.boxes is None and tuple(images.shape[-2:]) != (recipe.size, recipe.size):
         raise ValueError(f"render: images of {images.shape[-2]}x{images.shape[-1]} pixels without boxes; "
                          f"the recipe's view has {recipe.size}x{recipe.size}")
-    with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(images.device.type, enabled=False), _whole_float32():
         rows = max(1, _CACHED_PIXELS // recipe.size**2)
         if images.device.type != "cpu" or len(images) <= rows:
             return _render(images, params, recipe)
@@ -125,6 +127,17 @@ def render(images: Tensor, params: ViewParams, recipe: ViewRecipe) -> Tensor:
             part = slice(start, start + rows)
             views[part] = _render(images[part], _rows_of(params, part), recipe)
         return views
+
+
+@contextlib.contextmanager
+def _whole_float32() -> Iterator[None]:
+    """Resizing is a product of matrices, for which the ten bits of TF32 are too few."""
+    allowed = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(allowed)
 
 
 def _render(images: Tensor, params: ViewParams, recipe: ViewRecipe) -> Tensor:

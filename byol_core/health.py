@@ -158,7 +158,7 @@ def _finished(records: Sequence[Record], scores: Mapping[str, object]) -> Verdic
     if any(after - before >= RISEN for _, after, before in pairs):
         return Verdict("undecided", f"some accuracies rose, others fell: {told}", "train for more epochs")
     separated, before = (_number(scores.get(name)) for name in ("separation", "separation_untrained"))
-    if separated < before:
+    if separated < (1 - FLAT_CHANGE) * before and len(records) >= FLAT_RECORDS:
         return Verdict("flat", f"separation {separated:.2f} (untrained {before:.2f}): an untrained network tells images apart "
                        "better", "train for more epochs; where that does not help, lower --lr by 3 to 10 times")
     if pairs:
@@ -166,6 +166,9 @@ def _finished(records: Sequence[Record], scores: Mapping[str, object]) -> Verdic
                        "what the views do not keep is not learned (the paper: crops alone 59.4, all views 72.5)")
     if separated > before:
         return Verdict("finished well", f"separation {separated:.2f} (untrained {before:.2f}); {_state(records)}")
+    if separated <= before:
+        return Verdict("undecided", f"separation {separated:.2f} (untrained {before:.2f}); {_state(records)}",
+                       "train for more epochs")
     if len(records) < FLAT_RECORDS:
         return Verdict("undecided", f"{len(records)} records are too few to judge by; {_state(records)}",
                        "train for more epochs")

@@ -42,19 +42,17 @@ class Outcome:
         self.best: dict[str, float] = {}  # of best.pt: epoch, and knn or, without labels, separation
         self.ranks: dict[str, float | None] = {"rank_features": None, "rank_features_untrained": None}
         self.report_due = 0.0
-
-    @property
-    def _how_measured(self) -> str:
-        """What scores depend on beside the network: those of another classifier or test set are not to be compared."""
-        scorer = self.parts.scorer
-        return f"{self.parts.config.classifier}; {scorer.measured_on if scorer else None}"
+        # What scores depend on beside the network: those of another classifier or test set are not to be compared.
+        self.how_measured = f"{parts.config.classifier}; {parts.scorer.measured_on if parts.scorer else None}"
 
     def state_dict(self) -> State:
-        return {"scores": self.scores, "best": self.best, "measured": self._how_measured}
+        return {"scores": self.scores, "best": self.best, "measured": self.how_measured}
 
     def load_state_dict(self, state: State) -> None:
-        if state["measured"] == self._how_measured:
+        if state["measured"] == self.how_measured:
             self.scores = cast(dict[str, Scores], state["scores"])
+            if "separation" in self.scores.get("untrained", {}):  # the labels allowed no accuracy
+                self.parts.scorer = self.parts.without_labels()
             if (self.parts.folder / "best.pt").exists():
                 self.best = cast(dict[str, float], state.get("best", {}))
 
@@ -84,11 +82,11 @@ class Outcome:
 
     def measure_untrained(self) -> None:
         """What the network gives before it has learned anything, and, for images that small, what bare pixels give."""
-        config, scorer = self.parts.config, self.parts.scorer
-        if self.parts.plan.image_size <= PIXELS_UP_TO and isinstance(scorer, Scorer):
-            self.measure("pixels", nn.Flatten())
+        config = self.parts.config
         if "untrained" not in self.scores:
             self.measure("untrained", self.parts.new_model().online.backbone)
+        if self.parts.plan.image_size <= PIXELS_UP_TO and isinstance(self.parts.scorer, Scorer):
+            self.measure("pixels", nn.Flatten())
         for option, value in (("--eval-every", config.eval_every), ("--eval-data", config.eval_data)):
             if value and not config.eval:
                 self.parts.log.say(f"note: {option} {value} has no effect with --no-eval")

@@ -22,7 +22,7 @@ from byol_core.networks import BYOL
 from byol_core.optim import build_optimizer, build_scheduler
 from byol_core.plan import Plan
 from byol_core.processes import Processes
-from byol_core.runtime import Runtime, choose_device, choose_precision, prefers_channels_last
+from byol_core.runtime import Runtime, allow_tf32, choose_device, choose_precision, prefers_channels_last
 from byol_core.scoring import Scorer
 from byol_core.separation import SeparationScorer
 from byol_core.tensorboard import check_tensorboard
@@ -54,6 +54,7 @@ class Parts:
         device, self.device_reason = choose_device(config.device, processes)
         tiny = plan.arch == "conv6"
         amp_dtype, self.amp_reason = choose_precision(config.amp, device, tiny)
+        self.tf32 = allow_tf32(device)
         self.runtime = Runtime(device, amp_dtype, prefers_channels_last(device, amp_dtype, tiny), processes)
         self.classifier = load_classifier(config.classifier)
         if config.tensorboard:

@@ -78,6 +78,15 @@ def choose_precision(asked: str, device: torch.device, tiny: bool = False) -> tu
     return None, f"no native bf16 on this {device.type.upper()}"
 
 
+def allow_tf32(device: torch.device) -> bool:
+    """Let matrix products and convolutions that remain in float32 use TF32, on GPUs; whether that was done."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    return True
+
+
 def prefers_channels_last(device: torch.device, amp_dtype: torch.dtype | None, tiny: bool = False) -> bool:
     """Whether convolutions are faster with images laid out channel by channel last: on CUDA, in bfloat16, for conv6."""
     return device.type == "cuda" or amp_dtype == torch.bfloat16 or tiny

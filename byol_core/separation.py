@@ -13,7 +13,7 @@ from byol_core.scoring import Scores, some_indices
 from byol_core.seeds import seed_from
 
 SAMPLE, PAIRS = 256, 4  # images, and pairs of views of each: more tell little more
-AT_ONCE = 64  # images
+AT_ONCE = 16  # images; as many of the sample as do not fill a batch are left out
 RIDGE = 1e-4  # keeps the covariance within images invertible where there are fewer views than dimensions
 
 
@@ -42,7 +42,10 @@ def separation(features: Tensor, ridge: float = RIDGE) -> Tensor:
 
 @dataclass(frozen=True)
 class SampleOrder(Order):
-    """The same few images in every epoch; those that do not fill a batch are left out."""
+    """The same few images in every epoch; those that do not fill a batch are left out. Another stands in for a bad one."""
+
+    def __len__(self) -> int:
+        return len(self.epoch(0))
 
     def epoch(self, epoch: int) -> Tensor:
         chosen = some_indices(self.images, SAMPLE)

@@ -5,6 +5,7 @@ import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -119,7 +120,8 @@ def _take_along(source: Path, parts: Parts, state: State) -> None:
     names = ["views.png"]
     with contextlib.suppress(OSError, ValueError):
         about = json.loads((source / "best.json").read_text("utf-8"))
-        if {"knn": about.get("knn"), "epoch": about.get("epoch")} == state.get("best"):
+        best = cast(dict[str, float], state.get("best") or {})
+        if best and all(about.get(key) == value for key, value in best.items()):
             names += ["best.pt", "best.json"]
     for name in names:
         if (source / name).is_file():

@@ -116,6 +116,32 @@ def test_a_best_in_another_folder_is_that_of_the_checkpoint_or_not_claimed(image
     assert best("second")[1]["knn"] == json.loads(Path("second/summary.json").read_text())["best_knn"]
 
 
+def test_without_labels_the_best_goes_along_and_classes_of_one_image_are_none(image_folder: Folder, monkeypatch,
+                                                                              capsys) -> None:
+    """Resumed in the same folder and in another one: the best is known, and not measured by other means."""
+    original = Run._after_step
+
+    def terminate(self: Run, progress, step) -> None:
+        if progress.epoch == 2 and progress.batch == 1 and self.parts.config.resume is None:
+            os.kill(os.getpid(), signal.SIGTERM)
+        original(self, progress, step)
+
+    for classes, per_class in ((0, 16), (16, 1)):
+        data, name = image_folder(f"{classes}", classes=classes, per_class=per_class), f"{classes}-classes"
+        arguments = ["--data", data, "--epochs", 3, "--eval-every", 1, *SMALL]
+        monkeypatch.setattr(Run, "_after_step", terminate)
+        values = iter([1.0, 9.0, 8.0, 7.0, 7.0, 7.0, 7.0])  # before, after two epochs; then after the last one and in the end
+        monkeypatch.setattr(SeparationScorer, "quick", lambda scorer, backbone: next(values))
+        assert run(*arguments, "--out", name) == 143
+        assert run(*arguments, "--out", f"{name}-other", "--resume", name) == 0
+        assert run(*arguments, "--out", name, "--resume") == 0
+        for out in (name, f"{name}-other"):
+            summary = json.loads(Path(out, "summary.json").read_text())
+            assert (summary["best_separation"], summary["best_epoch"], summary["knn"]) == (9.0, 1, None)
+            assert best(out)[1]["separation"] == 9.0 and "separation_pixels" not in summary
+        assert capsys.readouterr().out.count("no accuracy: measuring") == (classes > 0)
+
+
 @pytest.mark.parametrize("separations, epoch", [([1.0, 3.0, 2.0, 2.5], 2), ([1.0, 3.0, 3.0, 2.0], 3),
                                                 ([-3.0, -2.0, -4.0, -1.0], 4)])
 def test_without_labels_best_is_the_network_with_the_best_separation(image_folder: Folder, monkeypatch, capsys,

@@ -260,7 +260,7 @@ def test_a_run_on_images_of_different_sizes_stopped_and_resumed_is_the_run_never
     def stop_once(self: Run, progress: Any, step: Any) -> None:
         if progress.updates == 3 and self.parts.config.resume is None:
             self.stop.signal = 15
-        assert isinstance(self.parts.batches.batches, CropBatches) and self.parts.batches.device == self.parts.runtime.device
+        assert isinstance(self.parts.batches.batches, CropBatches) and self.parts.batches.aside is None
         after_step(self, progress, step)
 
     monkeypatch.setattr(Run, "_after_step", stop_once)
@@ -278,7 +278,7 @@ class Fake:
     """Stands in for CUDA's streams and for views: says what happens, in order."""
 
     def __init__(self, events: list[str], name: str) -> None:
-        self.events, self.name = events, name
+        self.events, self.name, self.device = events, name, torch.device("cuda")
 
     def wait_stream(self, other: "Fake") -> None:
         self.events.append(f"{self.name} waits for {other.name}")
@@ -305,7 +305,6 @@ def test_each_batch_is_made_aside_while_the_one_before_is_used(monkeypatch: pyte
         yield
         Fake.current = main
 
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: aside)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
     monkeypatch.setattr(torch.cuda, "stream", stream)
 
@@ -314,13 +313,26 @@ def test_each_batch_is_made_aside_while_the_one_before_is_used(monkeypatch: pyte
             events.append(f"{number} made on {Fake.current.name}")
             yield Fake(events, f"{number}a"), Fake(events, f"{number}b")
 
-    for view, _ in made_ahead(make(), torch.device("cuda")):  # type: ignore[attr-defined]
+    for view, _ in made_ahead(make(), aside):  # type: ignore[attr-defined]
         assert Fake.current is main
         events.append(f"{view.name} trained on")  # type: ignore[attr-defined]
     assert events == ["aside waits for main", "1 made on aside", "1a copied on aside", "1b copied on aside",
                       "main waits for aside", "1a used on main", "1b used on main",
                       "2 made on aside", "2a copied on aside", "2b copied on aside", "1a trained on",
                       "main waits for aside", "2a used on main", "2b used on main", "2a trained on"]
+
+
+@pytest.mark.parametrize("path", ["device", "crops", "cpu"])
+def test_each_view_is_made_by_its_own_recipe(alike: Path, path: str) -> None:
+    """The second recipe turns all values over, and nothing else happens."""
+    recipes = PLAIN, replace(PLAIN, solarize=1.0, solarize_threshold=0.0)
+    order, held = Order(24, 8), load_images(scan(alike), "device", CPU, lambda line: None)[0]
+    source = {"device": lambda: DeviceBatches(held, recipes, order),
+              "crops": lambda: CropBatches(load(alike), recipes, order, 0, CPU),
+              "cpu": lambda: WorkerBatches(load(alike), recipes, order, 0)}[path]()
+    for view1, view2 in source.epoch(0):
+        first, second = (inverse_normalise(view, PLAIN) for view in (view1, view2))
+        assert (first + second - 1).abs().max() < 2 / 255
 
 
 def test_on_a_cpu_nothing_is_made_ahead() -> None:
@@ -331,7 +343,7 @@ def test_on_a_cpu_nothing_is_made_ahead() -> None:
             made.append(number)
             yield torch.zeros(1), torch.zeros(1)
 
-    next(made_ahead(make(), CPU))
+    next(made_ahead(make(), None))
     assert made == [0]
 
 

@@ -98,6 +98,24 @@ def test_data_can_be_sent_to_workers_whatever_the_console_is(image_folder: Calla
     assert again.image(0).size == (16, 16)
 
 
+def test_images_on_a_gpu_are_not_asked_for_in_forked_processes(image_folder: Callable[..., Path], monkeypatch) -> None:
+    """When they are not of the view's size, and so go through the loader."""
+    started: list[int] = []
+
+    def loader(dataset: object, workers: int, **options: object) -> list[object]:
+        started.append(workers)
+        return []
+
+    held = load_images(scan(image_folder()), "device", CPU, lambda line: None)[0]
+    monkeypatch.setattr("byol_core.data.new_loader", loader)
+    monkeypatch.setattr("byol_core.data.batches_from", iter)
+    assert held.pixels is not None
+    for device in ("cpu", "meta"):
+        held.pixels = held.pixels.to(device)
+        assert list(plain_batches(held, ViewRecipe(8), torch.arange(4), workers=2)) == []
+    assert started == [2, 0]
+
+
 @pytest.mark.slow
 def test_worker_processes_decode_the_same_and_report_bad_files_in_the_same_order(image_folder: Callable[..., Path],
                                                                                  monkeypatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -434,3 +435,22 @@ def test_displacements_have_the_stated_spread_in_both_pipelines() -> None:
     batched = render(ramp.expand(600, 3, 8, 8), params, recipe)
     centre = (slice(None), 0, slice(3, 5), slice(3, 5))
     assert float(one_by_one[centre].std()) == pytest.approx(float(batched[centre].std()), rel=0.1)
+
+
+def test_views_are_made_in_whole_float32_whatever_the_network_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    crop_resize = image_ops.crop_resize
+
+    def spy(*arguments: Any) -> Tensor:
+        seen.append(torch.get_float32_matmul_precision())
+        return crop_resize(*arguments)
+
+    monkeypatch.setattr(image_ops, "crop_resize", spy)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        recipe = ViewRecipe(8, crop_scale=(0.2, 1.0))
+        render(torch.rand(2, 3, 16, 16), draw(recipe, 0, 0, torch.arange(2), 0, 16, 16), recipe)
+        assert seen == ["highest"] and torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -130,9 +130,10 @@ def test_accuracy_decides_where_it_was_measured() -> None:
     assert judge(records(), 10, "finished", {"linear": None, "knn": None}).word == "finished well"
 
 
-@pytest.mark.parametrize("after, word", [(12.5, "finished well"), (7.25, "flat")])
-def test_without_labels_separation_decides_beside_the_untrained_network(after: float, word: str) -> None:
-    verdict = judge(records(9), 9, "finished", {"separation": after, "separation_untrained": 9.5})
+@pytest.mark.parametrize("after, count, word", [(12.5, 9, "finished well"), (7.25, 10, "flat"), (7.25, 9, "undecided"),
+                                                (9.25, 10, "undecided")])
+def test_without_labels_separation_decides_beside_the_untrained_network(after: float, count: int, word: str) -> None:
+    verdict = judge(records(count), 9, "finished", {"separation": after, "separation_untrained": 9.5})
     assert verdict.word == word and verdict.why.startswith(f"separation {after:.2f} (untrained 9.50)")
     assert ("lower --lr" in verdict.advice) == (word == "flat")
 

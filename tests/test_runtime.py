@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from byol_core.lars import LARS
-from byol_core.runtime import NonFiniteError, Runtime, choose_device, choose_precision, prefers_channels_last
+from byol_core.runtime import (NonFiniteError, Runtime, allow_tf32, choose_device, choose_precision,
+                               prefers_channels_last)
 
 
 def patch_cuda(monkeypatch, capability: tuple[int, int]) -> None:
@@ -161,3 +162,14 @@ def test_a_step_on_cuda_does_not_wait_for_the_device(name: str) -> None:
         finally:
             torch.cuda.set_sync_debug_mode("default")
     runtime.confirm()
+
+
+@pytest.mark.parametrize("capability, allowed", [((8, 0), True), ((7, 5), False)])
+def test_tf32_is_allowed_where_the_gpu_has_it(capability: tuple[int, int], allowed: bool, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    before = torch.get_float32_matmul_precision()
+    try:
+        assert allow_tf32(torch.device("cuda")) == allowed and not allow_tf32(torch.device("cpu"))
+        assert torch.get_float32_matmul_precision() == ("high" if allowed else before)
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -1,10 +1,18 @@
 """The label-free score: against Wilks' lambda by hand and by NumPy, and that it knows learned features from others."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
-from byol_core.separation import separation
+from byol_core.batches import DeviceBatches, Order
+from byol_core.data import load_images
+from byol_core.folder import scan
+from byol_core.runtime import Runtime
+from byol_core.separation import PAIRS, SAMPLE, SeparationScorer, separation
+from byol_core.views import paper_recipes
 
 
 def wilks(features: np.ndarray, ridge: float) -> float:
@@ -59,3 +67,31 @@ def test_separation_grows_with_closer_views_and_with_the_directions_in_which_ima
 def test_separation_refuses_what_has_no_images_and_views(features: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="separation: features must be floating"):
         separation(features)
+
+
+@pytest.mark.parametrize("images, batch, measured", [(40, 8, 40), (41, 4, 40), (9, 9, 9), (300, 256, SAMPLE)])
+def test_what_is_measured_are_eight_different_views_of_each_image_of_a_fixed_sample(images: int, batch: int, measured: int,
+                                                                                    image_folder: Callable[..., Path]) -> None:
+    data = load_images(scan(image_folder(classes=0, per_class=images)), "device", torch.device("cpu"), lambda line: None)[0]
+
+    def views_of(order: Order) -> DeviceBatches:
+        return DeviceBatches(data, paper_recipes(16), order)
+
+    scorer = SeparationScorer(views_of, Order(images, batch, seed=3), Runtime("cpu"))
+    order = scorer.order
+    assert len(order) * order.batch_size == measured and order.epoch(0).unique().numel() == measured
+    assert torch.equal(order.epoch(0), order.epoch(1))
+    at_once = Listed(images, measured, seed=order.seed)  # views depend on the image alone, so one batch gives the same
+    Listed.indices = order.epoch(0).flatten()
+    views = [view.flatten(1) for pair in range(PAIRS) for both in views_of(at_once).epoch(pair) for view in both]
+    assert len({round(float(view.sum()), 3) for view in views}) == 2 * PAIRS
+    assert scorer.quick(torch.nn.Flatten()) == pytest.approx(float(separation(torch.stack(views, dim=1))), rel=1e-6)
+
+
+class Listed(Order):
+    """One batch of these images."""
+
+    indices: torch.Tensor
+
+    def epoch(self, epoch: int) -> torch.Tensor:
+        return self.indices[None]

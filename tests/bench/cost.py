@@ -13,6 +13,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from unittest import mock
 
+import torch
+
 import train
 from byol_core import run, training
 from byol_core.metrics import RunLog
@@ -30,16 +32,24 @@ PARTS = {"forward": (BYOL, "forward"), "backward": (Runtime, "backward"), "finit
          "checkpoints, one per epoch": (Run, "save"), WHOLE: (run, "train")}
 
 
+def wait() -> None:
+    """For what a GPU has been given to do, which would else be counted where its result is asked for."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 @contextmanager
 def timed(owner: object, name: str, seconds: dict[str, float], part: str) -> Iterator[None]:
     """Adds what calls of `owner.name` take on the clock to `seconds[part]`."""
     function: Callable = getattr(owner, name)
 
     def measured(*arguments: object, **options: object) -> object:
+        wait()
         began = time.perf_counter()
         try:
             return function(*arguments, **options)
         finally:
+            wait()
             seconds[part] += time.perf_counter() - began
 
     with mock.patch.object(owner, name, measured):

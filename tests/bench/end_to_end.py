@@ -1,8 +1,8 @@
 """Train on real images, data loading included: our `train` with its defaults beside the loop that lightly documents.
 
     python -m tests.bench.end_to_end --images cifar/train                            32, 64, and 32 pixels with the small stem
-    python -m tests.bench.end_to_end --images cifar/train --case 32 --batch 512 --device cuda
-    python -m tests.bench.end_to_end --images photos --case 224 --arch resnet50 --batch 256 --device cuda
+    python -m tests.bench.end_to_end --images cifar/train --case 32 --batch 512 --updates 50 --device cuda
+    python -m tests.bench.end_to_end --images DIR --case 224 --arch resnet50 --batch 256 --updates 50 --device cuda
 
 Same network, heads, batch and images; each in its own defaults for everything else. A turn is an epoch of --updates batches;
 workers are started before, and ours has decoded small images before, as it does once in a run; that time is given apart.

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from byol_core.batches import DeviceBatches, Order, WorkerBatches, made_ahead
+from byol_core.batches import DeviceBatches, Order, TimedBatches, WorkerBatches
 from byol_core.crops import CropBatches
 from byol_core.data import ImageData, load_images
 from byol_core.folder import ImageSet, scan
@@ -51,14 +51,14 @@ def compare(paths: list[Path], size: int, options: argparse.Namespace) -> None:
     undecoded = load_images(files, "cpu", device, print)[0]
     crops = CropBatches(undecoded, recipes, order, 0, device)
     rows: dict[str, Callable[[], object]] = {
-        "**byol_core**: worker crops, finished on the device": lambda: consume(made_ahead(crops.epoch(0), device)),
+        "**byol_core**: worker crops, finished on the device": lambda: consume(TimedBatches(crops, device).epoch(0)),
         "**byol_core**: worker crops, a worker's part alone": lambda: cropped(crops),
         "byol_core: the reference, --views cpu": partial(reference, WorkerBatches(undecoded, recipes, order, 0), device),
     }
     held = in_memory(files, device)
     if held is not None:
         resident = DeviceBatches(held, recipes, order)
-        rows["**byol_core**: decoded once, held on the device"] = lambda: consume(made_ahead(resident.epoch(0), device))
+        rows["**byol_core**: decoded once, held on the device"] = lambda: consume(TimedBatches(resident, device).epoch(0))
     pipeline = [torchvision_view(recipe, tensors=False) for recipe in recipes]
     makers: dict[str, Callable[[], Any]] = {
         "torchvision v2 on PIL, in a DataLoader": lambda: lambda image: [view(image) for view in pipeline],

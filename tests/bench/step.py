@@ -20,6 +20,7 @@ from tests.bench import rivals
 from tests.bench.table import environment, markdown, parse, show, side_by_side
 
 STEPS = 1  # per round
+NAMES = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def main() -> None:
@@ -35,10 +36,10 @@ def main() -> None:
 
     rows: dict[str, Callable[[], object]] = {}
     names = {}
-    for dtype in (None, torch.bfloat16):
+    for dtype in dict.fromkeys((None, torch.bfloat16, chosen.amp_dtype)):
         for channels_last in (False, True):
             runtime = Runtime(device, dtype, channels_last)
-            name = f"bare step, {'bf16' if dtype else 'fp32'}{', channels_last' if channels_last else ''}"
+            name = f"bare step, {NAMES[dtype]}{', channels_last' if channels_last else ''}"
             names[dtype, channels_last] = name
             rows[name] = partial(rivals.bare_loop(rivals.new_byol(*network, runtime), runtime),
                                  rivals.random_views(STEPS, options.batch, options.size, runtime))

@@ -114,7 +114,7 @@ def mean_row(results: list[Result]) -> tuple[str, ...]:
 
 def baselines(parts: Parts) -> list[Result]:
     """The untrained network of this seed and bare pixels, measured alike."""
-    return [Result("untrained", measured(parts, parts.new_model().online.backbone, "last")),
+    return [Result(f"untrained, seed {parts.config.seed}", measured(parts, parts.new_model().online.backbone, "last")),
             Result("raw pixels", measured(parts, nn.Flatten(), "last"))]
 
 

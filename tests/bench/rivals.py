@@ -152,6 +152,6 @@ def _seconds(work: Callable[[], object], device: str) -> float:
         start = time.perf_counter()
         work()
         if device.startswith("cuda"):
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
     return statistics.median(times[2:])

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from byol_core.run_facts import read_run
-from tests.bench.table import environment, markdown, show
+from tests.bench.table import DEVICE, environment, markdown, show
 
 ROOT = Path(__file__).parent.parent.parent
 AT_ONCE = 512  # images of a micro-batch at the most
@@ -50,7 +50,7 @@ def main() -> None:
             rows.append(run_of(data, batch, options.epochs, passed_on))
             print(" | ".join(rows[-1]), flush=True)
     command = f"--epochs {options.epochs} {' '.join(passed_on)}".strip()
-    show("Defaults from batch to batch", f"`python -m tests.bench.stability ... {command}`: {environment('cpu')}\n\n"
+    show("Defaults from batch to batch", f"`python -m tests.bench.stability ... {command}`: {environment(DEVICE)}\n\n"
          f"{markdown(COLUMNS, rows)}", options.write)
 
 

@@ -9,11 +9,13 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # as a run chooses it
 
 
 def arguments(description: str | None, images: str | None = None) -> argparse.Namespace:
@@ -26,7 +28,7 @@ def arguments(description: str | None, images: str | None = None) -> argparse.Na
 
 def parse(parser: argparse.ArgumentParser, rounds: int = 15, threads: int | None = None) -> argparse.Namespace:
     """The options of a benchmark that has some of its own. rounds, threads: the defaults."""
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=DEVICE)
     parser.add_argument("--threads", type=int, default=threads or torch.get_num_threads(), help="CPU threads of torch")
     parser.add_argument("--rounds", type=int, default=rounds, help="times each row is measured; the median counts")
     parser.add_argument("--write", action="store_true", help=f"append the table to {RESULTS.name} beside this file")
@@ -38,7 +40,7 @@ def parse(parser: argparse.ArgumentParser, rounds: int = 15, threads: int | None
 def side_by_side(functions: Mapping[str, Callable[[], object]], device: str, rounds: int, warm_up: int = 2,
                  clock: Callable[[], float] = time.perf_counter) -> dict[str, float]:
     """Median milliseconds of each function; every round runs all of them, so that a slow moment hits all alike."""
-    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    wait = partial(torch.cuda.synchronize, device) if device.startswith("cuda") else lambda: None
     times: dict[str, list[float]] = {name: [] for name in functions}
     for number in range(warm_up + rounds):
         for name, function in functions.items():
@@ -59,7 +61,8 @@ def environment(device: str, *packages: str) -> str:
     except (OSError, subprocess.CalledProcessError):
         commit = "no commit"
     if device.startswith("cuda"):
-        name = torch.cuda.get_device_name(device)
+        peak = torch.cuda.max_memory_allocated(device) / 1e9
+        name = torch.cuda.get_device_name(device) + (f", {peak:.1f} GB of its memory at the peak" if peak else "")
     else:
         cpuinfo = Path("/proc/cpuinfo")
         lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []

@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.bench.table import environment, markdown, show
+from tests.bench.table import DEVICE, environment, markdown, show
 
 ROOT = Path(__file__).parent.parent.parent
 PATHS = {"held on the device": ["--views", "device"], "the reference, --views cpu": ["--views", "cpu"]}
@@ -44,7 +44,7 @@ def main() -> None:
         print(" | ".join(rows[-1]), flush=True)
     columns = ("views", *(f"loss, fifth {part + 1} of the run" for part in range(PARTS)))
     show("Loss by data path", f"`python -m tests.bench.trajectory --seeds {options.seeds} --epochs {options.epochs} "
-         f"{' '.join(passed_on)}`: {environment('cpu')}\n\n{markdown(columns, rows)}", options.write)
+         f"{' '.join(passed_on)}`: {environment(DEVICE)}\n\n{markdown(columns, rows)}", options.write)
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         finally:
             if run is None:
                 request.ignore()  # one that comes while Python itself ends would only be noise
-        return carry_out(run)
+        return run.processes.end(carry_out(run))
 
 
 def prepare(config: TrainConfig, processes: "Processes", stack: contextlib.ExitStack) -> "Run":

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -140,6 +141,17 @@ class Processes:
             self._everyone_is_here()
             self.watch.end()
             dist.destroy_process_group()
+
+    def end(self, code: int) -> int:
+        """The exit code of a run, all of which is written; one that did not go well in several processes ends here.
+
+        torch's threads, which still wait for the others, may abort a tidy end ("terminate called without an active exception").
+        """
+        if self.several and code:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        return code
 
 
 ALONE = Processes()

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-FAILED = "failed"  # the store's key for why the run fails: the first process to write it is the one that says so
+FAILED = "failed"  # the store's key for "RANK why the run fails": the first process to write it is the one that says so
 PUBLISH_S = 1.0  # seconds between two signs of life
 LOOKS, LOOKS_UNASKED = 4, 10  # at the others' signs before a verdict: by one that waits for them, and by one that does not
 STUCK_S, STUCK_STEPS, FIRST_STEP_S = 20.0, 10.0, 600.0  # what counts as stuck: see `Watch.limit`
@@ -113,10 +113,11 @@ class Watch(threading.Thread):
         return False
 
     def _have_the_word(self, text: str) -> tuple[str, bool]:
-        agreed = self.store.compare_set(FAILED, "", text).decode()
-        if agreed == text:
+        mine = f"{self.rank} {text}"  # another process may have come to the same words
+        agreed = self.store.compare_set(FAILED, "", mine).decode()
+        if agreed == mine:
             _tell_torchrun(text)
-        return agreed, agreed == text
+        return agreed.partition(" ")[2], agreed == mine
 
     def run(self) -> None:
         number = 0
@@ -139,7 +140,7 @@ class Watch(threading.Thread):
         """Another process failed: this one may be inside an exchange with it that never ends."""
         if not self._ended.wait(GRACE_S):
             try:
-                self.last_words(self.store.get(FAILED).decode())
+                self.last_words(self.store.get(FAILED).decode().partition(" ")[2])
             finally:
                 os._exit(1)
 

@@ -1,6 +1,6 @@
 """The command in processes of its own, killed, signalled or hindered at a chosen moment; not a test.
 
-Most children are forked by a server that has loaded torch and computed nothing, as loading it takes longer than a run.
+Children are forked by a server that has loaded torch and computed nothing, as loading it takes longer than a run.
 """
 
 import contextlib
@@ -82,37 +82,48 @@ class Ended:
 
 def run_child(arguments: Sequence[object], moments: Sequence[At] = (), start_method: str = "fork") -> Ended:
     """Run train.py in the current folder, in a session of its own. start_method: of its data workers."""
-    words = [str(argument) for argument in arguments]
-    if start_method != "fork":
-        command = [sys.executable, "-m", "tests.children", os.getcwd(), json.dumps(words),
-                   json.dumps([asdict(moment) for moment in moments]), start_method]
-        child = subprocess.Popen(command, cwd=REPOSITORY, start_new_session=True, stdout=subprocess.DEVNULL,
-                                 stderr=subprocess.PIPE, text=True)
-        try:
-            _, errors = child.communicate(timeout=PATIENCE_S)  # until nobody has stderr open any more
-        finally:
-            _end_session(child.pid)
-        return Ended(child.returncode, errors)
-    request = json.dumps([os.getcwd(), words, [asdict(moment) for moment in moments]]).encode()
     reading, writing = os.pipe()
+    nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
-        socket.send_fds(_server(), [request], [writing])
+        child = Forked("tests.children:_train", [os.getcwd(), [str(argument) for argument in arguments],
+                                                 [asdict(moment) for moment in moments], start_method], nowhere, writing)
         os.close(writing)
-        leader = int(_server().recv(100))
         try:
             errors = _read_to_the_end(reading)
         finally:
-            _end_session(leader)
-        return Ended(int(_server().recv(100)), errors)
+            child.kill_session()
+        return Ended(child.wait(), errors)
     finally:
         os.close(reading)
+        os.close(nowhere)
+
+
+class Forked:
+    """A process that calls `function`, "module:name", with these arguments, in a session of its own.
+
+    stdout, stderr: open files of this process. The one before must have been waited for.
+    """
+
+    def __init__(self, function: str, arguments: list[object], stdout: int, stderr: int) -> None:
+        socket.send_fds(_server(), [json.dumps([function, arguments]).encode()], [stdout, stderr])
+        self.pid = int(_server().recv(100))
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit code, minus the signal for a killed process."""
+        if not select.select([_server()], [], [], timeout)[0]:
+            raise TimeoutError
+        return int(_server().recv(100))
+
+    def kill_session(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
 
 
 @functools.cache
 def _server() -> socket.socket:
-    """The connection to a process that forks children that run the command; it ends when this process does."""
+    """The connection to a process that forks children; it ends when this process does."""
     own, others = socket.socketpair()
-    subprocess.Popen([sys.executable, "-m", "tests.children", "serve", str(others.fileno())], cwd=REPOSITORY,
+    subprocess.Popen([sys.executable, "-m", "tests.children", str(others.fileno())], cwd=REPOSITORY,
                      pass_fds=[others.fileno()], start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     others.close()
     return own
@@ -124,21 +135,21 @@ def _serve(connection: socket.socket) -> int:
 
     gc.freeze()  # or each child would copy all of this memory to tidy it up at its end
     while True:
-        request, handles, _, _ = socket.recv_fds(connection, 2**16, 1)
+        request, handles, _, _ = socket.recv_fds(connection, 2**16, 2)
         if not request:
             return 0
-        errors, = handles
         child = os.fork()
         if child == 0:
             connection.close()
             os.setsid()
-            os.dup2(errors, 2)
-            os.close(errors)
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            for number, handle in enumerate(handles, 1):
+                os.dup2(handle, number)
+                os.close(handle)
             sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False, buffering=1)
-            folder, arguments, moments = json.loads(request)
-            return _train(folder, arguments, [At(**moment) for moment in moments])
-        os.close(errors)
+            function, arguments = json.loads(request)
+            return pkgutil.resolve_name(function)(*arguments)
+        for handle in handles:
+            os.close(handle)
         connection.send(str(child).encode())
         connection.send(str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])).encode())
 
@@ -155,31 +166,19 @@ def _read_to_the_end(pipe: int) -> str:
         parts.append(part)
 
 
-def _end_session(leader: int) -> None:
-    """For when a test fails: no child makes a process group of its own."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(leader, signal.SIGKILL)
+def _train(folder: str, arguments: list[str], moments: list[dict[str, Any]], start_method: str) -> int:
+    import torch.multiprocessing
 
-
-def _train(folder: str, arguments: list[str], moments: Sequence[At]) -> int:
     import train
     from byol_core import metrics
 
     os.chdir(folder)
+    torch.multiprocessing.set_start_method(start_method, force=True)
     metrics.RECORD_EVERY = 2  # not only at the ends of these short epochs
     for moment in moments:
-        moment.arrange()
+        At(**moment).arrange()
     return train.main(arguments)
 
 
-def main() -> int:
-    if sys.argv[1] == "serve":
-        return _serve(socket.socket(fileno=int(sys.argv[2])))
-    folder, arguments, moments, start_method = sys.argv[1:]
-    import torch.multiprocessing
-    torch.multiprocessing.set_start_method(start_method)
-    return _train(folder, json.loads(arguments), [At(**moment) for moment in json.loads(moments)])
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(_serve(socket.socket(fileno=int(sys.argv[1]))))

@@ -16,7 +16,7 @@ def judged(signs: list[Sign], later: list[Sign], capsys: pytest.CaptureFixture[s
     one.longest = 1.0
     one._judge(signs, later)
     said = capsys.readouterr().err
-    assert (one.store.get(FAILED).decode() if one.store.check([FAILED]) else "") == said.removeprefix("error: ").rstrip("\n")
+    assert (one.store.get(FAILED).decode() if one.store.check([FAILED]) else "") == said.replace("error: ", "0 ").rstrip("\n")
     return said
 
 
@@ -81,6 +81,12 @@ def test_the_first_process_to_fail_has_the_word() -> None:
     first, second = Watch(store, 0, 2), Watch(store, 1, 2)
     assert second.fail(ValueError("no luck")) == ("rank 1 of 2: no luck", True)
     assert first.fail(RuntimeError("Connection closed by peer")) == ("rank 1 of 2: no luck", False)
+
+
+def test_of_two_processes_that_say_the_same_one_has_the_word() -> None:
+    store = dist.HashStore()
+    said = [Watch(store, rank, 3)._have_the_word("rank 1 of 3 is gone") for rank in (0, 2)]
+    assert said == [("rank 1 of 3 is gone", True), ("rank 1 of 3 is gone", False)]
 
 
 def test_a_process_that_another_one_waits_for_in_vain_is_ended(monkeypatch) -> None:

@@ -1,18 +1,22 @@
 """Runs of the main job under torchrun, with a fault in one process; for the tests."""
 
+import atexit
 import os
+import runpy
 import signal
 import subprocess
 import sys
 import time
-import uuid
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-REPOSITORY = Path(__file__).parent.parent
+from tests.children import REPOSITORY, Forked
+
 SMALL = ("--arch", "conv6", "--hidden-dim", "16", "--projection-dim", "8", "--batch-size", "8", "--workers", "0",
          "--device", "cpu")
-MARK = "BYOL_CORE_TEST"
 # What one process does after its third update, by name; `rank` is its rank and `attempt` counts torchrun's restarts.
 FAULTS = {
     "raises": "raise RuntimeError('the dog ate it')",
@@ -56,48 +60,115 @@ class Finished:
 
 def torchrun(folder: Path, *arguments: object, processes: int = 2, fault: str = "pass", rank: int = 1, update: int = 3,
              options: tuple[str, ...] = ("--standalone",), before: tuple[str, ...] = (), timeout: float = 120.0,
-             patience: float = 6.0, env: dict[str, str] | None = None, stuck: float = 20.0, setup: str = "") -> Finished:
+             patience: float = 6.0, env: dict[str, str] | None = None, stuck: float = 20.0, setup: str = "",
+             forked: bool = True) -> Finished:
     """`train.py` with these arguments in `folder`, in so many processes.
 
     options: of torchrun. before: of the command. stuck: seconds after which a process is taken to be stuck. setup: code that
-    all processes run first.
+    all processes run first. forked: torchrun and its processes are spared the loading of torch, which takes longer than a run;
+    all else is as in a run of the command.
     """
     driver = folder / "driver.py"
     driver.write_text(DRIVER.format(repository=str(REPOSITORY), update=update, rank=rank, fault=FAULTS.get(fault, fault),
                                     stuck=stuck, setup=setup))
-    command = [*before, sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), *options,
-               str(driver), *map(str, arguments)]
-    return watched(command, folder, timeout, env, patience)
+    words = ["--nproc-per-node", str(processes), *options, str(driver), *map(str, arguments)]
+    environment = {"OMP_NUM_THREADS": "1", **(env or {})}
+    if forked:
+        return _finished(folder, lambda out, err: Forked("tests.torchrun:_torchrun", [str(folder), words, environment], out, err),
+                         timeout, patience)
+    return watched([*before, sys.executable, "-m", "torch.distributed.run", *words], folder, timeout, environment, patience)
 
 
 def watched(command: list[str], folder: Path, timeout: float, env: dict[str, str] | None = None,
             patience: float = 6.0) -> Finished:
     """Run a command; say which of the processes it started are left after `patience` seconds, and kill them."""
-    mark = uuid.uuid4().hex
+    return _finished(folder, lambda out, err: subprocess.Popen(command, cwd=folder, stdout=out, stderr=err, start_new_session=True,
+                                                               env={**os.environ, **(env or {})}), timeout, patience)
+
+
+def _finished(folder: Path, start: Callable[[int, int], subprocess.Popen | Forked], timeout: float, patience: float) -> Finished:
     began = time.monotonic()
     with open(folder / "stdout", "w") as out, open(folder / "stderr", "w") as err:
-        process = subprocess.Popen(command, cwd=folder, stdout=out, stderr=err, start_new_session=True,
-                                   env={**os.environ, "OMP_NUM_THREADS": "1", MARK: mark, **(env or {})})
+        process = start(out.fileno(), err.fileno())
         try:
             code = process.wait(timeout)
-        except subprocess.TimeoutExpired:
+        except (subprocess.TimeoutExpired, TimeoutError):
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
             code = -1
         seconds = time.monotonic() - began
     until = time.monotonic() + patience
-    while (orphans := marked(mark)) and time.monotonic() < until:
+    while (orphans := _that_write_to(folder / "stderr")) and time.monotonic() < until:
         time.sleep(0.1)
     for pid in orphans:
         os.kill(pid, signal.SIGKILL)
     return Finished(code, (folder / "stdout").read_text(), (folder / "stderr").read_text(), seconds, orphans)
 
 
-def marked(mark: str) -> list[int]:
-    """The live processes that have inherited this mark in their environment, whatever session they are in."""
+def _that_write_to(path: Path) -> list[int]:
+    """The live processes whose stderr this file is, whatever session they are in."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            if f"{MARK}={mark}".encode() in (entry / "environ").read_bytes():
+            if (entry / "fd" / "2").samefile(path):
                 found.append(int(entry.name))
         except OSError:
             continue
     return found
+
+
+def _torchrun(folder: str, words: list[str], environment: dict[str, str]) -> None:
+    """torchrun, whose processes are forked where it would start a Python."""
+    import torch.distributed.run
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+
+    os.chdir(folder)
+    os.environ.update(environment)
+    subprocess_handler.Popen = ForkedScript  # type: ignore[misc, assignment]
+    torch.distributed.run.main(words)
+
+
+class ForkedScript:
+    """What torchrun uses of `subprocess.Popen`, for a command line `python -u script words`."""
+
+    def __init__(self, args: tuple[str, ...], env: dict[str, str], start_new_session: bool, **_: Any) -> None:
+        sys.stdout.flush()
+        self.pid, self.code = os.fork(), None
+        if self.pid == 0:
+            os.setsid()
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            os.environ.clear()
+            os.environ.update(env)
+            os._exit(_run(args[2:]))
+
+    def poll(self) -> int | None:
+        if self.code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.code = os.waitstatus_to_exitcode(status) if pid else None
+        return self.code
+
+    def wait(self, timeout: float) -> int:
+        until = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > until:
+                raise subprocess.TimeoutExpired("", timeout)
+            time.sleep(0.02)
+        assert self.code is not None
+        return self.code
+
+
+def _run(words: tuple[str, ...]) -> int:
+    """The exit code of a script, called with these words as Python would."""
+    sys.argv = list(words)
+    code: Any = 0
+    try:
+        runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    return code if isinstance(code, int) else 1

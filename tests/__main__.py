@@ -7,9 +7,9 @@ import sys
 import tempfile
 
 # Parts of the whole check that run beside the rest of the tests, of about the same length each.
-BESIDE = [["accuracy", "bad_files"], ["torchrun", "processes", "ema_sharded"], ["torchrun_faults"],
-          ["kills", "signal_delivery", "workers", "soak", "full_disk"],
-          ["best", "environment", "memory", "checkpoint", "crops"]]
+BESIDE = [["accuracy", "memory", "best", "bad_files"],
+          ["torchrun", "torchrun_faults", "processes", "ema_sharded"],
+          ["kills", "signal_delivery", "workers", "soak", "full_disk", "environment", "checkpoint", "crops"]]
 
 
 def main() -> int:

@@ -145,7 +145,7 @@ class Processes:
     def end(self, code: int) -> int:
         """The exit code of a run, all of which is written; one that did not go well in several processes ends here.
 
-        torch's threads, which still wait for the others, may abort a tidy end ("terminate called without an active exception").
+        torch's threads still wait for the others, and may abort a tidy end ("terminate called without an active exception").
         """
         if self.several and code:
             sys.stdout.flush()

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 REPOSITORY = Path(__file__).parent.parent
 SMALL = ["--arch", "conv6", "--hidden-dim", "16", "--projection-dim", "8", "--image-size", "16", "--batch-size", "4",
@@ -101,11 +101,12 @@ def run_child(arguments: Sequence[object], moments: Sequence[At] = (), start_met
 class Forked:
     """A process that calls `function`, "module:name", with these arguments, in a session of its own.
 
-    stdout, stderr: open files of this process. The one before must have been waited for.
+    stdout, stderr: open files of this process, or their numbers. The one before must have been waited for.
     """
 
-    def __init__(self, function: str, arguments: list[object], stdout: int, stderr: int) -> None:
-        socket.send_fds(_server(), [json.dumps([function, arguments]).encode()], [stdout, stderr])
+    def __init__(self, function: str, arguments: list[object], stdout: IO | int, stderr: IO | int) -> None:
+        handles = [file if isinstance(file, int) else file.fileno() for file in (stdout, stderr)]
+        socket.send_fds(_server(), [json.dumps([function, arguments]).encode()], handles)
         self.pid = int(_server().recv(100))
 
     def wait(self, timeout: float | None = None) -> int:

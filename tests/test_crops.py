@@ -225,8 +225,9 @@ class Cropping(Dataset[int]):
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="the system does not tell a process its memory")
 def test_memory_of_a_worker_does_not_grow_with_the_crops_it_has_made(mixed: Path) -> None:
     cropping = new_batches(mixed, CROPPED, Order(8, 8)).loader.dataset
+    # A forked worker would come to own this process's memory, page by page, by touching it.
     loader = DataLoader(Cropping(cropping), batch_size=None, num_workers=1, multiprocessing_context="spawn")
-    private = [int(size) for size in loader]  # spawned, as a forked one would come to own pages of this process by touching them
+    private = [int(size) for size in loader]
     assert max(private[4:]) - private[3] < 2e6, private  # of 2,400 images decoded; 2 MB are seven of them
 
 

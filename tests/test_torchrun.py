@@ -128,7 +128,8 @@ def on_two_nodes(folder: Path, images: Path, fault: str = "pass", **options: flo
         return torchrun(place, "--data", images, "--out", "out", "--epochs", 2, "--no-eval", *SMALL, fault=fault, options=(
             "--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "10.77.0.1:29400", "--rdzv-id", "test",
             "--rdzv-conf", f"is_host={int(number == 1)}", "--local-addr", f"10.77.0.{number}"), processes=1,
-            before=("ip", "netns", "exec", NODES[number - 1]), forked=False, env={"GLOO_SOCKET_IFNAME": f"cable{number}"}, **options)
+            before=("ip", "netns", "exec", NODES[number - 1]), forked=False, env={"GLOO_SOCKET_IFNAME": f"cable{number}"},
+            **options)
 
     with ThreadPoolExecutor() as pool:
         return list(pool.map(node, (1, 2)))

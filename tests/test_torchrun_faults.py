@@ -64,7 +64,8 @@ def test_a_signal_to_all_while_the_first_one_is_busy_is_a_stop(image_folder: Cal
 def test_processes_with_different_images_are_refused(image_folder: Callable[..., Path], tmp_path: Path) -> None:
     image_folder("rank0")
     (image_folder("rank1") / "class0" / "000.png").unlink()
-    done = torchrun(tmp_path, "--out", "out", "--epochs", 1, *SMALL, setup="sys.argv += ['--data', 'rank' + os.environ['RANK']]")
+    done = torchrun(tmp_path, "--out", "out", "--epochs", 1, *SMALL,
+                    setup="sys.argv += ['--data', 'rank' + os.environ['RANK']]")
     assert done.code == 1 and "exitcode  : 2" in done.err and not done.orphans
     assert len(done.messages) == 1 and "images differ: 16 in rank 0, 15 in rank 1" in done.messages[0]
 

@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,22 +75,22 @@ def torchrun(folder: Path, *arguments: object, processes: int = 2, fault: str = 
     words = ["--nproc-per-node", str(processes), *options, str(driver), *map(str, arguments)]
     environment = {"OMP_NUM_THREADS": "1", **(env or {})}
     if forked:
-        return _finished(folder, lambda out, err: Forked("tests.torchrun:_torchrun", [str(folder), words, environment], out, err),
-                         timeout, patience)
+        start = partial(Forked, "tests.torchrun:_torchrun", [str(folder), words, environment])
+        return _finished(folder, start, timeout, patience)
     return watched([*before, sys.executable, "-m", "torch.distributed.run", *words], folder, timeout, environment, patience)
 
 
 def watched(command: list[str], folder: Path, timeout: float, env: dict[str, str] | None = None,
             patience: float = 6.0) -> Finished:
     """Run a command; say which of the processes it started are left after `patience` seconds, and kill them."""
-    return _finished(folder, lambda out, err: subprocess.Popen(command, cwd=folder, stdout=out, stderr=err, start_new_session=True,
-                                                               env={**os.environ, **(env or {})}), timeout, patience)
+    start = partial(subprocess.Popen, command, cwd=folder, start_new_session=True, env={**os.environ, **(env or {})})
+    return _finished(folder, start, timeout, patience)
 
 
-def _finished(folder: Path, start: Callable[[int, int], subprocess.Popen | Forked], timeout: float, patience: float) -> Finished:
+def _finished(folder: Path, start: Callable[..., subprocess.Popen | Forked], timeout: float, patience: float) -> Finished:
     began = time.monotonic()
     with open(folder / "stdout", "w") as out, open(folder / "stderr", "w") as err:
-        process = start(out.fileno(), err.fileno())
+        process = start(stdout=out, stderr=err)
         try:
             code = process.wait(timeout)
         except (subprocess.TimeoutExpired, TimeoutError):

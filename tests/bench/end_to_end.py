@@ -42,12 +42,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="images (default 128 for 32, else 64)")
     parser.add_argument("--updates", type=int, default=4, help="batches per turn (default 4)")
     options = parse(parser, rounds=3)
-    print(rivals.machine_limits(options.device) + "\n")
+    limits = rivals.machine_limits(options.device)
     for case in options.case or ("32", "64", "32s"):
-        compare(case, options)
+        compare(case, options, limits)
 
 
-def compare(case: str, options: argparse.Namespace) -> None:
+def compare(case: str, options: argparse.Namespace, limits: str) -> None:
     size, small_stem, batch = CASES[case]
     batch = options.batch or batch
     paths = find(options.images, options.updates * batch)
@@ -73,7 +73,8 @@ def compare(case: str, options: argparse.Namespace) -> None:
     rates = {name: 1000 * options.updates * batch / value for name, value in milliseconds.items()}
     table = [(name, f"{rate:.1f}", f"{rate / rates[limit]:.2f}", f"{rate / rates[LIGHTLY]:.2f}" if LIGHTLY in rates else "-")
              for name, rate in sorted(rates.items(), key=lambda item: -item[1])]
-    text = (f"{environment(options.device, 'torchvision')}\n\nOurs: {run.parts.precision}, views: {run.parts.views_reason}; "
+    text = (f"{environment(options.device, 'torchvision')}\n\n{limits}\n\n"
+            f"Ours: {run.parts.precision}, views: {run.parts.views_reason}; "
             f"{started:.2f} s to start; waits for views {waited:.1%} of the time; "
             f"an update on real data takes {rates[resident] / rates[ours]:.3f} times as long as on resident views\n\n"
             + markdown(("training", "images/s", "share of the bare step", "times lightly's"), table))

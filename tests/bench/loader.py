@@ -72,7 +72,7 @@ def compare(paths: list[Path], size: int, options: argparse.Namespace) -> None:
     peer = rates.get("lightly's BYOL transform, in a DataLoader")
     table = [(name, f"{rate:,.0f}", f"{rate / peer:.2f}" if peer else "-")
              for name, rate in sorted(rates.items(), key=lambda item: -item[1])]
-    text = f"{environment(options.device, 'torchvision')}\n\n" + markdown(
+    text = f"{environment(options.device, 'torchvision')}\n\n{rivals.machine_limits(options.device)}\n\n" + markdown(
         ("two views of each image", "images/s", "times lightly's"), table)
     show(f"Loader: {count} images to {size} pixels, per core", text, options.write)
 

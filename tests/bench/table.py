@@ -39,14 +39,22 @@ def parse(parser: argparse.ArgumentParser, rounds: int = 15, threads: int | None
 
 def side_by_side(functions: Mapping[str, Callable[[], object]], device: str, rounds: int, warm_up: int = 2,
                  clock: Callable[[], float] = time.perf_counter) -> dict[str, float]:
-    """Median milliseconds of each function; every round runs all of them, so that a slow moment hits all alike."""
+    """Median milliseconds of each function; every round runs all of them, so that a slow moment hits all alike.
+
+    One for which the GPU's memory is too small is named and left out.
+    """
     wait = partial(torch.cuda.synchronize, device) if device.startswith("cuda") else lambda: None
     times: dict[str, list[float]] = {name: [] for name in functions}
     for number in range(warm_up + rounds):
-        for name, function in functions.items():
+        for name in list(times):
             wait()
             start = clock()
-            function()
+            try:
+                functions[name]()
+            except torch.OutOfMemoryError as error:
+                print(f"{name} left out ({str(error).splitlines()[0]})\n")
+                del times[name]
+                continue
             wait()
             if number >= warm_up:
                 times[name].append(1000 * (clock() - start))

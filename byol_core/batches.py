@@ -146,8 +146,8 @@ class _EpochSampler(Sampler[list[tuple[int, int]]]):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch, start = self.place
-        for indices in self.order.epoch(epoch)[start:].tolist():
-            yield [(epoch, index) for index in indices]
+        for indices in self.order.epoch(epoch)[start:]:
+            yield [(epoch, index) for index in indices.tolist()]
 
 
 class _ViewDataset(Dataset[tuple[Tensor, Tensor, list[Failure]]]):

@@ -205,6 +205,7 @@ def _scan_list(given: str, path: Path, flag: str) -> ImageSet:
         raise ValueError(f"{flag} {path} lists no images - write one path per line")
     names = sorted(labels)
     classes = [labels[name] for name in names]
+    del labels  # a million are 80 MB
     if None in classes and any(classes):
         remarks.append(f"{classes.count(None)} of the {len(names)} lines of {path} have no label, so none is used")
     return _assemble(given, path.parent, [_Part(b"", names, classes)], remarks)
@@ -244,7 +245,9 @@ def _assemble(given: str, root: Path, parts: list[_Part], remarks: Sequence[str]
 
 
 def _first_folders(names: list[bytes]) -> list[bytes | None]:
-    return [name[:end] if end > 0 else None for name in names for end in (name.find(b"/"),)]
+    once: dict[bytes | None, bytes | None] = {}
+    return [once.setdefault(folder, folder) for name in names for end in (name.find(b"/"),)
+            for folder in (name[:end] if end > 0 else None,)]
 
 
 def _labels(names: list[bytes | None]) -> tuple[Tensor | None, tuple[str, ...]]:

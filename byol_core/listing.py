@@ -139,22 +139,26 @@ def read_list(path: Path, flag: str) -> tuple[dict[bytes, bytes | None], list[st
     Blank lines and those that begin with '#' are left out; a path that is there twice counts once.
     Raises: ValueError when it is no plain text, or names one path with two labels.
     """
-    content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")  # the mark that some editors put before UTF-8
-    if b"\0" in content:
-        raise ValueError(f"{flag} {path} is no plain text - save it as UTF-8, one path per line")
     labels: dict[bytes, bytes | None] = {}
+    values: dict[bytes, bytes] = {}  # each label once
     repeated = 0
-    for number, line in enumerate(content.split(b"\n"), 1):
-        line = line.removesuffix(b"\r")
-        if not line.strip() or line.startswith(b"#"):
-            continue
-        name, tab, label = line.partition(b"\t")
-        name = b"/".join(part for i, part in enumerate(name.split(b"/")) if part != b"." and (part or i == 0))
-        repeated += name in labels
-        value = label.strip() if tab and label.strip() else None
-        if labels.setdefault(name, value) != value:
-            raise ValueError(f"{flag} {path}, line {number}: {printable(os.fsdecode(name))} has another label above - "
-                             "keep one of them")
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")  # the mark that some editors put before UTF-8
+            if b"\0" in line:
+                raise ValueError(f"{flag} {path} is no plain text - save it as UTF-8, one path per line")
+            line = line.removesuffix(b"\n").removesuffix(b"\r")
+            if not line.strip() or line.startswith(b"#"):
+                continue
+            name, _, label = line.partition(b"\t")
+            name = b"/".join(part for i, part in enumerate(name.split(b"/")) if part != b"." and (part or i == 0))
+            repeated += name in labels
+            label = label.strip()
+            value = values.setdefault(label, label) if label else None
+            if labels.setdefault(name, value) != value:
+                raise ValueError(f"{flag} {path}, line {number}: {printable(os.fsdecode(name))} has another label above - "
+                                 "keep one of them")
     return labels, [f"{repeated} lines of {path} repeat a path, which is used once"] if repeated else []
 
 

@@ -216,7 +216,10 @@ def _label(text: bytes) -> int:
 def pack(names: Sequence[bytes]) -> tuple[Tensor, Tensor]:
     """Many names in two tensors, of which processes share the memory: all in one block, and where each one ends in it."""
     ends = torch.from_numpy(np.fromiter(map(len, names), np.int64, len(names))).cumsum(0)
-    return torch.from_numpy(np.frombuffer(bytearray(b"".join(names)), np.uint8)), ends
+    block = bytearray()
+    for start in range(0, len(names), 10_000):  # joining takes 80 bytes more per name
+        block += b"".join(names[start:start + 10_000])
+    return torch.from_numpy(np.frombuffer(block, np.uint8)), ends
 
 
 def unpack(block: Tensor, ends: Tensor) -> list[bytes]:

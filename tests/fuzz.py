@@ -28,6 +28,7 @@ import train
 from byol_core import embed, evaluate_command
 from byol_core.checkpoint import KEYS, CheckpointError, read_backbone, read_checkpoint, read_weights, save_checkpoint
 from byol_core.decoding import MAX_PIXELS, BadImageError, decode
+from byol_core.memory import peak_memory
 
 HANG = 60  # seconds after which a case is taken to hang
 MEMORY = 1500  # MiB by which decoding may raise the peak of the process: an image just under the limit, composed on white
@@ -273,11 +274,7 @@ def silence_checked(folder: Path) -> Iterator[Callable[[], None]]:
 
 def memory_peak() -> float:
     """Of this process so far, in MiB; 0 where the system does not tell."""
-    try:
-        import resource
-    except ImportError:
-        return 0.0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    return peak_memory(torch.device("cpu")) / 2**20
 
 
 def main() -> int:

@@ -253,7 +253,7 @@ def test_bombs_are_refused_with_bounded_memory(tmp_path: Path) -> None:
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
         assert len(content) < 500_000
-    script = ("import resource, sys\nfrom byol_core.decoding import BadImageError, decode\n"
+    script = ("import sys\nfrom byol_core.decoding import BadImageError, decode\n"
               "from byol_core.folder import scan, typical_size\n"
               "from tests.fuzz import memory_peak\nimages = scan(sys.argv[1])\nbefore = memory_peak()\n"
               "typical_size(images)\n"

@@ -104,7 +104,7 @@ def test_two_hundred_thousand_names_take_little_memory(tmp_path: Path) -> None:
     for place in (tmp_path / "list.txt", tmp_path):
         done = subprocess.run([sys.executable, "-c", script, place], capture_output=True, text=True, check=True,
                               cwd=Path(folder.__file__).parent.parent)
-        assert float(done.stdout.splitlines()[-1]) < 36, place  # MiB; Path objects alone would take over 100
+        assert float(done.stdout.splitlines()[-1]) < 40, place  # MiB; Path objects alone would take over 100
 
 
 @pytest.mark.slow

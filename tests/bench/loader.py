@@ -2,6 +2,7 @@
 
     python -m tests.bench.loader --images cifar/train --photos photos
     python -m tests.bench.loader --photos photos --device cuda     ours finished on the GPU, others' views copied to it
+    python -m tests.bench.loader --start cifar/train               the seconds before training: all files listed and decoded
 
 Everything runs in one process with --threads threads (1: rates per core), file by file as from disk; the contenders take
 turns, and a rate is the median over --rounds turns.
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from byol_core.batches import DeviceBatches, Order, TimedBatches, WorkerBatches
 from byol_core.crops import CropBatches
-from byol_core.data import ImageData, load_images
+from byol_core.data import ImageData, choose_workers, load_images
 from byol_core.folder import ImageSet, scan
 from byol_core.views import paper_recipes
 from tests.bench import rivals
@@ -33,11 +34,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, help="folder of small images, for views of 32 pixels")
     parser.add_argument("--photos", type=Path, help="folder of photographs, for views of 224 pixels")
+    parser.add_argument("--start", type=Path, help="folder of images of one size, listed and decoded as a run starts with it")
     parser.add_argument("--count", type=int, default=96, help="images of a folder to use (default 96)")
     options = parse(parser, rounds=5, threads=1)
     for folder, size in ((options.images, 32), (options.photos, 224)):
         if folder is not None:
             compare(find(folder, options.count), size, options)
+    if options.start is not None:
+        start(options.start, options)
+
+
+def start(folder: Path, options: argparse.Namespace) -> None:
+    """Seconds until the images of a folder lie decoded on the device."""
+    device, workers = torch.device(options.device), choose_workers(None)
+    rows: dict[str, Callable[[], object]] = {"listed": lambda: scan(folder)}
+    for number in (0, workers):
+        rows[f"listed and decoded, {number} workers"] = lambda number=number: load_images(  # type: ignore[misc]
+            scan(folder), "device", device, print, number)
+    milliseconds = side_by_side(rows, options.device, options.rounds, warm_up=1)
+    table = [(name, f"{value / 1000:.1f}") for name, value in milliseconds.items()]
+    show(f"Start: {len(scan(folder)):,} images", f"{environment(options.device, 'torchvision')}\n\n"
+         + markdown(("before training", "seconds"), table), options.write)
 
 
 def compare(paths: list[Path], size: int, options: argparse.Namespace) -> None:

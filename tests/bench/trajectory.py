@@ -14,17 +14,20 @@ from pathlib import Path
 from tests.bench.table import DEVICE, environment, markdown, show
 
 ROOT = Path(__file__).parent.parent.parent
-PATHS = {"held on the device": ["--views", "device"], "the reference, --views cpu": ["--views", "cpu"]}
+PATHS = {"held on the device": ("device", 2**31), "worker crops": ("device", 0), "the reference, --views cpu": ("cpu", 0)}
+TRAIN = "import sys; from byol_core import data; data.MEMORY_BUDGET = {}; import train; sys.exit(train.main(sys.argv[1:]))"
 PARTS = 5  # of the run, whose mean losses are compared
 
 
-def losses(images: Path, options: list[str]) -> list[float]:
-    """The mean loss of each fifth of a run."""
+def losses(images: Path, views: str, budget: int, options: list[str]) -> list[float]:
+    """The mean loss of each fifth of a run. budget: bytes of decoded images that it may hold; with none workers crop them."""
     with tempfile.TemporaryDirectory() as place:
-        subprocess.run([sys.executable, str(ROOT / "train.py"), "--data", str(images), "--out", f"{place}/out", "--no-eval",
-                        *options], check=True, capture_output=True)
+        subprocess.run([sys.executable, "-c", TRAIN.format(budget), "--data", str(images.resolve()), "--out", f"{place}/out",
+                        "--no-eval", "--views", views, *options], check=True, capture_output=True, cwd=ROOT)
         records = [json.loads(line) for line in (Path(place) / "out" / "metrics.jsonl").read_text().splitlines()]
     last = records[-1]["update"]
+    if len(records) < 2 * PARTS:
+        raise SystemExit(f"{len(records)} lines of metrics are too few for {PARTS} parts - train for more --epochs")
     return [statistics.mean(record["loss"] for record in records if (record["update"] - 1) * PARTS // last == part)
             for part in range(PARTS)]
 
@@ -38,7 +41,7 @@ def main() -> None:
     options, passed_on = parser.parse_known_args()
     rows = []
     for name, path in PATHS.items():
-        runs = [losses(options.images, [*path, "--seed", str(seed), "--epochs", str(options.epochs), *passed_on])
+        runs = [losses(options.images, *path, ["--seed", str(seed), "--epochs", str(options.epochs), *passed_on])
                 for seed in range(options.seeds)]
         rows.append((name, *(f"{statistics.mean(part):.3f} ± {statistics.stdev(part):.3f}" for part in zip(*runs))))
         print(" | ".join(rows[-1]), flush=True)

@@ -26,8 +26,12 @@ from byol_core.data import ImageData, load_images
 from byol_core.device_views import draw_boxes
 from byol_core.decoding import BadImageError, decode, upright_size
 from byol_core.folder import scan
+from byol_core.networks import BYOL
 from byol_core.run import Run
+from byol_core.runtime import Runtime
+from byol_core.training import Progress, Step, train
 from byol_core.views import ViewRecipe, digits_recipes, inverse_normalise, paper_recipes
+from tests.conftest import small_backbone
 
 CPU = torch.device("cpu")
 PLAIN = ViewRecipe(16)  # a view is the whole image
@@ -360,3 +364,29 @@ def test_views_made_ahead_on_a_gpu_are_those_of_the_cpu(mixed: Path) -> None:
         assert a1.device == gpu and (a1.cpu() - b1).abs().mean() < 1e-3 and (a2.cpu() - b2).abs().mean() < 1e-3
     for source in sources:
         source.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("path", ["device", "crops"])
+def test_training_on_cuda_does_not_wait_for_the_device(path: str, mixed: Path, image_folder: Callable[..., Path]) -> None:
+    """The whole loop, views included, but for the first step and the end of an epoch."""
+    gpu, recipes = torch.device("cuda"), paper_recipes(16)
+    data = load_images(scan(image_folder() if path == "device" else mixed), "auto", gpu, lambda line: None)[0]
+    assert (data.pixels is not None) == (path == "device")
+    order = Order(len(data), 2)
+    source = DeviceBatches(data, recipes, order) if path == "device" else CropBatches(data, recipes, order, 0, gpu)
+    torch.manual_seed(0)
+    model, runtime = BYOL(small_backbone(), 4, hidden_dim=8, out_dim=6), Runtime(gpu, torch.bfloat16, channels_last=True)
+    runtime.place_model(model)
+    optimizer = torch.optim.AdamW(model.online.parameters(), fused=True)
+
+    def after_step(progress: Progress, step: Step) -> None:
+        torch.cuda.set_sync_debug_mode("error" if progress.updates < len(order) - 1 else "default")
+
+    try:
+        done = train(model, TimedBatches(source, gpu), 1, optimizer=optimizer, runtime=runtime, after_step=after_step,
+                     lr_scheduler=torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0), lr_scheduler_interval="step")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert done.updates == len(order) > 2

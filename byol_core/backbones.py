@@ -10,6 +10,7 @@ from importlib import metadata
 import torch
 from torch import Tensor, nn
 
+from byol_core.failures import is_out_of_memory
 from byol_core.seeds import seed_from
 
 
@@ -115,6 +116,8 @@ def check_backbone(backbone: nn.Module, feature_dim: int, image_size: int, chann
     try:
         features: Tensor = backbone(torch.zeros(1, channels, image_size, image_size)).flatten(1)
     except (RuntimeError, AssertionError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
         reason = " ".join(str(error).split())
         raise ValueError(f"the network cannot take {image_size}-pixel images ({reason}) - "
                          "use a larger --image-size or another --arch") from error

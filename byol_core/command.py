@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from byol_core.config import AppendPaths, Parser, auto_or_workers, one_line
-from byol_core.failures import is_out_of_memory, own_words
+from byol_core.failures import is_out_of_memory, own_words, show
 
 Prepared = TypeVar("Prepared")
 
@@ -38,7 +38,7 @@ def run_in_two_parts(prepare: Callable[[], Prepared], carry_out: Callable[[Prepa
         if debug:
             traceback.print_exc()
         line = "out of memory - try --device cpu, or a part of the images" if is_out_of_memory(error) else own_words(error)
-        sys.stderr.write(f"error: {one_line(line)}\n")
+        show(sys.stderr, f"error: {one_line(line)}\n")
         return code if isinstance(error, ValueError) else 1
     except KeyboardInterrupt:
         return 130
@@ -46,4 +46,4 @@ def run_in_two_parts(prepare: Callable[[], Prepared], carry_out: Callable[[Prepa
 
 def say(line: str) -> None:
     """A remark or a warning, on stderr, so that stdout holds results alone."""
-    sys.stderr.write(line + "\n")
+    show(sys.stderr, line + "\n")

@@ -49,10 +49,10 @@ class BadFiles:
         self.reasons[index] = reason
         self.report(f"skipped {printable(self.files.name(index))}: {printable(reason)}")
         if len(self.reasons) > BAD_LIMIT * len(self.files):
+            some = "; ".join(self.listing().replace("\t", ": ").splitlines()[:3])
             raise TooManyBadFilesError(
-                f"{len(self.reasons)} of {len(self.files)} images cannot be read, more than {BAD_LIMIT:.0%} "
-                f"(the last: {printable(self.files.name(index))}: {printable(reason)}) - all of them are named above",
-                self.listing())
+                f"{len(self.reasons)} of {len(self.files)} images cannot be read, more than {BAD_LIMIT:.0%} ({some}"
+                f"{'; ...' if len(self.reasons) > 3 else ''}) - repair them, or take them away", self.listing())
 
     def listing(self, place: str = "") -> str:
         """A line per file: its name, below `place`, and why it was skipped."""

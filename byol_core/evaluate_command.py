@@ -104,8 +104,8 @@ def _labelled(flag: str, data: str | Sequence[str]) -> "ImageSet":
     for line in files.remarks:
         say(f"warning: {line}")
     if files.labels is None:
-        raise ValueError(f"{flag} {files.given} has no class sub-folders, and measuring needs at least 2 classes - put the "
-                         "images of each class in a sub-folder of its own")
+        raise ValueError(f"{flag} {files.given} has fewer than the 2 classes that measuring needs - put the images of each "
+                         "class in a sub-folder of its own")
     return files
 
 

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from byol_core.failures import show
+
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 IMAGE_ENDINGS = tuple(suffix.encode() for suffix in SUFFIXES)
 TAR_ENDING = b".tar"
@@ -40,7 +42,7 @@ class ScanProgress:
         self.images += images
         if time.monotonic() >= self.due:
             self.due = time.monotonic() + SHOW_EVERY
-            sys.stderr.write(f"scanning: {self.images:,} images so far, now in {printable(os.fsdecode(place))}\n")
+            show(sys.stderr, f"scanning: {self.images:,} images so far, now in {printable(os.fsdecode(place))}\n")
 
 
 @dataclass

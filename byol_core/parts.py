@@ -1,6 +1,8 @@
 """What a run is made of, built and checked before any training."""
 
+import functools
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -113,10 +115,13 @@ class Parts:
         if config.eval_data is not None:
             files = scan(config.eval_data, "--eval-data", leave_out=(self.folder,))
             if files.labels is None:
-                raise ValueError(f"--eval-data {config.eval_data} has no class sub-folders, so there is nothing to measure")
+                raise ValueError(f"--eval-data {config.eval_data} has fewer than 2 class sub-folders, so there is nothing to "
+                                 "measure")
             eval_data = self._load(files, "auto")[0]
             self.bad_eval_files = eval_data.bad
             self._compare_classes(files)
+            if data.files.labels is not None:
+                self._warn_of_overlap(files)
             if data.files.labels is None:  # then both the fitting and the measuring are done on parts of --eval-data
                 data, eval_data = eval_data, None
         return Scorer(data, eval_data, self.plan.views[0], self.runtime, self.workers, self.classifier)
@@ -132,6 +137,17 @@ class Parts:
         if own and others - own:
             self.log.say(f"warning: images of {len(others - own)} classes that --data does not have count as wrong: "
                          f"{', '.join(sorted(others - own)[:5])}")
+
+    def _warn_of_overlap(self, files: ImageSet) -> None:
+        real_folder = functools.cache(os.path.realpath)
+
+        def places(images: ImageSet) -> set[tuple[str, str]]:
+            return {(real_folder(path.parent), path.name) for path in map(images.path, range(len(images)))}
+
+        both = len(places(files) & places(self.data.files))
+        if both:
+            self.log.say(f"warning: {both} of {len(files)} images of --eval-data are in --data, too: the probes are fitted on "
+                         "them, so the accuracies are too high")
 
     def _new_batches(self, order: Order) -> DeviceBatches | WorkerBatches:
         plan = self.plan

@@ -150,14 +150,14 @@ def project(features: Tensor, seed: int) -> dict[str, np.ndarray]:
     values = features.double().numpy()
     if len(values) < 3 or not values.std(0).any():
         return {}
-    flat = PCA(min(50, *values.shape), random_state=seed)
+    flat = PCA(min(50, *values.shape), random_state=seed % 2**32)
     components = flat.fit_transform(values)
     if components.shape[1] < 2:
         return {}
     shares = flat.explained_variance_ratio_
     maps = {f"PCA, {shares[:2].sum():.0%} of the variance": components[:, :2]}
     if 4 <= len(values) <= TSNE_UP_TO:
-        tsne = TSNE(perplexity=min(30, (len(values) - 1) / 3), init="pca", random_state=seed)
+        tsne = TSNE(perplexity=min(30, (len(values) - 1) / 3), init="pca", random_state=seed % 2**32)
         maps[f"t-SNE, seed {seed}"] = tsne.fit_transform(components.astype(np.float32))
     return maps
 

@@ -23,6 +23,7 @@ from typing import Any
 from byol_core.charts import Curve, Points, draw
 from byol_core.checkpoint import LAST, PREVIOUS, write_text
 from byol_core.config import TrainConfig, command_line, one_line
+from byol_core.failures import show
 from byol_core.report_style import STYLE
 from byol_core.run_facts import RunFacts, parse_object, read_run, read_text
 from byol_core.sample import without_sample
@@ -458,21 +459,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folders = [Path(run) for run in asked.runs]
     for folder in folders:
         if not (folder / "config.json").exists():
-            sys.stderr.write(f"error: {folder} is not a run folder: no config.json in it\n")
+            show(sys.stderr, f"error: {folder} is not a run folder: no config.json in it\n")
             return 2
     try:
         if len(folders) == 1 and asked.out is None:
             write_report(folders[0])
-            sys.stdout.write(f"{folders[0] / 'report.html'}\n")
+            show(sys.stdout, f"{folders[0] / 'report.html'}\n")
         else:
             out = Path(asked.out or "compare.html")
             compare(folders, out)
-            sys.stdout.write(f"{out}\n")
+            show(sys.stdout, f"{out}\n")
     except OSError as error:
-        sys.stderr.write(f"error: {one_line(error)}\n")
+        show(sys.stderr, f"error: {one_line(error)}\n")
         return 1
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # what no run has written
-        sys.stderr.write(f"error: {one_line(' or '.join(asked.runs))} has a damaged file, most likely config.json "
+        show(sys.stderr, f"error: {one_line(' or '.join(asked.runs))} has a damaged file, most likely config.json "
                          f"({one_line(f'{type(error).__name__}: {error}')})\n")
         return 1
     return 0

@@ -20,7 +20,7 @@ from byol_core.outcome import Outcome
 from byol_core.parts import Parts
 from byol_core.plan import Plan
 from byol_core.processes import ALONE, Processes
-from byol_core.run_folder import COPIES, space_warning
+from byol_core.run_folder import COPIES, lock_of, space_warning
 from byol_core.runtime import NonFiniteError
 from byol_core.signals import Stopped, StopRequest
 from byol_core.snapshot import find_snapshot, restore, snapshot
@@ -43,6 +43,7 @@ class Run:
         self.outcome = Outcome(self.parts)
         self.processes, self.log = processes, self.parts.log
         self.saved_updates = 0
+        self._lock = lock_of(folder)
         self.stop = StopRequest(patient=processes.several)
         if processes.watch is not None:
             processes.watch.last_words = lambda reason: self.write_end("failed", reason)
@@ -184,11 +185,20 @@ class Run:
 
     def save(self) -> None:
         self.parts.runtime.confirm()
+        self._refuse_what_is_not_finite()
         state = snapshot(self.parts, self.outcome)
         self.processes.on_first(lambda: self._write(state))
         self.saved_updates = self.progress.updates
 
+    def _refuse_what_is_not_finite(self) -> None:
+        """A finite step may still have brought batch norm's running statistics, or a weight, to infinity."""
+        tensors = [tensor for tensor in self.parts.model.state_dict().values() if tensor.is_floating_point()]
+        if not torch.isfinite(torch.nn.utils.get_total_norm([tensor.float() for tensor in tensors])):
+            raise NonFiniteError("a weight or a statistic of batch norm is not finite", late=True)
+
     def _write(self, state: State) -> None:
+        if not self._is_in_its_folder():
+            raise RuntimeError(f"{self.parts.folder} was removed or replaced while the run went on, so nothing is saved")
         self.log.sync()  # first: a checkpoint counts on the records of its updates
         save_checkpoint(self.parts.folder, state)
 
@@ -216,8 +226,12 @@ class Run:
 
     def write_end(self, status: str, reason: str) -> None:
         """What is left of a run that did not finish."""
-        if self.processes.first:
+        if self.processes.first and self._is_in_its_folder():
             self.outcome.write_end(status, reason)
+
+    def _is_in_its_folder(self) -> bool:
+        """Whether the run folder is still the one that this run holds the lock of: another run may be in its place."""
+        return self._lock is None or self._lock == lock_of(self.parts.folder)
 
     def check(self) -> None:
         """Say what the whole run would take; nothing is kept."""

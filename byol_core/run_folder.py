@@ -94,6 +94,15 @@ def _lock(handle: int, folder: Path) -> None:
         return
 
 
+def lock_of(folder: Path) -> tuple[int, int] | None:
+    """Which file the lock of a run folder is; None where there is none."""
+    try:
+        status = os.stat(folder / ".lock")
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
 def space_warning(folder: Path, checkpoint: int) -> str | None:
     """A line where the disk has less room than the checkpoints of a run need. checkpoint: bytes of one."""
     free = shutil.disk_usage(folder).free

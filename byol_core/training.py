@@ -107,6 +107,8 @@ def train(model: BYOL, batches: SeekableBatches | PlainBatches, epochs: int, *, 
     updates_per_epoch = len(batches) // accum_steps
     model.train()
     forward = runtime.distribute(model)  # model itself, or a wrapper that averages gradients over processes
+    statistics = list(model.buffers()) if runtime.scaler.is_enabled() else []  # what a skipped step must not have changed
+    kept = [buffer.clone() for buffer in statistics]
 
     for epoch in range(progress.epoch, epochs):
         views = _views_of_epoch(batches, epoch, progress.batch)
@@ -132,6 +134,7 @@ def train(model: BYOL, batches: SeekableBatches | PlainBatches, epochs: int, *, 
                 progress.count_update(loss)
                 if lr_scheduler_interval == "step":
                     _advance(lr_scheduler, loss)
+            _copy(*((kept, statistics) if applied else (statistics, kept)))
             if progress.batch == updates_per_epoch * accum_steps:
                 if lr_scheduler_interval == "epoch" and progress.loss_count:
                     _advance(lr_scheduler, progress.loss_sum / progress.loss_count)
@@ -140,6 +143,12 @@ def train(model: BYOL, batches: SeekableBatches | PlainBatches, epochs: int, *, 
                 after_step(progress, Step(loss, z1, z2, tau, lr, applied))
     runtime.confirm()
     return progress
+
+
+def _copy(places: list[Tensor], values: list[Tensor]) -> None:
+    if places:
+        with torch.no_grad():
+            torch._foreach_copy_(places, values)
 
 
 def _check_parts(model: BYOL, batches: object, optimizer: Optimizer, lr_scheduler: Scheduler) -> None:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
+from byol_core.failures import show
+
 FAILED = "failed"  # the store's key for "RANK why the run fails": the first process to write it is the one that says so
 PUBLISH_S = 1.0  # seconds between two signs of life
 LOOKS, LOOKS_UNASKED = 4, 10  # at the others' signs before a verdict: by one that waits for them, and by one that does not
@@ -170,8 +172,7 @@ class Watch(threading.Thread):
         elif all(sign.state == WAITING and sign.seconds > max(FIRST_STEP_S, self.limit) for sign in after):
             text = f"all {self.world_size} processes have waited for each other for {after[self.rank].seconds:.0f} s"
         if text and self._have_the_word(text)[1]:
-            sys.stderr.write(f"error: {text}\n")
-            sys.stderr.flush()
+            show(sys.stderr, f"error: {text}\n")
 
     def _signs(self) -> list[Sign]:
         return [Sign.read(self.store.get(key).decode()) if self.store.check([key]) else Sign()

@@ -6,6 +6,8 @@ import multiprocessing
 import re
 import signal
 import threading
+import time
+import warnings
 from collections.abc import Iterator, Sequence
 from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
@@ -18,6 +20,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from byol_core.signals import SIGNALS
 
 NO_BATCH_S = 300.0  # seconds without a batch after which the workers count as hanging
+SPARE_S = 2.0  # seconds more, for torch to notice that itself; and for a dead worker to be reported by the system
 SHARED_MEMORY_IS_FULL = "shared memory (/dev/shm) is full - use --workers 0, or enlarge it (docker run --shm-size=8g)"
 # How torch says that it got no shared memory; it has no type of its own for that.
 SHARED_MEMORY_WORDS = ("shared memory", "file </torch_", "unable to mmap")
@@ -41,8 +44,10 @@ def ignore_signals(worker: int) -> None:
 
 def new_loader(dataset: Any, workers: int, **options: Any) -> "DataLoader[Any]":
     """A DataLoader for `batches_from`."""
-    return DataLoader(dataset, num_workers=workers, worker_init_fn=ignore_signals, timeout=NO_BATCH_S if workers else 0,
-                      **options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create")  # more than the machine has cores: as asked
+        return DataLoader(dataset, num_workers=workers, worker_init_fn=ignore_signals, timeout=NO_BATCH_S if workers else 0,
+                          **options)
 
 
 def shared(batch: Tensor) -> Tensor:
@@ -75,6 +80,7 @@ def batches_from(loader: "DataLoader[Batch]") -> Iterator[Batch]:
     finally:
         if iterator is not None and not (whole and loader.persistent_workers):
             _stop(iterator)
+            loader._iterator = None
 
 
 def close(loader: "DataLoader[Any]") -> None:
@@ -107,20 +113,32 @@ def _failures_raised(workers: Sequence[BaseProcess]) -> Iterator[None]:
     if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, _child_ended)  # torch's own raises anywhere, as in the middle of an optimizer step
     _waited_for[:] = workers
+    frozen = threading.Event()
+
+    def kill() -> None:
+        """They ignore SIGTERM, and torch's own limit does not hold where it fetches a batch from a thread of a worker."""
+        frozen.set()
+        for worker in workers:
+            worker.kill()
+
+    limit = threading.Timer(NO_BATCH_S + SPARE_S, kill)
+    limit.daemon = True
+    if workers:
+        limit.start()
     try:
         _child_ended()  # one that died since the last time
         yield
     except Exception as error:
         _waited_for.clear()
         if str(error).startswith("DataLoader timed out"):
-            for worker in workers:
-                worker.kill()  # they ignore SIGTERM, and one that hangs does not look whether its work is wanted
-        words = None if isinstance(error, WorkerError) else _in_words(error, len(workers))
+            kill()
+        words = _hang() if frozen.is_set() else None if isinstance(error, WorkerError) else _in_words(error, workers)
         if words is None:
             raise
         raise WorkerError(words) from error
     finally:
         _waited_for.clear()
+        limit.cancel()
 
 
 def _child_ended(number: int = 0, frame: FrameType | None = None) -> None:
@@ -137,18 +155,26 @@ def _how_it_died(exitcode: int, workers: int) -> str:
     return f"a data worker died{why} - try --workers {1 if workers > 1 else 0}"
 
 
-def _in_words(error: Exception, workers: int) -> str | None:
+def _hang() -> str:
+    return (f"no batch for {NO_BATCH_S:.0f} s: the data workers hang - look at the disk or network that the images are on, or "
+            "try --workers 0")
+
+
+def _in_words(error: Exception, workers: Sequence[BaseProcess]) -> str | None:
     """What a failure of a worker means for the person; None when it is no worker's."""
     text = str(error)
-    if text.startswith("DataLoader timed out"):
-        return (f"no batch for {NO_BATCH_S:.0f} s: the data workers hang - look at the disk or network that the images are "
-                "on, or try --workers 0")
     if isinstance(error, RuntimeError) and any(words in text for words in SHARED_MEMORY_WORDS):
         return SHARED_MEMORY_IS_FULL
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EROFS):  # from the semaphores of its queues
         return SHARED_MEMORY_IS_FULL
-    if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
-        return f"a data worker died ({text}) - try --workers {1 if workers > 1 else 0}"
+    # One that dies while a batch is fetched from it is noticed by what it was to send.
+    if workers and (isinstance(error, (EOFError, ConnectionError)) or text.startswith("DataLoader worker")):
+        until = time.monotonic() + SPARE_S
+        while not any(worker.exitcode for worker in workers) and time.monotonic() < until:
+            time.sleep(0.01)
+        exitcodes = [worker.exitcode for worker in workers if worker.exitcode]
+        if exitcodes:
+            return _how_it_died(exitcodes[0], len(workers))
     if text.startswith("Caught ") and " in DataLoader worker process " in text:  # torch puts the whole traceback into it
         return OWN_NAME.sub("", text.strip().splitlines()[-1])
     return None

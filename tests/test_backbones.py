@@ -89,3 +89,12 @@ def test_vision_transformer_is_built_for_its_image_size() -> None:
     with torch.device("meta"):
         backbone, dimension = build_backbone("vit_b_16", image_size=32)
         assert backbone.eval()(torch.empty(1, 3, 32, 32)).shape == (1, 768) and dimension == 768
+
+
+def test_too_little_memory_for_an_image_is_not_taken_for_a_wrong_size() -> None:
+    class Large(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 120000000000 bytes")
+
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        check_backbone(Large(), 8, 100_000)

@@ -262,8 +262,8 @@ def test_torchvision_weights_stand_beside_the_same_architecture(image_folder: Fo
 
 
 @pytest.mark.parametrize("classes, per_class, message", [
-    (0, 6, "has no class sub-folders, and measuring needs at least 2 classes"),
-    (1, 6, "has no class sub-folders, and measuring needs at least 2 classes"),
+    (0, 6, "has fewer than the 2 classes that measuring needs"),
+    (1, 6, "has fewer than the 2 classes that measuring needs"),
     (3, 1, "measuring needs at least 2 classes of 2 images"),
 ])
 def test_labels_that_allow_no_measuring_are_refused(trained: Path, image_folder: Folder, classes: int, per_class: int,

@@ -104,6 +104,17 @@ def test_one_folder_is_fingerprinted_as_ever() -> None:
     assert scan("x").fingerprint() == scan(Path("x").absolute()).fingerprint()
 
 
+def test_a_console_that_is_gone_hides_no_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(*(Path(f"in/{folder}/1.png") for folder in range(30)))
+    reading, writing = os.pipe()
+    os.close(reading)
+    monkeypatch.setattr(listing, "SHOW_AFTER", 0.0)
+    monkeypatch.setattr(listing, "SHOW_EVERY", 0.0)
+    with open(writing, "w") as gone:
+        monkeypatch.setattr(sys, "stderr", gone)
+        assert len(scan("in")) == 30 and scan("in").remarks == ()
+
+
 # Lists.
 
 def write_list(content: bytes, name: str = "list.txt") -> Path:

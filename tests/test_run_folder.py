@@ -36,7 +36,21 @@ def test_a_run_folder_that_is_deleted_on_the_way_ends_the_run_in_a_line(data: Pa
     monkeypatch.chdir(data.parent)
     assert run(arguments(data, "--workers", 0), "out", At(STEP, 2, "tests.test_run_folder:lose_the_folder")) == 1
     said = capsys.readouterr().err.splitlines()
-    assert said[-1].startswith("error: cannot write out/last.pt: No such file or directory (") and "Traceback" not in said
+    assert said[-1] == "error: out was removed or replaced while the run went on, so nothing is saved" and len(said) == 2
+    assert not Path("out").exists()
+
+
+def replace_the_folder() -> None:
+    shutil.rmtree("out")
+    Path("out").mkdir()
+    Path("out/.lock").write_text("another run's")
+
+
+def test_a_run_writes_nothing_into_a_folder_that_has_taken_the_place_of_its_own(data: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(data.parent)
+    assert run(arguments(data, "--workers", 0), "out", At(STEP, 2, "tests.test_run_folder:replace_the_folder")) == 1
+    assert "error: out was removed or replaced while the run went on" in capsys.readouterr().err
+    assert {entry.name for entry in Path("out").iterdir()}.isdisjoint({"last.pt", "summary.json", "report.html"})
 
 
 def test_a_run_goes_on_without_what_is_only_to_look_at(data: Path, monkeypatch, capsys) -> None:

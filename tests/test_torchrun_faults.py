@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from byol_core.processes import join
 from tests.test_torchrun import summary, trained
 from tests.torchrun import REPOSITORY, SMALL, torchrun, watched
 
@@ -74,6 +75,14 @@ def test_a_batch_that_does_not_divide_is_refused_with_numbers(image_folder: Call
     done = trained(tmp_path, image_folder(), "--batch-size", 7)
     assert done.code == 1 and len(done.messages) == 1
     assert re.search("rank [01] of 2: --batch-size 7 does not divide into 1 micro-batches on 2 processes", done.messages[0])
+
+
+@pytest.mark.parametrize("rank", ["2", "-1", "one"])
+def test_a_rank_that_cannot_be_is_refused(rank: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", rank), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=f"RANK (is ')?{rank}"):
+        join("cpu")
 
 
 @pytest.mark.parametrize("missing", ["MASTER_ADDR", "RANK", "nobody else comes"])

@@ -226,6 +226,43 @@ def test_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_file(image
     assert all(torch.isfinite(value).all() for value in state["model"].values() if value.is_floating_point())
 
 
+def test_weights_or_statistics_that_are_not_finite_are_never_saved(image_folder: Callable[..., Path], capsys) -> None:
+    """Huge but finite gradients: the statistics of batch norm overflow first, and no loss or gradient tells."""
+    assert run("--data", image_folder(classes=0, per_class=40), "--epochs", 30, "--out", "out", "--no-eval", *SMALL,
+               "--lr", 1e6, "--optimizer", "sgd", "--warmup-epochs", 0) == 1
+    said = capsys.readouterr().err
+    assert "not finite at epoch" in said and ", precision torch.float32)" in said
+    if Path("out/last.pt").exists():
+        assert all(torch.isfinite(value).all() for value in checkpoint("out")["model"].values() if value.is_floating_point())
+
+
+def test_a_network_that_is_not_finite_is_not_saved(image_folder: Callable[..., Path], monkeypatch, capsys) -> None:
+    original = Run._after_step
+
+    def poison(self: Run, progress, step) -> None:
+        if progress.updates == 4:
+            self.parts.model.online.predictor[1].running_var[0] = float("inf")
+        original(self, progress, step)
+
+    monkeypatch.setattr(Run, "_after_step", poison)
+    assert run("--data", image_folder(classes=0, per_class=16), "--epochs", 3, "--out", "out", "--no-eval", *SMALL) == 1
+    assert "error: a weight or a statistic of batch norm is not finite at epoch" in capsys.readouterr().err
+    assert not Path("out/last.pt").exists() or checkpoint("out")["progress"]["updates"] < 4
+
+
+def test_images_on_both_sides_are_told_before_training(image_folder: Callable[..., Path], capsys) -> None:
+    data = image_folder()
+    Path("link").symlink_to(data)
+    assert run("--data", data, "--eval-data", "link", "--epochs", 1, "--out", "out", *SMALL) == 0
+    assert "warning: 16 of 16 images of --eval-data are in --data, too" in capsys.readouterr().out
+
+
+def test_classes_that_only_the_images_measured_on_have_are_told(image_folder: Callable[..., Path], capsys) -> None:
+    data, others = image_folder(), image_folder("others", classes=3)
+    assert run("--data", data, "--eval-data", others, "--epochs", 1, "--out", "out", *SMALL) == 0
+    assert "warning: images of 1 classes that --data does not have count as wrong: class2" in capsys.readouterr().out
+
+
 def test_no_epochs_write_the_initial_weights(image_folder: Callable[..., Path]) -> None:
     assert run("--data", image_folder(), "--epochs", 0, "--out", "out", *SMALL) == 0
     assert checkpoint("out")["progress"]["updates"] == 0 and Path("out/backbone.pt").exists()
@@ -455,7 +492,7 @@ WRONG = [
     (["--device", "cuda"], "use --device cpu"),
     (["--device", "abacus"], "--device abacus is not a device"),
     (["--classifier", "sklearn.svm.NoSuch"], "--classifier sklearn.svm.NoSuch"),
-    (["--eval-data", "flat"], "--eval-data flat has no class sub-folders"),
+    (["--eval-data", "flat"], "--eval-data flat has fewer than 2 class sub-folders"),
     (["--eval-data", "gone"], "no such folder: gone - check --eval-data"),
     (["--resume", "gone.pt"], "no such file: gone.pt"),
     (["--init-from", "imgs/class0/000.png"], "damaged or not a checkpoint"),

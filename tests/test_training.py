@@ -183,7 +183,7 @@ def test_a_step_that_the_scaler_skips_moves_nothing() -> None:
 
     def remember(progress: Progress, step: Step) -> None:
         history.append((step.applied, step.tau, step.lr, progress.updates,
-                        [p.detach().clone() for p in model.parameters()]))
+                        [tensor.clone() for tensor in model.state_dict().values()]))  # batch norm's statistics, too
 
     runtime = Runtime("cpu", torch.float16)
     runtime.scaler = torch.amp.GradScaler("cpu", init_scale=16.0)  # too low to overflow by itself

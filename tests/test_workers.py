@@ -2,9 +2,11 @@
 
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import threading
+import time
 from multiprocessing.synchronize import Event as EventType
 from pathlib import Path
 
@@ -76,6 +78,47 @@ def test_workers_that_hang_are_an_error_after_a_while_and_are_killed(data: Path,
     assert multiprocessing.active_children() == []
 
 
+def sleep() -> None:
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("error", [EOFError(), ConnectionResetError(104, "Connection reset by peer"),
+                                   RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")])
+def test_a_worker_that_dies_while_a_batch_is_fetched_from_it_is_named(error: Exception) -> None:
+    """The system tells of its death only after its connection is gone."""
+    worker = multiprocessing.get_context("fork").Process(target=sleep)
+    worker.start()
+    with pytest.raises(WorkerError, match=re.escape("a data worker died (SIGKILL, often for lack of memory)")):
+        with workers._failures_raised([worker]):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            worker.kill()
+            raise error
+
+
+def test_workers_that_are_frozen_are_killed_although_torch_waits_for_them_without_limit(monkeypatch) -> None:
+    monkeypatch.setattr(workers, "NO_BATCH_S", 0.5)
+    monkeypatch.setattr(workers, "SPARE_S", 0.5)
+    worker = multiprocessing.get_context("fork").Process(target=sleep)
+    worker.start()
+    os.kill(worker.pid, signal.SIGSTOP)  # type: ignore[arg-type]
+    with pytest.raises(WorkerError, match="the data workers hang"), workers._failures_raised([worker]):
+        worker.join(30)  # as torch fetches a batch from a thread of the worker
+    assert worker.exitcode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("asked, processes, cpus, expected", [(None, 1, 4, 4), (None, 1, 64, 8), (None, 4, 16, 4),
+                                                              (None, 8, 4, 1), (0, 4, 16, 0), (20, 4, 16, 20)])
+def test_workers_are_one_per_cpu_shared_by_the_processes(asked: int | None, processes: int, cpus: int, expected: int,
+                                                         monkeypatch) -> None:
+    monkeypatch.setattr("byol_core.data.usable_cpus", lambda: cpus)
+    assert choose_workers(asked, processes) == expected
+
+
+def test_more_workers_than_cpus_are_made_without_a_word(data: Path, recwarn: pytest.WarningsRecorder) -> None:
+    new_loader(load(data, "cpu"), 1000)
+    assert not recwarn.list
+
+
 def little_shared_memory(worker: int) -> None:
     import resource  # shared memory is made of files, so that this limits it, too
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
@@ -84,8 +127,10 @@ def little_shared_memory(worker: int) -> None:
 def test_too_little_shared_memory_is_an_error_and_not_an_endless_wait(data: Path, monkeypatch) -> None:
     monkeypatch.setattr(workers, "ignore_signals", little_shared_memory)
     monkeypatch.setattr(workers, "NO_BATCH_S", 5.0)
-    with pytest.raises(WorkerError, match="shared memory .* is full - use --workers 0"):
-        next(new_batches(data).epoch(0))  # 4 x 3 x 16 x 16 floats: 12,288 bytes
+    source = new_batches(data)
+    for _ in range(2):  # and again, with new workers
+        with pytest.raises(WorkerError, match="shared memory .* is full - use --workers 0"):
+            next(source.epoch(0))  # 4 x 3 x 16 x 16 floats: 12,288 bytes
     with pytest.raises(WorkerError, match="shared memory .* is full - use --workers 0"):
         list(plain_batches(load(data, "cpu"), PLAIN, torch.arange(12), workers=1))
     assert multiprocessing.active_children() == []

@@ -124,7 +124,7 @@ class Parts:
                 self._warn_of_overlap(files)
             if data.files.labels is None:  # then both the fitting and the measuring are done on parts of --eval-data
                 data, eval_data = eval_data, None
-        return Scorer(data, eval_data, self.plan.views[0], self.runtime, self.workers, self.classifier)
+        return Scorer(data, eval_data, self.plan.views[0], self.runtime, self.workers, self.classifier, self.log.say)
 
     def without_labels(self) -> SeparationScorer:
         return SeparationScorer(self._new_batches, self.order, self.runtime)

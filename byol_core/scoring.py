@@ -1,14 +1,15 @@
 """The numbers by which a run is judged, on images whose labels the training never sees."""
 
-import contextlib
+from collections.abc import Callable
 
 import torch
 from sklearn.base import clone
 from torch import Tensor, nn
 
+from byol_core.config import one_line
 from byol_core.data import ImageData
-from byol_core.evaluate import (Classifier, Features, classifier_accuracy, embed_data, few_label_accuracy, knn_accuracy,
-                                split)
+from byol_core.evaluate import (Classifier, Features, accuracy_of, embed_data, few_label_accuracy, fit_classifier,
+                                knn_accuracy, split, unconverged)
 from byol_core.linear_probe import LinearProbe, too_large_for_sklearn
 from byol_core.runtime import Runtime
 from byol_core.views import ViewRecipe
@@ -23,16 +24,16 @@ class Scorer:
     """Measures backbones on the labelled images of a run: fits on --data, tests on --eval-data or a fifth kept apart.
 
     data: labelled. eval_data: labelled, or None. classifier: a scikit-learn classifier; None for logistic regression, by SGD
-    on large sets.
+    on large sets. report: takes what is to be said of it.
     """
 
     chosen_by = "knn"  # what `quick` gives, and the best network is chosen by
 
     def __init__(self, data: ImageData, eval_data: ImageData | None, recipe: ViewRecipe, runtime: Runtime, workers: int,
-                 classifier: Classifier | None = None) -> None:
+                 classifier: Classifier | None = None, report: Callable[[str], None] = lambda line: None) -> None:
         self.data, self.eval_data = data, eval_data
         self.recipe, self.runtime, self.workers = recipe, runtime, workers
-        self.classifier = classifier
+        self.classifier, self.report = classifier, report
         self.measured_on = ("a fifth of the images, whose labels the probe did not see" if eval_data is None
                             else f"{len(eval_data)} images of {eval_data.files.given}")
 
@@ -49,8 +50,14 @@ class Scorer:
         if classifier is None and too_large_for_sklearn(fit.x, len(per_class)):
             classifier = LinearProbe(device=self.runtime.device)
         scores: Scores = {"knn": knn_accuracy(fit.x, fit.y, test.x, test.y), "linear": None}
-        with contextlib.suppress(ValueError):  # the labels do not suit this classifier
-            scores["linear"] = classifier_accuracy(fit.x, fit.y, test.x, test.y, classifier)
+        try:
+            fitted = fit_classifier(fit.x, fit.y, classifier)
+            scores["linear"] = accuracy_of(fitted, test.x, test.y)
+            remark = unconverged(fitted)
+        except ValueError as error:  # the labels do not suit this classifier
+            remark = f"the classifier failed, so there is no linear accuracy: {one_line(error)}"
+        if remark is not None:
+            self.report(f"warning: {remark}")
         if len(per_class) <= FEW_LABELS_CLASSES:
             scores |= {f"linear_{count}": few_label_accuracy(fit, test, count) for count in FEW_LABELS
                        if count <= per_class[per_class > 0].min()}

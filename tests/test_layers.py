@@ -12,8 +12,8 @@ GROUND = {"ema", "schedules", "losses", "lars", "image_ops", "seeds"}
 # Each module and what it may import from the package; layer by layer, from the ground up.
 MAY_IMPORT: dict[str, set[str]] = {
     **{name: set() for name in GROUND},
-    "backbones": {"seeds"}, "views": {"image_ops"}, "watch": set(), "memory": set(), "checkpoint": set(), "config": set(),
-    "listing": set(), "shards": {"checkpoint", "listing"}, "decoding": {"shards"},
+    "backbones": {"failures", "seeds"}, "views": {"image_ops"}, "watch": {"failures"}, "memory": set(), "checkpoint": set(), "config": set(),
+    "listing": {"failures"}, "shards": {"checkpoint", "listing"}, "decoding": {"shards"},
     "folder": {"checkpoint", "decoding", "listing", "shards"},
     "processes": {"signals", "watch"}, "runtime": {"lars", "processes", "watch"},
     "sample": {"config"},
@@ -22,7 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "device_views": {"image_ops", "views", "seeds"},
     "health": {"losses"}, "charts": set(),
     "run_facts": {"health"},
-    "report_style": set(), "report": {"charts", "checkpoint", "config", "report_style", "run_facts", "sample"},
+    "report_style": set(), "report": {"charts", "checkpoint", "config", "failures", "report_style", "run_facts", "sample"},
     "plan": {"config", "schedules", "views"},
     "optim": {"lars", "networks", "plan", "schedules"},
     "data": {"decoding", "folder", "plan", "runtime", "views", "workers"},
@@ -40,7 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "embed": {"checkpoint", "command", "config", "data", "evaluate", "folder", "pretrained", "runtime"},
     "export": {"checkpoint", "command", "config", "pretrained"},
     "pictures": {"batches", "checkpoint", "data", "decoding", "seeds", "views"},
-    "scoring": {"data", "evaluate", "linear_probe", "runtime", "views"},
+    "scoring": {"config", "data", "evaluate", "linear_probe", "runtime", "views"},
     "separation": {"batches", "evaluate", "runtime", "scoring", "seeds"},
     "signals": set(),
     "parts": {"backbones", "batches", "checkpoint", "config", "crops", "data", "evaluate", "folder", "memory", "metrics",

@@ -30,6 +30,8 @@ HELD_BY = {
     "`--out` already holds": "train_command.a_used_run_folder_needs_resume",
     "another run is using": "train_command.a_second_run_in_the_same_folder_is_refused",
     "`--out` cannot be written": "train_command.wrong_input_is_one_line_and_code_2_before_any_training",
+    "the run folder is removed": "run_folder.a_run_folder_that_is_deleted_on_the_way_ends_the_run_in_a_line "
+                                 "run_folder.a_run_writes_nothing_into_a_folder_that_has_taken_the_place_of_its_own",
     "a file holds code": "wrong_checkpoints.code_in_a_file_is_named_and_not_run_by_any_command",
     "a file is something else": "wrong_checkpoints.what_is_no_checkpoint_is_said_to_be_none_by_every_command",
     "weights are given to": "wrong_checkpoints.weights_given_to_resume_are_pointed_to_init_from",
@@ -73,12 +75,21 @@ HELD_BY = {
                               "training.a_loss_that_is_not_finite_never_reaches_the_weights",
     "float16 overflows": "training.a_step_that_the_scaler_skips_moves_nothing "
                          "training.endless_overflow_in_float16_stops_the_run",
+    "a weight or batch norm": "train_command.a_network_that_is_not_finite_is_not_saved "
+                              "train_command.weights_or_statistics_that_are_not_finite_are_never_saved",
     "features collapse": "health.a_constant_encoder_is_reported_as_collapsed "
                          "report.collapsed_run_says_so_first_and_what_to_do",
     "an option is wrong": "train_command.a_wrong_option_is_one_line_and_code_2",
     "no GPU; several GPUs": "environment.a_run_without_an_accelerator_says_so "
                             "environment.of_several_gpus_one_is_used_and_how_to_use_all_is_said",
     "`--device cuda` without": "train_command.wrong_input_is_one_line_and_code_2_before_any_training",
+    "a data worker is killed": "workers.a_worker_that_died_is_an_error_when_a_batch_is_waited_for_and_not_before "
+                               "workers.a_worker_that_dies_while_a_batch_is_fetched_from_it_is_named "
+                               "workers.a_run_whose_worker_dies_saves_what_it_has_and_goes_on_exactly",
+    "data workers hang": "workers.workers_that_hang_are_an_error_after_a_while_and_are_killed "
+                         "workers.workers_that_are_frozen_are_killed_although_torch_waits_for_them_without_limit",
+    "shared memory is full": "workers.too_little_shared_memory_is_an_error_and_not_an_endless_wait",
+    "memory is full": "workers.out_of_memory_is_one_line_with_what_to_try_and_keeps_the_checkpoint",
     "torch and torchvision": "environment.libraries_that_do_not_fit_are_named",
     "no class folders; classes": "bad_files.labels_that_allow_no_measuring_stop_no_training "
                                  "evaluate_command.labels_that_allow_no_measuring_are_refused",

@@ -263,6 +263,12 @@ def test_classes_that_only_the_images_measured_on_have_are_told(image_folder: Ca
     assert "warning: images of 1 classes that --data does not have count as wrong: class2" in capsys.readouterr().out
 
 
+def test_a_classifier_that_fails_or_does_not_converge_is_told(image_folder: Callable[..., Path], capsys) -> None:
+    data = image_folder(per_class=4)
+    assert run("--data", data, "--epochs", 0, "--out", "few", *SMALL, "--classifier", "knn") == 0
+    assert "warning: the classifier failed, so there is no linear accuracy: " in capsys.readouterr().out
+
+
 def test_no_epochs_write_the_initial_weights(image_folder: Callable[..., Path]) -> None:
     assert run("--data", image_folder(), "--epochs", 0, "--out", "out", *SMALL) == 0
     assert checkpoint("out")["progress"]["updates"] == 0 and Path("out/backbone.pt").exists()

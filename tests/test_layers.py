@@ -12,7 +12,8 @@ GROUND = {"ema", "schedules", "losses", "lars", "image_ops", "seeds"}
 # Each module and what it may import from the package; layer by layer, from the ground up.
 MAY_IMPORT: dict[str, set[str]] = {
     **{name: set() for name in GROUND},
-    "backbones": {"failures", "seeds"}, "views": {"image_ops"}, "watch": {"failures"}, "memory": set(), "checkpoint": set(), "config": set(),
+    "backbones": {"failures", "seeds"}, "views": {"image_ops"}, "watch": {"failures"},
+    "memory": set(), "checkpoint": set(), "config": set(),
     "listing": {"failures"}, "shards": {"checkpoint", "listing"}, "decoding": {"shards"},
     "folder": {"checkpoint", "decoding", "listing", "shards"},
     "processes": {"signals", "watch"}, "runtime": {"lars", "processes", "watch"},

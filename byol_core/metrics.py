@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from torch import Tensor
 from tqdm import tqdm
@@ -22,6 +22,7 @@ from byol_core.schedules import due
 from byol_core.tensorboard import Board
 from byol_core.training import Progress, Step
 
+WIDTH = 120  # columns of a terminal that does not tell
 RECORD_EVERY = 10  # updates; each record reads a few numbers back from the device
 TERMINAL_EVERY, PLAIN_EVERY = 0.5, 30.0  # seconds between progress lines on a terminal and in a file
 
@@ -34,6 +35,14 @@ def update_of(line: str) -> int:
         return int(json.loads(line)["update"])
     except (ValueError, KeyError, TypeError, OverflowError):
         return -1
+
+
+def _columns(terminal: TextIO) -> int | None:
+    """For tqdm, which shows nothing on a terminal that does not tell its width; None leaves it to look itself."""
+    try:
+        return None if os.get_terminal_size(terminal.fileno()).columns else WIDTH
+    except (OSError, ValueError):
+        return None
 
 
 class RunLog:
@@ -99,7 +108,8 @@ class RunLog:
         """The clock starts; call before training, and again after a pause that is not training."""
         self._marked = time.monotonic()
         if self._bar is None and sys.stderr.isatty() and self.processes.first:
-            self._bar = tqdm(total=self.total_updates, initial=progress.updates, bar_format="{desc}", leave=True)
+            self._bar = tqdm(total=self.total_updates, initial=progress.updates, bar_format="{desc}", leave=True,
+                             ncols=_columns(sys.stderr))
 
     def step(self, progress: Progress, step: Step, waited: float) -> None:
         """Account for one optimizer step; write a record and a progress line when they are due."""

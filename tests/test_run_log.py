@@ -1,6 +1,11 @@
 """metrics.jsonl, the progress line and the collapse warning."""
 
+import fcntl
 import json
+import os
+import struct
+import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -159,3 +164,15 @@ def test_a_slow_run_shows_progress_before_its_first_record(tmp_path: Path, capsy
     train_log(tmp_path, 3, [1.0])
     first, *_ = capsys.readouterr().err.splitlines()
     assert first.startswith("epoch 1/2  update 1/50") and "img/s" in first and "eta" in first
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="no pseudo-terminals")
+@pytest.mark.parametrize("columns", [0, 200])
+def test_progress_is_shown_on_a_terminal_whether_or_not_it_tells_its_width(columns: int, tmp_path: Path, monkeypatch) -> None:
+    leader, follower = os.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", columns, columns, 0, 0))
+    with open(follower, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        train_log(tmp_path, 50, [1.0])
+        assert b"loss 1.0" in os.read(leader, 65536)
+    os.close(leader)

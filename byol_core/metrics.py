@@ -22,7 +22,7 @@ from byol_core.schedules import due
 from byol_core.tensorboard import Board
 from byol_core.training import Progress, Step
 
-WIDTH = 120  # columns of a terminal that does not tell
+SIZE = {"ncols": 120, "nrows": 24}  # of a terminal that does not tell
 RECORD_EVERY = 10  # updates; each record reads a few numbers back from the device
 TERMINAL_EVERY, PLAIN_EVERY = 0.5, 30.0  # seconds between progress lines on a terminal and in a file
 
@@ -37,12 +37,12 @@ def update_of(line: str) -> int:
         return -1
 
 
-def _columns(terminal: TextIO) -> int | None:
-    """For tqdm, which shows nothing on a terminal that does not tell its width; None leaves it to look itself."""
+def _size(terminal: TextIO) -> dict[str, int]:
+    """For tqdm, which shows nothing on a terminal that does not tell its size; empty where it can look itself."""
     try:
-        return None if os.get_terminal_size(terminal.fileno()).columns else WIDTH
+        return {} if os.get_terminal_size(terminal.fileno()).columns else SIZE
     except (OSError, ValueError):
-        return None
+        return {}
 
 
 class RunLog:
@@ -109,7 +109,7 @@ class RunLog:
         self._marked = time.monotonic()
         if self._bar is None and sys.stderr.isatty() and self.processes.first:
             self._bar = tqdm(total=self.total_updates, initial=progress.updates, bar_format="{desc}", leave=True,
-                             ncols=_columns(sys.stderr))
+                             **_size(sys.stderr))
 
     def step(self, progress: Progress, step: Step, waited: float) -> None:
         """Account for one optimizer step; write a record and a progress line when they are due."""

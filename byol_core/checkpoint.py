@@ -54,8 +54,8 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object], *, size: int |
         if not isinstance(error, (OSError, RuntimeError)):  # torch reports a full disk as a RuntimeError about positions
             raise
         needs = "" if size is None else f"needs {size / 1e6:.0f} MB, "
-        reason = getattr(error, "strerror", None) or ("not all of it could be written, as on a full disk, or over a quota or "
-                                                      "ulimit -f")
+        reason = next((reason for cause in (error, error.__context__) if (reason := getattr(cause, "strerror", None))),
+                      "not all of it could be written, as on a full disk, or over a quota or ulimit -f")
         kept = " - the file before it is kept" if path.exists() else ""
         raise OSError(f"cannot write {path}: {reason} ({needs}{_free(path.parent)} free){kept}") from error
 

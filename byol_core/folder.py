@@ -114,7 +114,12 @@ def scan(data: str | Path | Sequence[str | Path], flag: str = "--data", leave_ou
         raise ValueError(f"{flag} is empty - name a folder, or . for this one")
     paths = [Path(name) for part in asked for name in expand(part, flag)]
     given, progress = ", ".join(str(Path(part)) for part in asked), ScanProgress()
-    if all(path.is_dir() for path in paths):
+    try:
+        folders = all(path.is_dir() for path in paths)
+    except PermissionError as error:
+        raise ValueError(f"{flag} {error.filename}: permission denied - check the rights of the folders that it lies "
+                         "in") from None
+    if folders:
         return _scan_folders(given, paths, flag, leave_out, keep_in, progress)
     for path in paths:
         _check_exists(path, flag, len(paths))
@@ -196,7 +201,8 @@ def _nothing_found(folder: Path, found: Found, flag: str) -> str:
     others = ", ".join(f"{number} {suffix or 'without suffix'}" for suffix, number in found.others.most_common(3))
     hint = "decompress tars, or their images cannot be read one by one" if COMPRESSED & set(found.others) else f"check {flag}"
     return (f"no images under {folder}: looked for {' '.join(SUFFIXES)} there and in sub-folders"
-            f"{'; found ' + others if others else ''} - {hint}")
+            f"{'; found ' + others if others else ''}"
+            f"{'; cannot list ' + found.unreadable[0] if found.unreadable else ''} - {hint}")
 
 
 def _scan_list(given: str, path: Path, flag: str) -> ImageSet:

@@ -167,7 +167,8 @@ class Outcome:
 
     def write_end(self, status: str, reason: str | None = None) -> None:
         """The facts and report.html, whatever way the run ended. reason: of a run that did not finish."""
-        self._write_facts(status, reason)
+        with self.parts.log.warn_only():
+            self._write_facts(status, reason)
         with self.parts.log.warn_only():
             write_report(self.parts.folder)
         if self.parts.log.board is not None:

@@ -123,7 +123,7 @@ def make_plan(config: TrainConfig, facts: Facts, world_size: int = 1) -> Plan:
 def _batch(images: int, digits: bool) -> Choice:
     if digits:
         return Choice("batch_size", 64, "best on the sample")
-    if images >= 256 or images < 4:
+    if images >= 512 or images < 4:
         return Choice("batch_size", 256, "usual for one device")
     return Choice("batch_size", 2 ** int(math.log2(images / 2)), f"the largest power of two that {images} images fill twice")
 

@@ -119,7 +119,9 @@ def test_a_run_on_a_large_set_is_measured_by_sgd_unless_a_classifier_is_asked_fo
     data, held_out = (load_images(scan(folder), "device", torch.device("cpu"), lambda line: None)[0]
                       for folder in write_digits(tmp_path / "digits"))
     fitted: list[str] = []
-    monkeypatch.setattr(scoring, "classifier_accuracy", lambda *sets: fitted.append(type(sets[4]).__name__) or 0.5)
+    monkeypatch.setattr(scoring, "fit_classifier", lambda x, y, classifier: fitted.append(type(classifier).__name__))
+    monkeypatch.setattr(scoring, "accuracy_of", lambda *sets: 0.5)
+    monkeypatch.setattr(scoring, "unconverged", lambda classifier: None)
     monkeypatch.setattr(scoring, "FEW_LABELS", ())
     for limit, classifier in ((10**9, None), (10, None), (10, GaussianNB())):
         monkeypatch.setattr(linear_probe, "SKLEARN_UP_TO", limit)

@@ -115,6 +115,20 @@ def test_a_console_that_is_gone_hides_no_image(monkeypatch: pytest.MonkeyPatch) 
         assert len(scan("in")) == 30 and scan("in").remarks == ()
 
 
+def test_a_folder_that_cannot_be_listed_or_reached_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(Path("in/locked/1.png"))
+
+    def refuse(path: object, *_: object) -> None:
+        raise PermissionError(13, "Permission denied", path)
+
+    with monkeypatch.context() as patched, pytest.raises(ValueError, match="no images under in: .*; cannot list .*denied"):
+        patched.setattr(listing.os, "scandir", refuse)
+        scan("in")
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    with pytest.raises(ValueError, match="--data in/locked: permission denied - check the rights"):
+        scan("in/locked")
+
+
 # Lists.
 
 def write_list(content: bytes, name: str = "list.txt") -> Path:

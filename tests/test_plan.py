@@ -76,7 +76,8 @@ def test_a_plateau_is_of_epochs_and_without_warm_up() -> None:
     assert plan(scheduler="plateau", scheduler_interval="step").scheduler_interval == "step"
 
 
-@pytest.mark.parametrize("images, batch", [(4, 2), (60, 16), (200, 64), (255, 64), (256, 256), (10**6, 256)])
+@pytest.mark.parametrize("images, batch", [(4, 2), (60, 16), (200, 64), (255, 64),
+                                           (256, 128), (511, 128), (512, 256), (10**6, 256)])
 def test_small_sets_fill_their_batch_twice_at_least(images: int, batch: int) -> None:
     chosen = plan(Facts(images, 32, True))
     assert (chosen.batch_size, chosen.choices[0].name, chosen.choices[0].value) == (batch, "batch_size", batch)

@@ -9,6 +9,7 @@ folder with train/<class>/ and test/<class>/. A run that was cut off goes on; wi
 
 import argparse
 import contextlib
+import importlib
 import json
 import shutil
 import statistics
@@ -119,7 +120,8 @@ def baselines(parts: Parts) -> list[Result]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     parser.add_argument("set", choices=("digits", "cifar10"))
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=int)
@@ -130,6 +132,10 @@ def main() -> None:
     parser.add_argument("--lightly", action="store_true", help="train lightly's recipe for the same minutes, too")
     parser.add_argument("--write", action="store_true", help="append the table to RESULTS.md beside this file")
     options, passed_on = parser.parse_known_args()
+    if options.seeds < 1 or options.epochs == 0:
+        parser.error("--seeds and --epochs must be 1 or more")
+    if options.lightly:
+        importlib.import_module("lightly")  # before hours of training
     arguments = ["--data", "digits"] if options.set == "digits" else [
         "--data", str(options.images / "train"), "--eval-data", str(options.images / "test")]
     arguments += passed_on

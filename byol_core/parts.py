@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -141,10 +142,11 @@ class Parts:
     def _warn_of_overlap(self, files: ImageSet) -> None:
         real_folder = functools.cache(os.path.realpath)
 
-        def places(images: ImageSet) -> set[tuple[str, str]]:
-            return {(real_folder(path.parent), path.name) for path in map(images.path, range(len(images)))}
+        def places(images: ImageSet) -> Iterator[tuple[str, str]]:
+            return ((real_folder(path.parent), path.name) for path in map(images.path, range(len(images))))
 
-        both = len(places(files) & places(self.data.files))
+        measured = set(places(files))
+        both = sum(place in measured for place in places(self.data.files))
         if both:
             self.log.say(f"warning: {both} of {len(files)} images of --eval-data are in --data, too: the probes are fitted on "
                          "them, so the accuracies are too high")

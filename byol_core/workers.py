@@ -175,6 +175,8 @@ def _in_words(error: Exception, workers: Sequence[BaseProcess]) -> str | None:
         exitcodes = [worker.exitcode for worker in workers if worker.exitcode]
         if exitcodes:
             return _how_it_died(exitcodes[0], len(workers))
+        if not isinstance(error, (EOFError, ConnectionError)):
+            return f"a data worker died ({text}) - try --workers {1 if len(workers) > 1 else 0}"
     if text.startswith("Caught ") and " in DataLoader worker process " in text:  # torch puts the whole traceback into it
         return OWN_NAME.sub("", text.strip().splitlines()[-1])
     return None

@@ -5,10 +5,12 @@ import hashlib
 import json
 import os
 import pickle
+import pickletools
 import re
 import shutil
 import warnings
 import zipfile
+from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import BinaryIO, TypeGuard
@@ -16,9 +18,13 @@ from typing import BinaryIO, TypeGuard
 import torch
 from torch import Tensor
 
+from byol_core import __version__
+
 FORMAT = 1
 KEYS = {"identity", "measured", "progress", "model", "optimizer", "scheduler", "scaler", "precision", "log", "scores"}
-WRAPPERS = ("module.", "_orig_mod.")
+MORE_KEYS = {"format", "version", "torch", "device", "compiled", "world_size", "bad_files", "best"}  # not always there
+BEFORE_1_6 = 0x1950a86a20f9469cfc6c  # with which torch's older files begin
+WRAPPERS = ("module", "_orig_mod")  # children in which DataParallel, DDP and torch.compile keep a network
 LAST, PREVIOUS = "last.pt", "previous.pt"
 LEFTOVER = re.compile(r"\..+\.\d+\.tmp")  # what `atomic_write` writes to, by its name
 
@@ -151,10 +157,21 @@ def read_checkpoint(path: Path) -> State:
     if state["format"] > FORMAT:
         raise CheckpointError(f"{path} has checkpoint format {state['format']}, this version reads up to {FORMAT} - "
                               "upgrade byol_core")
-    missing = KEYS - state.keys()
+    missing, unknown = KEYS - state.keys(), state.keys() - KEYS - MORE_KEYS
     if missing:
         raise CheckpointError(f"{path} is not a whole checkpoint: {', '.join(sorted(missing))} missing")
+    if unknown:
+        raise CheckpointError(f"{path} was written by byol_core {state.get('version')} and holds "
+                              f"{', '.join(map(str, unknown))}, which this version ({__version__}) does not know - upgrade "
+                              "byol_core")
+    if _are_weights(state["model"]):
+        state["model"] = _plain_names(state["model"])
     return state
+
+
+def _plain_names(model: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The names of our own networks, of whose children none is called like a wrapper's."""
+    return {".".join(part for part in name.split(".") if part not in WRAPPERS): tensor for name, tensor in model.items()}
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -178,10 +195,8 @@ def backbone_weights(state: State, network: str, path: Path) -> dict[str, Tensor
     weights = state["model"]
     if not _are_weights(weights):
         raise CheckpointError(f"{path} is not a whole checkpoint: its model is no network's weights")
-    for start in (f"{network}.", "backbone."):
-        weights = {name.removeprefix(start): tensor for name, tensor in without_wrappers(weights).items()
-                   if name.startswith(start)}
-    return without_wrappers(weights)
+    start = f"{network}.backbone."
+    return {name.removeprefix(start): tensor for name, tensor in weights.items() if name.startswith(start)}
 
 
 def _are_weights(value: object) -> TypeGuard[dict[str, Tensor]]:
@@ -191,9 +206,9 @@ def _are_weights(value: object) -> TypeGuard[dict[str, Tensor]]:
 
 def without_wrappers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same tensors without the prefix that DataParallel, DDP or torch.compile puts before every name."""
-    for prefix in WRAPPERS:
-        if weights and all(name.startswith(prefix) for name in weights):
-            return without_wrappers({name.removeprefix(prefix): tensor for name, tensor in weights.items()})
+    for wrapper in WRAPPERS:
+        if weights and all(name.startswith(f"{wrapper}.") for name in weights):
+            return without_wrappers({name.removeprefix(f"{wrapper}."): tensor for name, tensor in weights.items()})
     return weights
 
 
@@ -214,10 +229,11 @@ def read_verified(path: Path, mapped: bool = False) -> object:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickles that torch did not write; they are refused, or plain all the same
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except zipfile.BadZipFile as error:
+        raise CheckpointError(_what_else(path)) from error
     except pickle.UnpicklingError as error:
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
-        raise CheckpointError(f"{path} is not a byol_core checkpoint: it holds more than tensors and plain values"
-                              f"{f' ({code[1]})' if code else ''}, and nothing in it was run") from error
+        raise CheckpointError(_holds_code(path, code[1] if code else "")) from error
     except CheckpointError:
         raise
     except FileNotFoundError:
@@ -225,8 +241,30 @@ def read_verified(path: Path, mapped: bool = False) -> object:
     except PermissionError:
         raise CheckpointError(f"cannot read {path}: permission denied") from None
     except Exception as error:  # unpicklers raise whatever they like on broken input
-        empty = path.is_file() and path.stat().st_size == 0
-        raise CheckpointError(f"{path} is {'empty' if empty else 'damaged or not a checkpoint'}") from error
+        raise CheckpointError(_no_checkpoint(path)) from error
+
+
+def _what_else(path: Path) -> str:
+    """What a file is that is no archive: perhaps a bare pickle, whose instructions are read here and never carried out."""
+    strings: deque[str] = deque(["", ""], maxlen=2)
+    with contextlib.suppress(Exception), open(path, "rb") as file:  # on anything that is no pickle
+        for instruction, value, _ in pickletools.genops(file):
+            if instruction.name in ("GLOBAL", "STACK_GLOBAL"):
+                return _holds_code(path, ".".join(strings if value is None else value.split(" ")))
+            if value == BEFORE_1_6:
+                return f"{path} is in the format of torch before 1.6 - torch.load it, and torch.save it again"
+            if isinstance(value, str):
+                strings.append(value)
+    return _no_checkpoint(path)
+
+
+def _holds_code(path: Path, name: str) -> str:
+    return (f"{path} is not a byol_core checkpoint: it holds more than tensors and plain values"
+            f"{f' ({name})' if name else ''}, and nothing in it was run")
+
+
+def _no_checkpoint(path: Path) -> str:
+    return f"{path} is {'damaged or not a checkpoint' if path.stat().st_size else 'empty'}"
 
 
 def newest_checkpoint(folder: Path) -> tuple[State | None, list[str]]:
@@ -242,7 +280,9 @@ def newest_checkpoint(folder: Path) -> tuple[State | None, list[str]]:
         except CheckpointError as error:
             damaged.append(str(error))
     if present:
-        raise CheckpointError("; ".join(damaged))
+        exported = next((f", or one from its network with --init-from {folder / name}" for name in ("best.pt", "backbone.pt")
+                         if (folder / name).exists()), "")
+        raise CheckpointError(f"{'; '.join(damaged)} - start a new run in another --out{exported}")
     return None, damaged
 
 

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 
 from byol_core.shards import Member
 
-FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF")  # what may lie behind a suffix; Pillow knows formats that start programs
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF")  # behind whatever suffix; Pillow knows formats that start programs
 MAX_PIXELS = 89_478_485  # a 24-bit image of 256 MiB; more is taken for a decompression bomb
 PHOTOMETRIC, SAMPLE_FORMAT = 262, 339  # TIFF tags: what 0 means, and whether integers have a sign
 ORIENTATION = 274  # EXIF tag; from 5 on, width and height change places
@@ -107,7 +107,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _to_8_bit(image: Image.Image) -> Image.Image:
     """Integers by the smallest of 8, 10, 12, 14 and 16 bits that holds them, floats in [0, 1] times 255, else min to max.
 
-    A transparent grey becomes white.
+    One value that fits nowhere is a middle grey. A transparent grey becomes white.
     """
     pixels, tags = np.asarray(image), getattr(image, "tag_v2", {})  # the tags of a TIFF file
     if pixels.dtype == np.int32 and tags.get(SAMPLE_FORMAT) == (1,):
@@ -121,7 +121,7 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
     elif image.mode == "F" and low >= 0 and high <= 1:
         values = values * 255
     elif low < 0 or high > 255:
-        values = (values - low) * (255 / (high - low))
+        values = (values - low) * (255 / (high - low)) if high > low else np.full_like(values, 128)
     if image.mode.startswith("I;16") and tags.get(PHOTOMETRIC) == 0:  # 0 is white: Pillow turns over 8-bit pixels alone
         values = 255 - values
     if isinstance(image.info.get("transparency"), int):

@@ -218,7 +218,8 @@ class Outcome:
             say(f"skipped {len(data.bad.reasons)} of {len(data)} images (bad_files.txt)")
         with self.parts.log.warn_only():
             verdict = read_run(folder).verdict
-            say(f"{verdict.word}: {verdict.why}" + (f" - {verdict.advice}" if verdict.advice else ""))
+            if verdict.word != "starting":  # there are records to judge by
+                say(f"{verdict.word}: {verdict.why}" + (f" - {verdict.advice}" if verdict.advice else ""))
         if self.best:
             score, value = next((name, self.best[name]) for name in self.best if name != "epoch")
             say(f"best: {score} {in_words(score, value)} after epoch {self.best['epoch']}, in {folder / 'best.pt'}")

@@ -147,7 +147,7 @@ class Run:
             self.stop.waits_for_a_step = False
             self.log.close()
             self.parts.batches.close()
-        if self.parts.plan.epochs == 0:
+        if not self.processes.from_first(lambda: (self.parts.folder / LAST).exists()):  # no update was left to be made here
             self.save()
 
     def _train(self, progress: Progress, after_step: Callable[[Progress, Step], None]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from byol_core.checkpoint import LAST, PREVIOUS, remove_leftovers
 from byol_core.config import TrainConfig
+from byol_core.run_facts import read_run
 
 RUNS = Path("runs")
 COPIES = 3  # checkpoints on the disk at the most: the last one, the one before, and the one being written
@@ -54,7 +55,7 @@ def open_run_folder(folder: Path, may_be_used: bool) -> Iterator[Path]:
     Raises: ValueError when it cannot be written to, is in use, or holds something and may not be used.
     """
     try:
-        was_there = folder.is_dir()
+        was_there, lock_was_there = folder.is_dir(), (folder / ".lock").exists()
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "a+", encoding="utf-8")
     except OSError as error:
@@ -69,7 +70,12 @@ def open_run_folder(folder: Path, may_be_used: bool) -> Iterator[Path]:
             began = datetime.now().isoformat(" ", "minutes")
             os.write(lock.fileno(), f"pid {os.getpid()} on {platform.node()} since {began}".encode())
         try:
-            _refuse_used(folder, may_be_used)
+            try:
+                _refuse_used(folder, may_be_used)
+            except ValueError:
+                if not lock_was_there:  # the folder stays as it was
+                    os.unlink(folder / ".lock")
+                raise
             remove_leftovers(folder)
             yield folder
         finally:
@@ -106,10 +112,12 @@ def lock_of(folder: Path) -> tuple[int, int] | None:
 def space_warning(folder: Path, checkpoint: int) -> str | None:
     """A line where the disk has less room than the checkpoints of a run need. checkpoint: bytes of one."""
     free = shutil.disk_usage(folder).free
-    if free >= COPIES * checkpoint:
+    there = sum((folder / name).stat().st_size for name in (LAST, PREVIOUS) if (folder / name).exists())
+    needed = COPIES * checkpoint - there
+    if free >= needed:
         return None
-    return (f"warning: {free / 1e6:.0f} MB free in {folder}, but {COPIES} checkpoints of {checkpoint / 1e6:.0f} MB may be "
-            "there at once - free some space, or choose another --out")
+    return (f"warning: {free // 10**6} MB free in {folder}, but the {COPIES} checkpoints that may be there at once need "
+            f"{-(-needed // 10**6)} MB{' more' if there else ''} - free some space, or choose another --out")
 
 
 def _refuse_used(folder: Path, may_be_used: bool) -> None:
@@ -117,7 +125,9 @@ def _refuse_used(folder: Path, may_be_used: bool) -> None:
     if (folder / LAST).exists() or (folder / PREVIOUS).exists():
         if may_be_used:
             return
-        raise ValueError(f"{folder} already holds a run - add --resume to go on, or choose another --out")
+        run = read_run(folder)
+        raise ValueError(f"{folder} already holds a run (epoch {run.summary['epochs']}/{run.plan.get('epochs', '?')}) - add "
+                         "--resume to go on, or choose another --out")
     visible = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
     foreign = [entry.name for entry in visible if entry.name not in OWN_FILES and not entry.name.startswith(EVENTS)]
     if (folder / "backbone.pt").exists():  # of a finished run whose checkpoints were removed

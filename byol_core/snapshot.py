@@ -18,6 +18,8 @@ from byol_core.outcome import Outcome
 from byol_core.parts import IN_WORDS, Parts
 from byol_core.training import Progress
 
+NOT_LISTED = {"resume", "debug", "amp", "device", "compile"}  # options; of the last ones it is told what came of them
+
 
 def snapshot(parts: Parts, outcome: Outcome) -> State:
     """All that a run needs to go on exactly."""
@@ -26,6 +28,7 @@ def snapshot(parts: Parts, outcome: Outcome) -> State:
         "progress": parts.progress.state_dict(), "model": parts.model.state_dict(),
         "optimizer": parts.optimizer.state_dict(), "scheduler": parts.scheduler.state_dict(),
         "scaler": parts.runtime.scaler.state_dict(), "precision": parts.precision, "log": parts.log.state_dict(),
+        "device": parts.runtime.device.type, "compiled": parts.config.compile,
         "world_size": parts.processes.world_size, "bad_files": parts.data.bad.reasons, **outcome.state_dict(),
     }
 
@@ -96,8 +99,10 @@ def _restore(parts: Parts, outcome: Outcome, state: State) -> None:
     parts.scheduler.load_state_dict(state["scheduler"])  # type: ignore[arg-type]
     if parts.runtime.scaler.is_enabled() and state["scaler"]:
         parts.runtime.scaler.load_state_dict(state["scaler"])  # type: ignore[arg-type]
-    if state["precision"] != parts.precision:
-        say(f"note: precision {state['precision']} -> {parts.precision}, so this is not an exact resume")
+    arithmetic = {"precision": parts.precision, "device": parts.runtime.device.type, "compiled": parts.config.compile}
+    for name, here in arithmetic.items():
+        if state.get(name, here) != here:
+            say(f"note: {name} {state[name]} -> {here}, so this is not an exact resume")
     before, now = state.get("world_size", 1), parts.processes.world_size
     if before != now:
         say(f"note: {before} -> {now} processes: every update uses the same images and views as before, but sums and batch "
@@ -136,5 +141,5 @@ def _other_changes(parts: Parts) -> str:
         return ""
     now = json.loads(json.dumps(asdict(parts.config)))
     changed = [f"{key} {before[key]} -> {now[key]}" for key in now
-               if key in before and key not in ("resume", "debug") and before[key] != now[key]]
+               if key in before and key not in NOT_LISTED and before[key] != now[key]]
     return f"; changed, without effect on the result: {', '.join(changed)}" if changed else ""

@@ -56,14 +56,14 @@ def odd_folder(root: Path, side: int | None = None) -> Path:
         "i.tif": saved(image.convert("I"), "TIFF"), "deep.tif": tiff(row * 2 * size, 16, (size, size)),
         "moving.webp": saved(image, "WEBP", save_all=True, append_images=[image.rotate(90)]),
         "torn.png": whole[:len(whole) // 2], "empty.jpg": b"", "page.jpg": b"<!DOCTYPE html><title>404</title>",
-        "bomb.png": png((20_000, 20_000), 8, 0, b""), "gif.png": saved(image, "GIF"),
+        "bomb.png": png((20_000, 20_000), 8, 0, b""), "tga.png": saved(image, "TGA"),
         "nan.tif": tiff(b"\0\0\xc0\x7f" * size * size, 32, (size, size), kind=3)}
     for name, content in files.items():
         (root / name).write_bytes(content)
     return root
 
 
-BAD = {"torn.png", "empty.jpg", "page.jpg", "bomb.png", "gif.png", "nan.tif"}
+BAD = {"torn.png", "empty.jpg", "page.jpg", "bomb.png", "tga.png", "nan.tif"}
 
 
 def listed(out: str | Path) -> set[str]:

@@ -21,15 +21,15 @@ from byol_core.checkpoint import (KEYS, CheckpointError, atomic_write, newest_ch
 
 
 def save(folder: Path, number: int) -> None:
-    save_checkpoint(folder, {**dict.fromkeys(KEYS), "number": number, "tensor": torch.full((1000,), float(number))})
+    save_checkpoint(folder, {**dict.fromkeys(KEYS), "progress": number, "scores": torch.full((1000,), float(number))})
 
 
 def test_last_and_the_one_before_are_kept(tmp_path: Path) -> None:
     for number in (1, 2, 3):
         save(tmp_path, number)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "previous.pt"]
-    assert read_checkpoint(tmp_path / "last.pt")["number"] == 3
-    assert read_checkpoint(tmp_path / "previous.pt")["number"] == 2
+    assert read_checkpoint(tmp_path / "last.pt")["progress"] == 3
+    assert read_checkpoint(tmp_path / "previous.pt")["progress"] == 2
 
 
 def test_a_file_is_on_the_disk_before_its_name_and_its_name_before_the_save_ends(tmp_path: Path, monkeypatch) -> None:
@@ -50,7 +50,7 @@ def test_save_interrupted_before_replace_leaves_the_old_file_loadable(tmp_path: 
               "save(folder, 2)\n")
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=Path(__file__).parent.parent)
     assert done.returncode == 9
-    assert read_checkpoint(tmp_path / "last.pt")["number"] == 1
+    assert read_checkpoint(tmp_path / "last.pt")["progress"] == 1
     assert list(tmp_path.glob(".*.tmp"))
     remove_leftovers(tmp_path)
     assert not list(tmp_path.glob(".*.tmp"))
@@ -65,7 +65,7 @@ def save_for_ever(folder: Path, saved: EventType, writer: Callable[[Path, int], 
 def write_in_place(folder: Path, number: int) -> None:
     """What `save` must not be."""
     tensor = torch.full((1000,), float(number))
-    torch.save({**dict.fromkeys(KEYS), "format": 1, "number": number, "tensor": tensor}, folder / "last.pt")
+    torch.save({**dict.fromkeys(KEYS), "format": 1, "progress": number, "scores": tensor}, folder / "last.pt")
 
 
 def unreadable_after_kills(folder: Path, writer: Callable[[Path, int], None], kills: int) -> int:
@@ -82,7 +82,7 @@ def unreadable_after_kills(folder: Path, writer: Callable[[Path, int], None], ki
         child.join()
         try:
             state = read_checkpoint(folder / "last.pt")
-            assert bool((state["tensor"] == state["number"]).all())
+            assert bool((state["scores"] == state["progress"]).all())
         except CheckpointError:
             unreadable += 1
     return unreadable
@@ -111,7 +111,7 @@ def test_a_damaged_file_is_noticed_and_the_one_before_used(tmp_path: Path, damag
     path = tmp_path / "last.pt"
     path.write_bytes(damage(path.read_bytes()))
     state, lines = newest_checkpoint(tmp_path)
-    assert state is not None and state["number"] == 2
+    assert state is not None and state["progress"] == 2
     assert len(lines) == 1 and "last.pt is " in lines[0]
 
 
@@ -124,10 +124,10 @@ def test_one_flipped_byte_is_noticed_though_torch_does_not(tmp_path: Path) -> No
         member = next(info for info in archive.infolist() if info.filename.endswith("data/0"))
     data[member.header_offset + 2000] ^= 1
     path.write_bytes(data)
-    assert not bool((torch.load(path, weights_only=True)["tensor"] == 3.0).all())  # wrong, silently
+    assert not bool((torch.load(path, weights_only=True)["scores"] == 3.0).all())  # wrong, silently
     with pytest.raises(CheckpointError, match="checksum mismatch in .*data/0"):
         read_checkpoint(path)
-    assert newest_checkpoint(tmp_path)[0]["number"] == 2
+    assert newest_checkpoint(tmp_path)[0]["progress"] == 2
 
 
 def test_all_checkpoints_damaged_is_an_error_and_never_a_fresh_start(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_all_checkpoints_damaged_is_an_error_and_never_a_fresh_start(tmp_path: P
         save(tmp_path, number)
     for path in tmp_path.iterdir():
         path.write_bytes(b"")
-    with pytest.raises(CheckpointError, match="last.pt is empty.*previous.pt is empty"):
+    with pytest.raises(CheckpointError, match="last.pt is empty.*previous.pt is empty - start a new run in another"):
         newest_checkpoint(tmp_path)
 
 
@@ -148,19 +148,28 @@ class Payload:
         self.marker = marker
 
     def __reduce__(self) -> tuple:
-        return Path.touch, (self.marker,)
+        return os.mkdir, (str(self.marker),)
 
 
-@pytest.mark.parametrize("zipped", [True, False])
-def test_code_in_a_file_is_refused_and_not_run(tmp_path: Path, zipped: bool) -> None:
+@pytest.mark.parametrize("protocol", [None, *range(pickle.HIGHEST_PROTOCOL + 1)])
+def test_code_in_a_file_is_refused_and_not_run(tmp_path: Path, protocol: int | None) -> None:
     marker, path = tmp_path / "marker", tmp_path / "evil.pt"
-    if zipped:
+    if protocol is None:
         torch.save({"format": 1, "payload": Payload(marker)}, path)
     else:
-        path.write_bytes(pickle.dumps(Payload(marker)))
+        path.write_bytes(pickle.dumps(Payload(marker), protocol))
     with pytest.raises(CheckpointError) as error:
         read_checkpoint(path)
     assert not marker.exists() and "weights_only" not in str(error.value)
+    name = f"{os.name}.mkdir"  # of the module in which Python has it
+    assert str(error.value) == (f"{path} is not a byol_core checkpoint: it holds more than tensors and plain values ({name}), "
+                                "and nothing in it was run")
+
+
+def test_the_format_of_old_torch_is_named(tmp_path: Path) -> None:
+    torch.save({"conv1.weight": torch.ones(2)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match="old.pt is in the format of torch before 1.6 - torch.load it, and"):
+        read_weights(tmp_path / "old.pt")
 
 
 def test_other_files_are_named_for_what_they_are(tmp_path: Path) -> None:
@@ -197,7 +206,7 @@ def test_full_disk_keeps_the_old_file_and_leaves_no_other(tmp_path: Path) -> Non
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=Path(__file__).parent.parent, text=True,
                           capture_output=True)
     assert "cannot write" in done.stdout and "last.pt" in done.stdout and "MB free" in done.stdout, done.stderr
-    assert read_checkpoint(tmp_path / "last.pt")["number"] == 1
+    assert read_checkpoint(tmp_path / "last.pt")["progress"] == 1
     assert not list(tmp_path.glob(".*.tmp"))
 
 

@@ -48,6 +48,12 @@ def new_batches(root: Path, recipe: ViewRecipe, order: Order, workers: int = 0) 
     return CropBatches(load(root), (recipe, recipe), order, workers, CPU)
 
 
+@pytest.mark.parametrize("device, pinned", [("cpu", False), ("mps", False), ("cuda", True)])
+def test_memory_is_pinned_for_cuda_alone(image_folder: Callable[..., Path], device: str, pinned: bool) -> None:
+    crops = CropBatches(load(image_folder()), (PLAIN, PLAIN), Order(8, 4), 2, torch.device(device))
+    assert crops.loader.pin_memory == pinned
+
+
 def photograph(width: int, height: int, seed: int = 0) -> np.ndarray:
     """(height, width, 3) uint8 whose amplitudes fall with the frequency, as a photograph's do."""
     random = np.random.default_rng(seed)

@@ -1,6 +1,8 @@
 """Which files a folder holds, and what their pixels are."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +27,30 @@ def names(root: Path) -> list[str]:
 
 def test_scan_is_recursive_sorted_and_knows_its_suffixes(tmp_path: Path) -> None:
     touch(tmp_path / "b" / "2.JPG", tmp_path / "b" / "10.jpeg", tmp_path / "a.png", tmp_path / "c" / "d" / "e.webp",
-          tmp_path / "notes.txt", tmp_path / "b" / "x.gif")
-    assert names(tmp_path) == ["a.png", "b/10.jpeg", "b/2.JPG", "c/d/e.webp"]
+          tmp_path / "notes.txt", tmp_path / "b" / "x.gif", tmp_path / "b" / "x.heic", tmp_path / "x.HEIC", tmp_path / "x.tga")
+    assert names(tmp_path) == ["a.png", "b/10.jpeg", "b/2.JPG", "b/x.gif", "c/d/e.webp"]
+    assert scan(tmp_path).remarks == ("left out, as these formats are not read: 2 .heic, 1 .tga",)
+
+
+def test_the_order_is_that_of_the_names_whatever_the_file_system_gives(tmp_path: Path, monkeypatch) -> None:
+    touch(*(tmp_path / folder / name for folder in "cab" for name in ("3.png", "1.png", "2.png")))
+    scandir, found = os.scandir, []
+
+    class Turned(contextlib.AbstractContextManager):
+        def __init__(self, folder: bytes) -> None:
+            with scandir(folder) as entries:
+                self.entries = sorted(entries, key=lambda entry: entry.name, reverse=turned)
+
+        def __enter__(self) -> Iterator["os.DirEntry[bytes]"]:
+            return iter(self.entries)
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setattr(os, "scandir", Turned)
+    for turned in (False, True):
+        found.append(names(tmp_path))
+    assert found[0] == found[1] == [f"{folder}/{number}.png" for folder in "abc" for number in (1, 2, 3)]
 
 
 def test_hidden_files_and_archive_leftovers_are_left_out(tmp_path: Path) -> None:
@@ -175,6 +199,12 @@ def test_floats_are_scaled_by_their_range(tmp_path: Path, scale: float, offset: 
 
 def test_32_bit_integers_are_scaled_by_their_range(tmp_path: Path) -> None:
     assert (pixels(save(tmp_path / "i.tif", RAMP.astype(np.int32) * 100_000)) == RAMP[..., None]).all()
+
+
+@pytest.mark.parametrize("value, grey", [(0.0, 0), (0.2, 51), (1.0, 255), (200.0, 200), (-3.0, 128), (1000.0, 128)])
+def test_a_float_image_of_one_value_is_that_value_or_a_middle_grey(tmp_path: Path, value: float, grey: int) -> None:
+    Image.new("F", (3, 2), value).save(tmp_path / "x.tif")
+    assert (np.asarray(decode(tmp_path / "x.tif")) == grey).all()
 
 
 def test_floats_that_are_not_finite_are_refused(tmp_path: Path) -> None:

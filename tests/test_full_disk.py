@@ -1,6 +1,7 @@
 """A disk that is full or nearly so, and files that are damaged: one line, both checkpoints kept, nothing half-written left."""
 
 import errno
+import math
 import os
 import shutil
 from collections import namedtuple
@@ -11,6 +12,7 @@ import torch
 
 from byol_core import checkpoint as files
 from byol_core.checkpoint import KEYS, newest_checkpoint, read_checkpoint, save_checkpoint, tensor_bytes
+from byol_core.run_folder import space_warning
 from byol_core.signals import Stopped
 from tests.children import At, run_child
 from tests.test_checkpoint import save
@@ -60,12 +62,12 @@ def test_no_space_left_names_what_is_needed_and_free_and_costs_neither_checkpoin
         save(tmp_path, number)
     monkeypatch.setattr(files, "open", everything_to_a_full_device, raising=False)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(0, 0, 12_300_000))
-    state = {**dict.fromkeys(KEYS), "tensor": torch.zeros(2_000_000), "number": 3}  # 8 MB
+    state = {**dict.fromkeys(KEYS), "scores": torch.zeros(2_000_000), "progress": 3}  # 8 MB
     with pytest.raises(OSError) as error:
         save_checkpoint(tmp_path, state)
     assert str(error.value).startswith(f"cannot write {tmp_path / 'last.pt'}: ")
     assert str(error.value).endswith("(needs 8 MB, 12 MB free) - the file before it is kept")
-    assert [read_checkpoint(tmp_path / name)["number"] for name in ("last.pt", "previous.pt")] == [2, 1]
+    assert [read_checkpoint(tmp_path / name)["progress"] for name in ("last.pt", "previous.pt")] == [2, 1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "previous.pt"]
     with pytest.raises(OSError, match="cannot write .*x.json: No space left on device"):
         files.write_text(tmp_path / "x.json", "{}")
@@ -85,8 +87,19 @@ def test_a_run_on_a_disk_with_too_little_room_is_warned_with_sizes(data: Path, m
     capsys.readouterr()
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(0, 0, int(3 * size * room)))
     assert run(arguments(data, "--workers", 0, "--optimizer", "adam"), "out") == 0
-    line = f"warning: {3 * size * room / 1e6:.0f} MB free in out, but 3 checkpoints of {size / 1e6:.0f} MB may be there"
+    line = (f"warning: {int(3 * size * room / 1e6)} MB free in out, but the 3 checkpoints that may be there at once need "
+            f"{math.ceil(3 * size / 1e6)} MB - free some space, or choose another --out\n")
     assert (line in capsys.readouterr().out) == warned
+
+
+def test_checkpoints_that_are_there_already_need_no_more_room(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "last.pt").write_bytes(bytes(900_000))
+    (tmp_path / "previous.pt").write_bytes(bytes(800_000))
+    for free, warned in ((1_300_000, False), (1_299_999, True)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(0, 0, free))
+        assert space_warning(tmp_path, 1_000_000) == (
+            f"warning: 1 MB free in {tmp_path}, but the 3 checkpoints that may be there at once need 2 MB more - free some "
+            "space, or choose another --out" if warned else None)
 
 
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt(), Stopped(2)])
@@ -117,9 +130,9 @@ def test_a_disk_that_fills_up_while_the_old_file_is_copied_leaves_nothing_behind
         with pytest.raises(OSError, match="No space left on device"):
             save(tmp_path, 3)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "previous.pt"]
-    assert newest_checkpoint(tmp_path)[0]["number"] == 2
+    assert newest_checkpoint(tmp_path)[0]["progress"] == 2
     save(tmp_path, 3)
-    assert [read_checkpoint(tmp_path / name)["number"] for name in ("last.pt", "previous.pt")] == [3, 2]
+    assert [read_checkpoint(tmp_path / name)["progress"] for name in ("last.pt", "previous.pt")] == [3, 2]
 
 
 def stop() -> None:

@@ -18,7 +18,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "folder": {"checkpoint", "decoding", "listing", "shards"},
     "processes": {"signals", "watch"}, "runtime": {"lars", "processes", "watch"},
     "sample": {"config"},
-    "run_folder": {"checkpoint", "config"}, "failures": set(), "workers": {"signals"},
+    "run_folder": {"checkpoint", "config", "run_facts"}, "failures": set(), "workers": {"signals"},
     "networks": {"ema"},
     "device_views": {"image_ops", "views", "seeds"},
     "health": {"losses"}, "charts": set(),

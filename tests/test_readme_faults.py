@@ -36,11 +36,13 @@ HELD_BY = {
     "a file is something else": "wrong_checkpoints.what_is_no_checkpoint_is_said_to_be_none_by_every_command",
     "weights are given to": "wrong_checkpoints.weights_given_to_resume_are_pointed_to_init_from",
     "a checkpoint is of a newer": "wrong_checkpoints.a_newer_format_asks_for_an_upgrade "
+                                  "wrong_checkpoints.a_key_of_a_newer_version_asks_for_an_upgrade "
                                   "wrong_checkpoints.the_checkpoint_of_format_1_loads_and_goes_on",
     "another option that changes": "train_command.resuming_with_other_options_is_refused_by_name",
     "images were added": "wrong_checkpoints.a_renamed_image_is_another_set_of_images "
                          "train_command.resuming_with_other_images_is_refused",
     "another `--amp`": "wrong_checkpoints.another_precision_is_noted_and_the_run_goes_on "
+                       "wrong_checkpoints.another_device_is_noted "
                        "torchrun.one_process_goes_on_with_a_run_of_two_and_says_so",
     "another `--workers`": "wrong_checkpoints.harmless_options_may_change_and_change_nothing "
                            "train_command.worker_count_does_not_change_the_result",
@@ -62,6 +64,7 @@ HELD_BY = {
                       "folder.one_bit_becomes_black_and_white odd_images.unsigned_32_bits_do_not_turn_negative "
                       "odd_images.deep_greys_are_scaled_whatever_the_byte_order",
     "EXIF orientations": "odd_images.every_exif_orientation_is_undone odd_images.of_several_frames_the_first_is_taken",
+    "pictures in other formats": "folder.scan_is_recursive_sorted_and_knows_its_suffixes",
     "images of 1x1": "bad_files.images_of_one_pixel_and_of_one_line_are_trained_on",
     "`--data` is mistyped": "folder.what_is_missing_is_named_with_what_is_there",
     "no images": "folder.what_is_missing_is_named_with_what_is_there",

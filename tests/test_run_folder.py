@@ -17,7 +17,7 @@ def test_a_refused_folder_keeps_every_file_of_its_owner(tmp_path: Path) -> None:
         (tmp_path / name).write_text("mine")
     with pytest.raises(ValueError, match="is not empty"), open_run_folder(tmp_path, may_be_used=False):
         pass
-    assert {entry.name for entry in tmp_path.iterdir()} >= {".important.tmp", ".train.log.12.tmp", "notes.txt"}
+    assert {entry.name for entry in tmp_path.iterdir()} == {".important.tmp", ".train.log.12.tmp", "notes.txt"}
 
 
 def test_only_what_a_killed_run_left_half_written_is_removed(tmp_path: Path) -> None:

@@ -154,8 +154,8 @@ def test_exported_backbone_loads_into_torchvision_but_for_its_classifier(image_f
     ("cpu", ["--optimizer", "lars"], 4), ("device", ["--recipe", "quadra"], 4), ("device", ["--amp", "fp16"], 1),
     ("device", ["--accum-steps", "2", "--optimizer", "adamw", "--scheduler", "constant"], 3),
 ])
-def test_a_stopped_run_continues_to_the_same_result_bit_for_bit(image_folder: Callable[..., Path], monkeypatch, views: str,
-                                                                options: list[str], stop_at: int) -> None:
+def test_a_stopped_run_continues_to_the_same_result_bit_for_bit(image_folder: Callable[..., Path], monkeypatch, capsys,
+                                                                views: str, options: list[str], stop_at: int) -> None:
     data = image_folder(classes=2, per_class=6)
     arguments = ["--data", data, "--epochs", 2, "--views", views, "--no-eval", *SMALL, *options]
     assert run(*arguments, "--out", "whole") == 0
@@ -170,6 +170,8 @@ def test_a_stopped_run_continues_to_the_same_result_bit_for_bit(image_folder: Ca
     monkeypatch.setattr(Run, "_after_step", terminate_at)
     assert run(*arguments, "--out", "parts") == 143
     stopped = checkpoint("parts")
+    said = f"update {stop_at}; parts/last.pt has the weights of update {stop_at}; the same command with --resume goes on\n"
+    assert capsys.readouterr().out.endswith(said)
     assert stopped["progress"]["updates"] == stop_at and summary("parts")["status"] == "stopped"
     assert run(*arguments, "--out", "parts", "--resume") == 0
     assert_same_state(checkpoint("whole"), checkpoint("parts"))
@@ -321,7 +323,7 @@ def test_resuming_from_elsewhere_does_not_overwrite_another_run(image_folder: Ca
     assert run(*arguments, "--out", "second", "--seed", 3) == 0
     before = checkpoint("second")
     assert run(*arguments, "--out", "second", "--resume", "first/previous.pt") == 2
-    assert "second already holds a run" in capsys.readouterr().err
+    assert "second already holds a run (epoch " in capsys.readouterr().err
     assert_same_state(checkpoint("second"), before)
     assert run(*arguments, "--out", "third", "--resume", "first/previous.pt") == 0
     assert_same_state(checkpoint("third"), checkpoint("first"))
@@ -555,7 +557,7 @@ def test_a_used_run_folder_needs_resume(image_folder: Callable[..., Path], capsy
     arguments = ["--data", image_folder(), "--epochs", 1, "--no-eval", *SMALL]
     assert run(*arguments, "--out", "out") == 0
     assert run(*arguments, "--out", "out") == 2
-    assert "out already holds a run - add --resume to go on, or choose another --out" in capsys.readouterr().err
+    assert "out already holds a run (epoch 1/1) - add --resume to go on, or choose another --out" in capsys.readouterr().err
     Path("foreign").mkdir()
     Path("foreign/thesis.tex").touch()
     assert run(*arguments, "--out", "foreign") == 2
@@ -589,6 +591,48 @@ def test_resuming_with_other_images_is_refused(image_folder: Callable[..., Path]
 def test_resume_in_an_empty_folder_starts_afresh(image_folder: Callable[..., Path], capsys) -> None:
     assert run("--data", image_folder(), "--epochs", 1, "--out", "out", "--resume", "--no-eval", *SMALL) == 0
     assert "nothing to resume in out: starting afresh" in capsys.readouterr().out
+
+
+def test_resume_from_a_folder_without_a_checkpoint_is_refused(image_folder: Callable[..., Path], capsys) -> None:
+    Path("elsewhere").mkdir()
+    assert run("--data", image_folder(), "--epochs", 1, "--out", "out", "--resume", "elsewhere", "--no-eval", *SMALL) == 2
+    assert capsys.readouterr().err == "error: no checkpoint in elsewhere\n"
+    assert not Path("out").exists()
+
+
+def test_a_damaged_checkpoint_is_told_and_the_one_before_gone_on_from(image_folder: Callable[..., Path], capsys) -> None:
+    arguments = ["--data", image_folder(), "--epochs", 2, "--out", "out", "--no-eval", *SMALL]
+    assert run(*arguments) == 0
+    whole = checkpoint("out")
+    Path("out/last.pt").write_bytes(Path("out/last.pt").read_bytes()[:-1])
+    assert run(*arguments, "--resume") == 0
+    assert ("warning: out/last.pt is damaged or not a checkpoint; using the checkpoint before it\n"
+            in capsys.readouterr().out)
+    assert_same_state(checkpoint("out"), whole)
+
+
+def test_no_whole_checkpoint_is_wrong_input_and_never_a_fresh_start(image_folder: Callable[..., Path], capsys) -> None:
+    arguments = ["--data", image_folder(), "--epochs", 2, "--out", "out", "--no-eval", *SMALL]
+    assert run(*arguments) == 0
+    for name in ("last.pt", "previous.pt"):
+        Path("out", name).write_bytes(b"")
+    before = {path.name: path.read_bytes() for path in Path("out").iterdir() if path.suffix != ".log"}
+    capsys.readouterr()
+    assert run(*arguments, "--resume") == 2
+    assert capsys.readouterr().err == (
+        "error: out/last.pt is empty; out/previous.pt is empty - start a new run in another --out, or one from its network "
+        "with --init-from out/backbone.pt\n")
+    before.pop(".lock")
+    assert all(Path("out", name).read_bytes() == content for name, content in before.items())
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_before_the_images_are_looked_for(image_folder: Callable[..., Path],
+                                                                                     monkeypatch, capsys) -> None:
+    monkeypatch.setattr("byol_core.folder.walk", lambda *_: pytest.fail("it took a while for nothing"))
+    data = image_folder()
+    Path("out").touch()
+    assert run("--data", data, "--epochs", 1, "--out", "out", *SMALL) == 2
+    assert "cannot write to out: file exists" in capsys.readouterr().err
 
 
 def test_a_second_run_in_the_same_folder_is_refused(image_folder: Callable[..., Path], capsys) -> None:

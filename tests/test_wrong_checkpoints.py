@@ -17,7 +17,7 @@ from PIL import Image
 from torch import nn
 
 import train
-from byol_core import embed, evaluate_command
+from byol_core import __version__, embed, evaluate_command
 from byol_core.backbones import build_backbone
 from byol_core.checkpoint import CheckpointError, read_backbone, read_checkpoint, read_weights, save_checkpoint
 from byol_core.pretrained import load_pretrained
@@ -87,7 +87,7 @@ def test_code_in_a_file_is_named_and_not_run_by_any_command(trained: Path, comma
     assert said.count("\n") == 1 and said.startswith("error: ") and "evil.pt" in said
     assert not Path("executed").exists()
     assert "weights_only" not in said and "trust" not in said  # torch's own message advises to switch the guard off
-    if kind != "bare pickle" and command != "baseline-weights":
+    if command != "baseline-weights":
         assert f"it holds more than tensors and plain values ({os.name}.mkdir), and nothing in it was run" in said
 
 
@@ -115,6 +115,13 @@ def test_a_newer_format_asks_for_an_upgrade(trained: Path, command: str, capsys)
     torch.save({**read_checkpoint(trained / "last.pt"), "format": 2}, "newer.pt")
     assert give(command, Path("newer.pt"), trained) == 2
     assert "has checkpoint format 2, this version reads up to 1 - upgrade byol_core" in capsys.readouterr().err
+
+
+def test_a_key_of_a_newer_version_asks_for_an_upgrade(trained: Path, capsys) -> None:
+    torch.save({**read_checkpoint(trained / "last.pt"), "version": "7.0", "queue": 3}, "newer.pt")
+    assert give("resume", Path("newer.pt"), trained) == 2
+    assert (f"newer.pt was written by byol_core 7.0 and holds queue, which this version ({__version__}) does not know"
+            in capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("command", ["init-from", "evaluate", "embed"])
@@ -215,6 +222,9 @@ def test_a_checkpoint_of_a_wrapped_network_is_accepted(trained: Path, prefix: st
     for found in (read_backbone(Path("last.pt")), load_pretrained("last.pt").backbone.state_dict()):
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert run("--data", trained.parent / "imgs", "--epochs", 1, "--out", "on", "--no-eval", *SMALL, "--resume",
+               "last.pt") == 0
+    assert_same_state(checkpoint("on"), state)
 
 
 def test_a_network_that_has_a_child_named_module_keeps_it() -> None:
@@ -280,8 +290,19 @@ def test_another_precision_is_noted_and_the_run_goes_on(image_folder: Folder, st
     stopped_after(2, *arguments, "--amp", before)
     assert bool(checkpoint("out")["scaler"]) == (before == "fp16")  # its scale and growth
     assert run(*arguments, "--amp", after, "--resume") == 0
-    assert f"note: precision {note}, so this is not an exact resume" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"note: precision {note}, so this is not an exact resume" in said and "without effect" not in said
     assert summary("out")["status"] == "finished" and bool(checkpoint("out")["scaler"]) == (after == "fp16")
+
+
+def test_another_device_is_noted(image_folder: Folder, stopped_after: Callable[..., None], capsys) -> None:
+    arguments = ["--data", image_folder(), "--epochs", 2, "--out", "out", "--no-eval", *SMALL]
+    stopped_after(2, *arguments)
+    save_checkpoint(Path("out"), {**checkpoint("out"), "device": "cuda", "compiled": True})
+    assert run(*arguments, "--resume") == 0
+    said = capsys.readouterr().out
+    assert "note: device cuda -> cpu, so this is not an exact resume" in said
+    assert "note: compiled True -> False, so this is not an exact resume" in said
 
 
 def test_harmless_options_may_change_and_change_nothing(image_folder: Folder, stopped_after: Callable[..., None],

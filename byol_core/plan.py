@@ -199,7 +199,7 @@ def _rates(optimizer: str, epochs: int, batch_size: int) -> list[Choice]:
 def _paper(facts: Facts, epochs: int, total: int, batch_size: int) -> list[Choice]:
     nearest = _nearest_preset(epochs)
     lr, weight_decay, tau = PAPER_PRESETS[nearest]
-    reason = f"the paper's {nearest}-epoch preset"
+    reason = f"the paper's {nearest}-epoch preset, made for ResNet-50 and batch 4096"
     return [Choice("optimizer", "lars", reason), Choice("lr", lr, reason), Choice("weight_decay", weight_decay, reason),
             Choice("warmup_epochs", min(10.0, epochs / 4), "the paper's 10 epochs, at most a quarter of the run"),
             *_cosine_step(), Choice("tau_base", tau, reason),
@@ -208,7 +208,7 @@ def _paper(facts: Facts, epochs: int, total: int, batch_size: int) -> list[Choic
 
 def _quadra(facts: Facts, epochs: int, total: int, batch_size: int) -> list[Choice]:
     reason = "the source system's default"
-    return [Choice("optimizer", "adam", reason), Choice("lr", 3e-4, f"{reason} at batch 256"),
+    return [Choice("optimizer", "adam", reason), Choice("lr", 3e-4 * 256 / batch_size, f"{reason}, 3e-4 at every batch"),
             Choice("weight_decay", 0.0, reason),
             Choice("warmup_epochs", 0.0, reason), Choice("scheduler", "plateau", reason),
             Choice("scheduler_interval", "epoch", reason), Choice("tau_base", 0.9995, reason),

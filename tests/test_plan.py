@@ -31,6 +31,7 @@ def test_paper_recipe_is_the_published_preset_nearest_in_epochs(epochs: int, lr:
 def test_quadra_recipe_is_the_source_systems_defaults() -> None:
     chosen = plan(PHOTOS, recipe="quadra")
     assert (chosen.optimizer, chosen.lr, chosen.weight_decay) == ("adam", 3e-4, 0.0)
+    assert plan(PHOTOS, recipe="quadra", batch_size=4096).lr == pytest.approx(3e-4)  # it does not scale rates
     assert (chosen.scheduler, chosen.scheduler_interval, chosen.tau_base, chosen.tau_schedule) == (
         "plateau", "epoch", 0.9995, "cosine")
     assert chosen.views[0].interpolation == "bilinear"

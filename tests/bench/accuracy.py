@@ -26,18 +26,22 @@ from byol_core.parts import Parts
 from byol_core.processes import ALONE
 from byol_core.scoring import Scorer
 from tests.bench.lightly_recipe import train_lightly
-from tests.bench.table import environment, markdown, show
+from tests.bench.table import commit, environment, markdown, show
 
 ACCURACIES = ("kNN 20, last", "kNN 20, best", "kNN 200, last", "kNN 200, best", "linear, last", "linear, best", "1 label",
               "5 labels")
-COLUMNS = ("epochs", "minutes", "images/s", *ACCURACIES, "log")
+COLUMNS = ("commit", "epochs", "minutes", "images/s", *ACCURACIES, "log")
+OURS = ("--data", "--eval-data", "--out", "--seed", "--resume", "--eval-every", "--no-eval", "--check")  # set by this command
 MEASURED = 20  # times that kNN is measured on the way, for the best epoch
 LOGS = Path("tests", "bench", "logs")  # the command is run from the root of the repository
 
 
 @dataclass
 class Result:
-    """One run, or a baseline: what it took, where that is known, and what it reached, accuracies in [0, 1]."""
+    """One run, or a baseline: what it took, where that is known, and what it reached, accuracies in [0, 1].
+
+    commit: at which the run was begun; the results' own line has that at which it was measured.
+    """
 
     name: str
     accuracies: dict[str, float | None]
@@ -45,9 +49,10 @@ class Result:
     minutes: float | None = None
     images_per_second: float | None = None
     log: str = ""
+    commit: str = "-"
 
     def cells(self) -> tuple[str, ...]:
-        known = {"epochs": _shown(self.epochs, "d"), "minutes": _shown(self.minutes, ".2f"),
+        known = {"commit": self.commit, "epochs": _shown(self.epochs, "d"), "minutes": _shown(self.minutes, ".2f"),
                  "images/s": _shown(self.images_per_second, ".0f"), "log": self.log}
         return self.name, *(known[column] if column in known else _percent(self.accuracies.get(column)) for column in COLUMNS)
 
@@ -72,13 +77,24 @@ def epochs_for(minutes: float, arguments: list[str], place: Path) -> int:
     return int(kept.read_text())
 
 
-def train_once(arguments: list[str], epochs: int, seed: int, out: Path, log: Path | None) -> tuple[Result, Parts]:
-    """Train, or go on, and measure the last network and the one whose kNN was best. log: where a copy of it is kept."""
+def train_once(arguments: list[str], epochs: int, seed: int, out: Path, log: Path | None) -> tuple[Result, Parts | None]:
+    """Train, or go on, and measure the last network and the one whose kNN was best; (no accuracies, None) of a run that fails.
+
+    log: where a copy of the run's is kept. Raises: SystemExit for a run that is stopped, or cannot be begun.
+    """
     options = [*arguments, "--epochs", str(epochs), "--seed", str(seed), "--out", str(out),
                "--eval-every", str(max(1, epochs // MEASURED))]
-    if command.main([*options, "--resume"]) != 0:
-        raise SystemExit(f"the run in {out} failed; see its train.log")
+    begun = out.with_name(f"{out.name}-commit.txt")
+    if not (out / "last.pt").exists():
+        begun.parent.mkdir(parents=True, exist_ok=True)
+        begun.write_text(commit())
+    code = command.main([*options, "--resume"])
+    if code > 1:
+        raise SystemExit(code if code == 2 else f"stopped; the same command goes on in {out}")
     summary = json.loads((out / "summary.json").read_text())
+    if code == 1:
+        return Result(f"seed {seed}, failed: {summary['reason']}", {}, summary["epochs"], summary["seconds"] / 60,
+                      log=str(out / "train.log"), commit=begun.read_text()), None
     with contextlib.ExitStack() as stack:
         parts = command.prepare(parse_config([*options, "--resume"]), ALONE, stack).parts
     best = parts.new_model().online.backbone
@@ -88,7 +104,7 @@ def train_once(arguments: list[str], epochs: int, seed: int, out: Path, log: Pat
         log.parent.mkdir(exist_ok=True)
         shutil.copy(out / "train.log", log)
     return Result(f"seed {seed}", accuracies, epochs, summary["seconds"] / 60, summary["images_per_second"],
-                  str(log or out / "train.log")), parts
+                  str(log or out / "train.log"), begun.read_text()), parts
 
 
 def measured(parts: Parts, backbone: nn.Module, which: str) -> dict[str, float | None]:
@@ -102,6 +118,7 @@ def measured(parts: Parts, backbone: nn.Module, which: str) -> dict[str, float |
 
 
 def mean_row(results: list[Result]) -> tuple[str, ...]:
+    """The means of the runs that were finished."""
     def mean(values: list[float | None], form: str) -> str:
         known = [value for value in values if value is not None]
         return f"{statistics.mean(known):{form}} ± {statistics.stdev(known):{form}}" if len(known) > 1 else "-"
@@ -109,7 +126,7 @@ def mean_row(results: list[Result]) -> tuple[str, ...]:
     percents = [{key: None if value is None else 100 * value for key, value in result.accuracies.items()}
                 for result in results]
     accuracies = [mean([values[key] for values in percents], ".2f") for key in ACCURACIES]
-    return ("mean", _shown(results[0].epochs, "d"), mean([result.minutes for result in results], ".2f"),
+    return ("mean", "", _shown(results[0].epochs, "d"), mean([result.minutes for result in results], ".2f"),
             mean([result.images_per_second for result in results], ".0f"), *accuracies, "")
 
 
@@ -139,19 +156,27 @@ def main() -> None:
     arguments = ["--data", "digits"] if options.set == "digits" else [
         "--data", str(options.images / "train"), "--eval-data", str(options.images / "test")]
     arguments += passed_on
-    place = options.out / "-".join([options.set, *(word.strip("-").replace("/", "_") for word in passed_on)])
+    if set(passed_on) & set(OURS):
+        parser.error(f"{' '.join(sorted(set(passed_on) & set(OURS)))}: this command sets that itself")
+    images = [] if options.set == "digits" else [options.images.resolve().name]
+    place = options.out / "-".join([options.set, *images, *(word.strip("-").replace("/", "_") for word in passed_on)])
     epochs = options.epochs or (epochs_for(options.minutes, arguments, place) if options.minutes else 100)
-    results = []
+    results, parts = [], None
     for seed in range(options.seeds):
         name = f"{epochs}-epochs-seed-{seed}"
         log = LOGS / f"{place.name}-{name}.log" if options.write else None
-        result, parts = train_once(arguments, epochs, seed, place / name, log)
+        result, finished = train_once(arguments, epochs, seed, place / name, log)
         results.append(result)
+        parts = finished or parts
     rows = [result.cells() for result in results]
-    if len(results) > 1:
-        rows.append(mean_row(results))
+    if parts is None:
+        keep(options, epochs, passed_on, rows, "every run failed")
+        raise SystemExit(1)
+    whole = [result for result in results if result.accuracies]
+    if len(whole) > 1:
+        rows.append(mean_row(whole))
     if options.lightly:
-        backbone, epochs_there, minutes, rate = train_lightly(parts, results[-1].minutes or 0.0, options.seeds - 1)
+        backbone, epochs_there, minutes, rate = train_lightly(parts, whole[-1].minutes or 0.0, parts.config.seed)
         accuracies = measured(parts, backbone, "last")
         rows.append(Result("lightly's recipe in the same minutes", accuracies, epochs_there, minutes, rate).cells())
     rows += [result.cells() for result in baselines(parts)]
@@ -160,10 +185,16 @@ def main() -> None:
                        f"{choice.name} {choice.value}" for choice in plan.choices)
     if not any(choice.name == "batch_size" for choice in plan.choices):
         recipe = f"batch_size {plan.batch_size}; {recipe}"
+    keep(options, epochs, passed_on, rows, recipe, str(parts.runtime.device))
+    if len(whole) < len(results):
+        raise SystemExit(1)
+
+
+def keep(options: argparse.Namespace, epochs: int, passed_on: list[str], rows: list[tuple[str, ...]], recipe: str,
+         device: str = "cpu") -> None:
     words = [options.set, "--epochs", str(epochs), "--seeds", str(options.seeds), *["--lightly"] * options.lightly,
              *([] if options.set == "digits" else ["--images", "DIR"]), *passed_on]
-    text = (f"`python -m tests.bench.accuracy {' '.join(words)}`: "
-            f"{environment(str(parts.runtime.device), 'torchvision', 'scikit-learn')}\n\n"
+    text = (f"`python -m tests.bench.accuracy {' '.join(words)}`: {environment(device, 'torchvision', 'scikit-learn')}\n\n"
             f"{recipe}\n\n{markdown(('run', *COLUMNS), rows)}")
     show(f"Accuracy on {options.set}", text, options.write)
 

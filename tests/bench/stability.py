@@ -27,11 +27,12 @@ def run_of(data: str, batch: int, epochs: int, options: list[str]) -> tuple[str,
         if done.returncode == 2:
             return Path(data).name, str(batch), *["-"] * 6, done.stderr.strip().removeprefix("error: ").partition(" - ")[0]
         summary = json.loads((Path(place) / "out" / "summary.json").read_text())
+        config = json.loads((Path(place) / "out" / "config.json").read_text())
         records = [record for line in (Path(place) / "out" / "metrics.jsonl").read_text().splitlines()
                    for record in (json.loads(line),) if "loss" in record]
         knn = "-" if summary["knn"] is None else f"{summary['knn']:.1%} ({summary['knn_untrained']:.1%})"
         return (f"{Path(data).name}: {summary['images']}", str(batch), str(summary["updates"]),
-                f"{max(record['lr'] for record in records):.3g}", f"{records[0]['loss']:.2f} to {records[-1]['loss']:.2f}",
+                f"{config['plan']['lr']:.3g}", f"{records[0]['loss']:.2f} to {records[-1]['loss']:.2f}",
                 f"{min(record['spread'] for record in records):.2f}",
                 f"{records[-1]['rank']:.1f} of {records[-1]['rank_limit']:.0f}", knn,
                 read_run(Path(place) / "out").verdict.word)

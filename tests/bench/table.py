@@ -61,13 +61,16 @@ def side_by_side(functions: Mapping[str, Callable[[], object]], device: str, rou
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def commit() -> str:
+    try:
+        return subprocess.run(["git", "describe", "--always", "--dirty"], cwd=RESULTS.parent, capture_output=True,
+                              text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "no commit"
+
+
 def environment(device: str, *packages: str) -> str:
     """Date, commit, device, versions and the load of the machine in one line."""
-    try:
-        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=RESULTS.parent, capture_output=True,
-                                text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "no commit"
     if device.startswith("cuda"):
         peak = torch.cuda.max_memory_allocated(device) / 1e9
         name = torch.cuda.get_device_name(device) + (f", {peak:.1f} GB of its memory at the peak" if peak else "")
@@ -79,7 +82,7 @@ def environment(device: str, *packages: str) -> str:
     versions = [f"{package} {importlib.metadata.version(package)}" for package in ("torch", *packages)]
     python = f"Python {platform.python_version()}"
     load = [f"load {os.getloadavg()[0]:.1f} (1 min)"] if hasattr(os, "getloadavg") else []
-    return ", ".join((str(datetime.date.today()), f"commit {commit}", name, python, *versions, *load))
+    return ", ".join((str(datetime.date.today()), f"commit {commit()}", name, python, *versions, *load))
 
 
 def markdown(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

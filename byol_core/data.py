@@ -82,6 +82,18 @@ class ImageData:
             return decode(self.files.source(index), reduce)
         return Image.fromarray(self.pixels[index].permute(1, 2, 0).cpu().numpy())
 
+    def try_some(self, most: int) -> tuple[int, int]:
+        """Decode up to `most` images, spread evenly over the set: (how many were tried, how many of them are bad)."""
+        if self.pixels is not None:  # all of them were
+            return len(self), len(self.bad.reasons)
+        tried = [number * len(self) // min(most, len(self)) for number in range(min(most, len(self)))]
+        for index in tried:
+            try:
+                self.image(index)
+            except BadImageError as error:
+                self.bad.add(index, str(error))
+        return len(tried), sum(index in self.bad.reasons for index in tried)
+
 
 def look_at(files: ImageSet) -> Facts:
     """What a plan needs to know of the images, from a few of their headers."""

@@ -1,10 +1,7 @@
 """`python -m byol_core.evaluate`: what a trained backbone's features are worth, beside what can be had without training."""
 
-import hashlib
-import os
 import sys
 from argparse import Namespace
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -136,6 +133,7 @@ def _check_overlap(evaluation: Evaluation) -> None:
     """Warn when images measured on are fitted on too. Raises: ValueError when the labels of --data allow no split."""
     import torch
 
+    from byol_core.copies import overlap
     from byol_core.evaluate import Features, split
 
     files, eval_files = evaluation.files, evaluation.eval_files
@@ -151,41 +149,6 @@ def _check_overlap(evaluation: Evaluation) -> None:
         evaluation.note(f"warning: {same_file + same_content} of {len(test)} images measured on are also fitted on "
                         f"({same_file} the same file, {same_content} a file of the same content), which flatters the "
                         "accuracies")
-
-
-def overlap(files: "ImageSet", fit: Sequence[int], eval_files: "ImageSet", test: Sequence[int]) -> tuple[int, int]:
-    """How many images of `test` are in `fit` too: (as the same real path, as another file of the same content).
-
-    Only files of a size that occurs on both sides are read.
-    """
-    real, sizes = {os.path.realpath(files.path(row)) for row in fit}, defaultdict(list)
-    for row in fit:
-        sizes[_size(files, row)].append(row)
-    contents: dict[int, set[bytes]] = {}  # of the files to fit on, by size
-    same_file = same_content = 0
-    for row in test:
-        size = _size(eval_files, row)
-        if os.path.realpath(eval_files.path(row)) in real:
-            same_file += 1
-        elif size in sizes:
-            if size not in contents:
-                contents[size] = {_digest(files, other) for other in sizes[size]}
-            same_content += _digest(eval_files, row) in contents[size]
-    return same_file, same_content
-
-
-def _size(files: "ImageSet", row: int) -> int:
-    try:
-        return files.size(row)
-    except OSError:  # decoding will name it
-        return -1
-
-
-def _digest(files: "ImageSet", row: int) -> bytes:
-    try:
-        return hashlib.blake2b(files.read(row)).digest()
-    except OSError:
-        return os.fsencode(files.path(row))
 
 
 def carry_out(evaluation: Evaluation) -> None:

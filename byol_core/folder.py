@@ -77,9 +77,12 @@ class ImageSet:
         """Bytes of the image's file. Raises: OSError."""
         return self.path(index).stat().st_size if self.shards is None else self.shards.size(index)
 
-    def read(self, index: int) -> bytes:
-        """The image's file as it is. Raises: OSError."""
-        return self.path(index).read_bytes() if self.shards is None else self.shards.read(index)
+    def read(self, index: int, most: int | None = None) -> bytes:
+        """The image's file as it is, or its first `most` bytes. Raises: OSError."""
+        if self.shards is not None:
+            return self.shards.read(index, most)
+        with open(self.path(index), "rb") as file:
+            return file.read(-1 if most is None else most)
 
     def fingerprint(self) -> str:
         """Changes when an image is added, removed or renamed, and when one moves within a shard."""

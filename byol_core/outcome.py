@@ -41,7 +41,7 @@ class Outcome:
         self.scores: dict[str, Scores] = {}
         self.best: dict[str, float] = {}  # of best.pt: epoch, and knn or, without labels, separation
         self.ranks: dict[str, float | None] = {"rank_features": None, "rank_features_untrained": None}
-        self.report_due = 0.0
+        self.report_due, self.report_failed = 0.0, False
         # What scores depend on beside the network: those of another classifier or test set are not to be compared.
         self.how_measured = f"{parts.config.classifier}; {parts.scorer.measured_on if parts.scorer else None}"
 
@@ -134,7 +134,9 @@ class Outcome:
             self._write_facts("running")
             write_report(self.parts.folder, under_way=True)
         except Exception as error:  # also of a file in the run folder that somebody has damaged
-            self.parts.log.note(f"warning: {own_words(error)}")
+            tell = self.parts.log.note if self.report_failed else self.parts.log.say
+            tell(f"warning: no report for now: {own_words(error)} - the run goes on")
+            self.report_failed = True
         self.report_due = began + max(REPORT_EVERY, 100 * (time.monotonic() - began))
         self.parts.log.start(self.parts.progress)
 
@@ -176,8 +178,12 @@ class Outcome:
 
     def _write_facts(self, status: str, reason: str | None = None) -> None:
         """summary.json and bad_files.txt."""
+        write_json(self.parts.folder / "summary.json", self._summary(status, reason))
+        self.write_bad_files()
+
+    def write_bad_files(self) -> None:
+        """bad_files.txt, where there are any."""
         parts = self.parts
-        write_json(parts.folder / "summary.json", self._summary(status, reason))
         listing = parts.data.bad.listing()
         if parts.bad_eval_files is not None:
             listing += parts.bad_eval_files.listing(f"{parts.config.eval_data}/")

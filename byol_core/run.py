@@ -12,9 +12,11 @@ import torch
 import torchvision
 
 from byol_core import __version__
-from byol_core.checkpoint import LAST, State, save_checkpoint, write_json
+from byol_core.checkpoint import LAST, State, save_checkpoint, write_json, write_text
 from byol_core.config import TrainConfig
-from byol_core.folder import ImageSet, with_several_frames
+from byol_core.copies import find_copies
+from byol_core.data import BAD_LIMIT
+from byol_core.folder import ImageSet, printable, with_several_frames
 from byol_core.memory import peak_memory
 from byol_core.outcome import Outcome
 from byol_core.parts import Parts
@@ -28,7 +30,7 @@ from byol_core.tensorboard import Board
 from byol_core.training import Progress, Step, train
 from byol_core.workers import WorkerError
 
-CHECK_STEPS = 5
+CHECK_STEPS, CHECK_IMAGES = 5, 1_000  # of a check: updates that are timed, images that are decoded
 
 
 class _EnoughMeasured(Exception):
@@ -234,13 +236,28 @@ class Run:
         return self._lock is None or self._lock == lock_of(self.parts.folder)
 
     def check(self) -> None:
-        """Say what the whole run would take; nothing is kept."""
+        """Say what is amiss with the images, and what the whole run would take; nothing is trained."""
+        self.processes.on_first(self._check_images)
         parts, seconds = self.parts, self.seconds_per_update()
         where = " on the GPU" if parts.runtime.device.type == "cuda" else ""
         self.log.say(f"check: {seconds:.2f} s per update, about {seconds * parts.plan.total_updates / 3600:.2f} h in all; "
-                     f"{len(parts.data.bad.reasons)} bad files so far; about "
-                     f"{COPIES * parts.checkpoint_bytes() / 1e6:.0f} MB of disk; "
+                     f"about {COPIES * parts.checkpoint_bytes() / 1e6:.0f} MB of disk; "
                      f"{peak_memory(parts.runtime.device) / 1e6:.0f} MB of memory{where}; nothing was trained")
+
+    def _check_images(self) -> None:
+        """bad_files.txt, copies.txt, and how many are in them."""
+        data, folder = self.parts.data, self.parts.folder
+        tried, bad = data.try_some(CHECK_IMAGES)
+        copies = find_copies(data.files)
+        with self.log.warn_only():
+            self.outcome.write_bad_files()
+            if copies:
+                names = ((printable(data.files.name(place)) for place in pair) for pair in copies)
+                write_text(folder / "copies.txt", "".join(f"{copy}\t{first}\n" for copy, first in names))
+        self.log.say(f"check: of {tried} images tried {bad} cannot be read{' (bad_files.txt)' if bad else ''}; of all "
+                     f"{len(data)} {len(copies)} are copies of others, byte for byte{' (copies.txt)' if copies else ''}")
+        if bad > BAD_LIMIT * tried:
+            self.log.say(f"warning: a run ends once more than {BAD_LIMIT:.0%} of the images cannot be read")
 
     def seconds_per_update(self) -> float:
         """Measured on a few updates, which change the networks: for a run that will not be trained."""

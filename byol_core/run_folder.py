@@ -16,8 +16,8 @@ RUNS = Path("runs")
 COPIES = 3  # checkpoints on the disk at the most: the last one, the one before, and the one being written
 KEPT = {".lock", ".images.pt", ".shards.pt"}  # the lock, and what a scan keeps for the next one
 LONGEST_NAME = 100  # characters
-OWN_FILES = {"config.json", "metrics.jsonl", "train.log", "summary.json", "report.html", "bad_files.txt", "views.png",
-             "neighbours.png", "embedding.png", "backbone.pt", "backbone.json", "best.pt", "best.json"}
+OWN_FILES = {"config.json", "metrics.jsonl", "train.log", "summary.json", "report.html", "bad_files.txt", "copies.txt",
+             "views.png", "neighbours.png", "embedding.png", "backbone.pt", "backbone.json", "best.pt", "best.json"}
 EVENTS = "events.out.tfevents."  # how TensorBoard's files begin
 
 

@@ -65,15 +65,16 @@ class Shards:
             raise OSError("a link, a sparse or a special file, whose bytes are not in one piece in the tar")
         return size
 
-    def read(self, index: int) -> bytes:
-        """The bytes of the image. Raises: OSError when they are not all there."""
+    def read(self, index: int, most: int | None = None) -> bytes:
+        """The bytes of the image, or its first `most`. Raises: OSError when they are not all there."""
         size, offset = self.size(index), int(self.places[index, 0])
         if size > LARGEST:
             raise OSError(f"{size} bytes, over the limit of {LARGEST}")
         handle = self._open(bisect_right(self.ends, index))
         if offset + size > os.fstat(handle).st_size:
             raise OSError("cut off: the tar ends before it does")
-        return os.pread(handle, size, offset)  # no file position, so processes and threads may share the descriptor
+        # Without a file position, so that processes and threads may share the descriptor.
+        return os.pread(handle, size if most is None else min(size, most), offset)
 
     def _open(self, shard: int) -> int:
         if shard not in self._opened:

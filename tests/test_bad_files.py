@@ -249,3 +249,27 @@ def test_images_under_a_link_are_found_once_and_a_broken_link_is_a_bad_file(imag
     shutil.copytree(data, "copy", symlinks=True)
     assert run("--data", data, "--epochs", 1, "--out", "out", "--no-eval", *SMALL) == 0
     assert summary("out")["images"] == 13 and listed("out") == {"broken.png"}
+
+
+@pytest.mark.parametrize("options", [["--views", "cpu"], []], ids=["from files", "in memory"])
+def test_a_check_counts_what_cannot_be_read_and_what_is_there_twice(image_folder: Folder, monkeypatch: pytest.MonkeyPatch,
+                                                                    options: list[str], capsys) -> None:
+    data = image_folder(classes=2, per_class=12)
+    for copy, first in (("class0/copy.png", "class0/003.png"), ("class1/a\nb.png", "class0/003.png")):
+        (data / copy).write_bytes((data / first).read_bytes())
+    (data / "class1/linked.png").symlink_to(data / "class1/011.png")
+    for name in ("class0/007.png", "class1/002.png"):  # of one size and beginning, and of different content
+        (data / name).write_bytes(bytes(5000) + name.encode())
+    assert run("--data", data, "--epochs", 1, "--out", "out", *SMALL, *options, "--check") == 0
+    assert ("check: of 27 images tried 2 cannot be read (bad_files.txt); of all 27 3 are copies of others, byte for byte "
+            "(copies.txt)\n") in capsys.readouterr().out
+    assert listed("out-check") == {"class0/007.png", "class1/002.png"}
+    assert sorted(Path("out-check/copies.txt").read_text().splitlines()) == [
+        "class0/copy.png\tclass0/003.png", "class1/a\\nb.png\tclass0/003.png", "class1/linked.png\tclass1/011.png"]
+    monkeypatch.setattr("byol_core.run.CHECK_IMAGES", 3)
+    (data / "class0/000.png").write_bytes(b"torn")
+    (data / "class0/007.png").unlink()
+    assert run("--data", data, "--epochs", 1, "--out", "out", *SMALL, "--views", "cpu", "--check") == 0
+    said = capsys.readouterr().out
+    assert "check: of 3 images tried 1 cannot be read" in said  # the first, and two from further on
+    assert "warning: a run ends once more than 10% of the images cannot be read" in said

@@ -16,6 +16,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "memory": set(), "checkpoint": set(), "config": set(),
     "listing": {"failures"}, "shards": {"checkpoint", "listing"}, "decoding": {"shards"},
     "folder": {"checkpoint", "decoding", "listing", "shards"},
+    "copies": {"folder", "listing"},
     "processes": {"signals", "watch"}, "runtime": {"lars", "processes", "watch"},
     "sample": {"config"},
     "run_folder": {"checkpoint", "config", "run_facts"}, "failures": set(), "workers": {"signals"},
@@ -36,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "linear_probe": set(),
     "pretrained": {"backbones", "checkpoint", "views"},
     "command": {"config", "failures"},
-    "evaluate_command": {"checkpoint", "command", "config", "data", "evaluate", "folder", "linear_probe", "losses",
+    "evaluate_command": {"checkpoint", "command", "config", "copies", "data", "evaluate", "folder", "linear_probe", "losses",
                          "pretrained", "runtime", "views"},
     "embed": {"checkpoint", "command", "config", "data", "evaluate", "folder", "pretrained", "runtime"},
     "export": {"checkpoint", "command", "config", "pretrained"},
@@ -49,8 +50,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "outcome": {"checkpoint", "evaluate", "failures", "losses", "memory", "parts", "pictures", "report", "run_facts",
                 "scoring"},
     "snapshot": {"checkpoint", "data", "outcome", "parts", "training"},
-    "run": {"checkpoint", "config", "folder", "memory", "outcome", "parts", "plan", "processes", "run_folder", "runtime",
-            "signals", "snapshot", "tensorboard", "training", "workers"},
+    "run": {"checkpoint", "config", "copies", "data", "folder", "memory", "outcome", "parts", "plan", "processes",
+            "run_folder", "runtime", "signals", "snapshot", "tensorboard", "training", "workers"},
 }
 STANDARD_LIBRARY_ONLY = {"schedules", "seeds", "config", "command", "failures", "signals"}
 TORCH_ONLY = {"ema", "losses", "lars", "image_ops", "networks"}

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from byol_core.config import TrainConfig
 from byol_core.data import choose_workers, look_at
 from byol_core.folder import scan
+from byol_core.metrics import RECORD_EVERY
 from byol_core.plan import make_plan
 from byol_core.run import Run
 from byol_core.training import Progress, Step, train
@@ -40,7 +41,8 @@ def main() -> None:
                         help="view size, s for the small stem (default 32, 64, 32s)")
     parser.add_argument("--arch", default="resnet18")
     parser.add_argument("--batch", type=int, help="images (default 128 for 32, else 64)")
-    parser.add_argument("--updates", type=int, default=4, help="batches per turn (default 4)")
+    parser.add_argument("--updates", type=int, default=RECORD_EVERY,
+                        help=f"batches per turn (default {RECORD_EVERY}, after which a run makes a record of its metrics)")
     options = parse(parser, rounds=3)
     limits = rivals.machine_limits(options.device)
     for case in options.case or ("32", "64", "32s"):

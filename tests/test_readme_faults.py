@@ -132,6 +132,8 @@ def test_every_row_has_its_tests_and_nothing_else_is_listed() -> None:
         assert len(rows_that_begin(start)) == 1, start
     held = {rows_that_begin(start)[0] for start in HELD_BY}
     assert held == set(ROWS)
+    tests = {name for names in HELD_BY.values() for name in names.split()}
+    assert f"faults tried {len(ROWS)}, survived {len(ROWS)}, tests {len(tests)}." in " ".join(SECTION.split())
     assert all(re.fullmatch(r"\d+(, \d+)*", code) for _, code in ROWS.values())
 
 

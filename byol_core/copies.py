@@ -16,22 +16,22 @@ def find_copies(files: ImageSet) -> list[tuple[int, int]]:
 
     Only files of one size are read, and in full only those that begin alike.
     """
-    progress = ScanProgress()
-
-    def alike(groups: Iterable[list[int]], key: Callable[[ImageSet, int], Hashable]) -> list[list[int]]:
-        found = []
-        for group in groups:
-            by_key: dict[Hashable, list[int]] = defaultdict(list)
-            for row in group:
-                by_key[key(files, row)].append(row)
-                progress.advance(1, os.fsencode(files.given))
-            found += [rows for rows in by_key.values() if len(rows) > 1]
-        return found
-
     groups = [list(range(len(files)))]
     for key in (_size, _head, _content):
-        groups = alike(groups, key)
+        groups = _alike(files, groups, key)
     return sorted((row, rows[0]) for rows in groups for row in rows[1:])
+
+
+def _alike(files: ImageSet, groups: Iterable[list[int]], key: Callable[[ImageSet, int], Hashable]) -> list[list[int]]:
+    """The parts of each group whose images have the same key, but for parts of one."""
+    found, progress = [], ScanProgress()
+    for group in groups:
+        by_key: dict[Hashable, list[int]] = defaultdict(list)
+        for row in group:
+            by_key[key(files, row)].append(row)
+            progress.advance(1, os.fsencode(files.given))
+        found += [rows for rows in by_key.values() if len(rows) > 1]
+    return found
 
 
 def overlap(files: ImageSet, fit: Sequence[int], eval_files: ImageSet, test: Sequence[int]) -> tuple[int, int]:

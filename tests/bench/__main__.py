@@ -23,8 +23,8 @@ def commands(images: Path, photos: Path, device: str) -> list[list[str]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, required=True, help="folder of small images, 25,600 at least")
-    parser.add_argument("--photos", type=Path, required=True, help="folder of photographs, 12,800 at least")
+    parser.add_argument("--images", type=Path, required=True, help="folder of small images")
+    parser.add_argument("--photos", type=Path, required=True, help="folder of photographs")
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args()
     failed = []

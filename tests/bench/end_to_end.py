@@ -6,6 +6,7 @@
 
 Same network, heads, batch and images; each in its own defaults for everything else. A turn is an epoch of --updates batches;
 workers are started before, and ours has decoded small images before, as it does once in a run; that time is given apart.
+Of a folder with fewer images than a turn needs, they are used again.
 """
 
 import argparse
@@ -52,9 +53,9 @@ def main() -> None:
 def compare(case: str, options: argparse.Namespace, limits: str) -> None:
     size, small_stem, batch = CASES[case]
     batch = options.batch or batch
-    paths = find(options.images, options.updates * batch)
-    if len(paths) < options.updates * batch:
-        raise SystemExit(f"{len(paths)} images are fewer than {options.updates} batches of {batch}")
+    needed = options.updates * batch
+    found = find(options.images, needed)
+    paths = (found * -(-needed // len(found)))[:needed]
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
         run, started = new_run(paths, case, options, Path(folder))
         ours = "**byol_core's train** with its defaults"
@@ -75,7 +76,8 @@ def compare(case: str, options: argparse.Namespace, limits: str) -> None:
     rates = {name: 1000 * options.updates * batch / value for name, value in milliseconds.items()}
     table = [(name, f"{rate:.1f}", f"{rate / rates[limit]:.2f}", f"{rate / rates[LIGHTLY]:.2f}" if LIGHTLY in rates else "-")
              for name, rate in sorted(rates.items(), key=lambda item: -item[1])]
-    text = (f"{environment(options.device, 'torchvision')}\n\n{limits}\n\n"
+    again = "" if len(found) == needed else f"{len(found)} images, used again to make {needed}; "
+    text = (f"{environment(options.device, 'torchvision')}\n\n{limits}\n\n{again}"
             f"Ours: {run.parts.precision}, views: {run.parts.views_reason}; "
             f"{started:.2f} s to start; waits for views {waited:.1%} of the time; "
             f"an update on real data takes {rates[resident] / rates[ours]:.3f} times as long as on resident views\n\n"
@@ -87,12 +89,15 @@ def compare(case: str, options: argparse.Namespace, limits: str) -> None:
 def new_run(paths: list[Path], case: str, options: argparse.Namespace, folder: Path) -> tuple[Run, float]:
     """A run of ours that has not begun, and the seconds that it took to be built."""
     size, small_stem, batch = CASES[case]
-    (folder / "images.txt").write_text("".join(f"{path.resolve()}\n" for path in paths))
-    config = TrainConfig(data=(str(folder / "images.txt"),), epochs=options.rounds + 1, arch=options.arch, image_size=size,
+    images = folder / "images"
+    images.mkdir()
+    for number, path in enumerate(paths):
+        (images / f"{number:06}{path.suffix}").symlink_to(path.resolve())
+    config = TrainConfig(data=(str(images),), epochs=options.rounds + 1, arch=options.arch, image_size=size,
                          small_stem=small_stem, hidden_dim=rivals.HIDDEN, projection_dim=rivals.OUT,
                          batch_size=options.batch or batch, device=options.device, eval=False)
     began = time.perf_counter()
-    files = scan(folder / "images.txt")
+    files = scan(images)
     run = Run(config, make_plan(config, look_at(files)), files, folder)
     run.log.start(run.progress)
     return run, time.perf_counter() - began

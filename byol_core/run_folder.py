@@ -70,13 +70,13 @@ def open_run_folder(folder: Path, may_be_used: bool) -> Iterator[Path]:
             began = datetime.now().isoformat(" ", "minutes")
             os.write(lock.fileno(), f"pid {os.getpid()} on {platform.node()} since {began}".encode())
         try:
-            try:
-                _refuse_used(folder, may_be_used)
-            except ValueError:
-                if not lock_was_there:  # the folder stays as it was
-                    os.unlink(folder / ".lock")
-                raise
-            remove_leftovers(folder)
+            _refuse_used(folder, may_be_used)
+        except ValueError:
+            if not lock_was_there:  # the folder stays as it was
+                os.unlink(folder / ".lock")
+            raise
+        remove_leftovers(folder)
+        try:
             yield folder
         finally:
             with contextlib.suppress(OSError):  # as when the folder was deleted

@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import importlib
 import json
-import shutil
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,10 +76,10 @@ def epochs_for(minutes: float, arguments: list[str], place: Path) -> int:
     return int(kept.read_text())
 
 
-def train_once(arguments: list[str], epochs: int, seed: int, out: Path, log: Path | None) -> tuple[Result, Parts | None]:
+def train_once(arguments: list[str], epochs: int, seed: int, out: Path) -> tuple[Result, Parts | None]:
     """Train, or go on, and measure the last network and the one whose kNN was best; (no accuracies, None) of a run that fails.
 
-    log: where a copy of the run's is kept. Raises: SystemExit for a run that is stopped, or cannot be begun.
+    Raises: SystemExit for a run that is stopped, or cannot be begun.
     """
     options = [*arguments, "--epochs", str(epochs), "--seed", str(seed), "--out", str(out),
                "--eval-every", str(max(1, epochs // MEASURED))]
@@ -100,11 +99,8 @@ def train_once(arguments: list[str], epochs: int, seed: int, out: Path, log: Pat
     best = parts.new_model().online.backbone
     best.load_state_dict(torch.load(out / "best.pt", weights_only=True))
     accuracies = measured(parts, parts.backbone, "last") | measured(parts, best, "best")
-    if log is not None:
-        log.parent.mkdir(exist_ok=True)
-        shutil.copy(out / "train.log", log)
     return Result(f"seed {seed}", accuracies, epochs, summary["seconds"] / 60, summary["images_per_second"],
-                  str(log or out / "train.log"), begun.read_text()), parts
+                  str(out / "train.log"), begun.read_text()), parts
 
 
 def measured(parts: Parts, backbone: nn.Module, which: str) -> dict[str, float | None]:
@@ -164,8 +160,12 @@ def main() -> None:
     results, parts = [], None
     for seed in range(options.seeds):
         name = f"{epochs}-epochs-seed-{seed}"
-        log = LOGS / f"{place.name}-{name}.log" if options.write else None
-        result, finished = train_once(arguments, epochs, seed, place / name, log)
+        result, finished = train_once(arguments, epochs, seed, place / name)
+        if options.write:
+            LOGS.mkdir(exist_ok=True)
+            log = LOGS / f"{place.name}-{name}.log"
+            log.write_text(Path(result.log).read_text().replace(str(options.images), "DIR"))
+            result.log = str(log)
         results.append(result)
         parts = finished or parts
     rows = [result.cells() for result in results]

@@ -121,7 +121,8 @@ def carry_out(run: "Run") -> int:
     except Stopped as stopped:
         with contextlib.suppress(OSError):  # on a full disk
             run.write_end("stopped", str(stopped))
-        run.log.say(f"{stopped}: stopped at epoch {run.progress.epoch}, update {run.progress.updates}; {run.what_is_saved()}; "
+        run.log.say(f"{stopped}: the check was broken off" if run.parts.config.check else
+                    f"{stopped}: stopped at epoch {run.progress.epoch}, update {run.progress.updates}; {run.what_is_saved()}; "
                     "the same command with --resume goes on")
         return stopped.code
     except Exception as error:  # a mistake of the program's own is told in a line too; train.log has the rest
@@ -146,7 +147,6 @@ def work(run: "Run") -> None:
             show(sys.stdout, f"already complete ({run.progress.epoch}/{run.parts.plan.epochs} epochs)\n")
     elif run.parts.config.check:
         run.describe()
-        run.write_start()
         run.check()
     else:
         run.describe()

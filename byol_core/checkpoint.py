@@ -36,6 +36,10 @@ class CheckpointError(ValueError):
     """A file that is not a usable checkpoint."""
 
 
+class DamagedError(CheckpointError):
+    """A file that may have been a checkpoint, and is none any more."""
+
+
 def atomic_write(path: Path, write: Callable[[BinaryIO], object], *, size: int | None = None,
                  previous: Path | None = None) -> None:
     """Write a file beside `path`, flush it to the disk, and move it into place: a reader sees the old or the new file.
@@ -161,9 +165,11 @@ def read_checkpoint(path: Path) -> State:
     if missing:
         raise CheckpointError(f"{path} is not a whole checkpoint: {', '.join(sorted(missing))} missing")
     if unknown:
-        raise CheckpointError(f"{path} was written by byol_core {state.get('version')} and holds "
-                              f"{', '.join(map(str, unknown))}, which this version ({__version__}) does not know - upgrade "
-                              "byol_core")
+        version, names = ([text[:40] for text in texts if isinstance(text, str) and text.isprintable()]
+                          for texts in ([state.get("version")], unknown))  # of a hostile file it may be anything
+        raise CheckpointError(f"{path} was written by byol_core {', '.join(version) or 'of no version'} and holds "
+                              f"{', '.join(sorted(names)[:3]) or 'more'}, which this version ({__version__}) does not know - "
+                              "upgrade byol_core")
     if _are_weights(state["model"]):
         state["model"] = _plain_names(state["model"])
     return state
@@ -171,7 +177,8 @@ def read_checkpoint(path: Path) -> State:
 
 def _plain_names(model: dict[str, Tensor]) -> dict[str, Tensor]:
     """The names of our own networks, of whose children none is called like a wrapper's."""
-    return {".".join(part for part in name.split(".") if part not in WRAPPERS): tensor for name, tensor in model.items()}
+    plain = {".".join(part for part in name.split(".") if part not in WRAPPERS): tensor for name, tensor in model.items()}
+    return plain if len(plain) == len(model) else model
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -222,18 +229,18 @@ def read_verified(path: Path, mapped: bool = False) -> object:
     try:
         with zipfile.ZipFile(path) as archive:
             if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-                raise CheckpointError(f"{path} is not a checkpoint: it is compressed, and may unpack to any size")
+                raise DamagedError(f"{path} is not a checkpoint: it is compressed, and may unpack to any size")
             damaged = archive.testzip()
         if damaged is not None:
-            raise CheckpointError(f"{path} is damaged (checksum mismatch in {damaged!r})")
+            raise DamagedError(f"{path} is damaged (checksum mismatch in {damaged!r})")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickles that torch did not write; they are refused, or plain all the same
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except zipfile.BadZipFile as error:
-        raise CheckpointError(_what_else(path)) from error
+        raise _what_else(path) from error
     except pickle.UnpicklingError as error:
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
-        raise CheckpointError(_holds_code(path, code[1] if code else "")) from error
+        raise _holds_code(path, code[1] if code else "") from error
     except CheckpointError:
         raise
     except FileNotFoundError:
@@ -241,49 +248,65 @@ def read_verified(path: Path, mapped: bool = False) -> object:
     except PermissionError:
         raise CheckpointError(f"cannot read {path}: permission denied") from None
     except Exception as error:  # unpicklers raise whatever they like on broken input
-        raise CheckpointError(_no_checkpoint(path)) from error
+        raise _no_checkpoint(path) from error
 
 
-def _what_else(path: Path) -> str:
-    """What a file is that is no archive: perhaps a bare pickle, whose instructions are read here and never carried out."""
-    strings: deque[str] = deque(["", ""], maxlen=2)
-    with contextlib.suppress(Exception), open(path, "rb") as file:  # on anything that is no pickle
-        for instruction, value, _ in pickletools.genops(file):
-            if instruction.name in ("GLOBAL", "STACK_GLOBAL"):
-                return _holds_code(path, ".".join(strings if value is None else value.split(" ")))
+def _what_else(path: Path) -> CheckpointError:
+    """What is wrong with a file that is no archive: perhaps a bare pickle, of which a part is read and nothing carried out."""
+    code, strings, whole, start = None, deque[str](maxlen=2), False, b""
+    with contextlib.suppress(Exception):  # on anything that is no pickle
+        with open(path, "rb") as file:
+            start = file.read(2**20)
+        for instruction, value, _ in pickletools.genops(start):
             if value == BEFORE_1_6:
-                return f"{path} is in the format of torch before 1.6 - torch.load it, and torch.save it again"
-            if isinstance(value, str):
+                return CheckpointError(f"{path} is in the format of torch before 1.6 - torch.load it with weights_only=True, "
+                                       "and torch.save it again")
+            if instruction.name in ("GLOBAL", "INST"):
+                code = code or str(value).replace(" ", ".")
+            elif instruction.name == "STACK_GLOBAL":  # what is called stands in the strings before it, or somewhere else
+                code = code or (".".join(strings) if len(strings) == 2 else "code")
+            elif isinstance(value, str):
                 strings.append(value)
+            elif instruction.name not in ("MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT"):
+                strings.clear()
+        whole = True
+    if code is not None and (whole or start.startswith(pickle.PROTO)):  # or it is a text of which the beginning looks like it
+        return _holds_code(path, code)
     return _no_checkpoint(path)
 
 
-def _holds_code(path: Path, name: str) -> str:
-    return (f"{path} is not a byol_core checkpoint: it holds more than tensors and plain values"
-            f"{f' ({name})' if name else ''}, and nothing in it was run")
+def _holds_code(path: Path, name: str) -> CheckpointError:
+    return CheckpointError(f"{path} is not a byol_core checkpoint: it holds more than tensors and plain values"
+                           f"{f' ({name[:80]})' if name and name.isprintable() else ''}, and nothing in it was run")
 
 
-def _no_checkpoint(path: Path) -> str:
-    return f"{path} is {'damaged or not a checkpoint' if path.stat().st_size else 'empty'}"
+def _no_checkpoint(path: Path) -> DamagedError:
+    return DamagedError(f"{path} is {'damaged or not a checkpoint' if path.stat().st_size else 'empty'}")
 
 
 def newest_checkpoint(folder: Path) -> tuple[State | None, list[str]]:
     """(the newest whole checkpoint of a run folder or None where there never was one, a line per damaged file).
 
-    Raises: CheckpointError when there are checkpoints and all of them are damaged.
+    Raises: CheckpointError when all of them are damaged, or when the newest is whole and still none to use.
     """
     present = [folder / name for name in (LAST, PREVIOUS) if (folder / name).exists()]
     damaged: list[str] = []
     for path in present:
         try:
             return read_checkpoint(path), damaged
-        except CheckpointError as error:
+        except DamagedError as error:
             damaged.append(str(error))
     if present:
-        exported = next((f", or one from its network with --init-from {folder / name}" for name in ("best.pt", "backbone.pt")
-                         if (folder / name).exists()), "")
-        raise CheckpointError(f"{'; '.join(damaged)} - start a new run in another --out{exported}")
+        raise CheckpointError(f"{'; '.join(damaged)} - start a new run in another --out{_from_an_export(folder)}")
     return None, damaged
+
+
+def _from_an_export(folder: Path) -> str:
+    for name in ("best.pt", "backbone.pt"):
+        with contextlib.suppress(CheckpointError):
+            read_weights(folder / name)
+            return f", or one from its network with --init-from {folder / name}"
+    return ""
 
 
 def replace_damaged(folder: Path) -> None:

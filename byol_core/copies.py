@@ -5,6 +5,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 
+from byol_core.checkpoint import sha256
 from byol_core.folder import ImageSet
 from byol_core.listing import ScanProgress
 
@@ -48,7 +49,7 @@ def overlap(files: ImageSet, fit: Sequence[int], eval_files: ImageSet, test: Seq
         size = _size(eval_files, row)
         if os.path.realpath(eval_files.path(row)) in real:
             same_file += 1
-        elif size in sizes:
+        elif size in sizes and size >= 0:
             if size not in contents:
                 contents[size] = {_content(files, other) for other in sizes[size]}
             same_content += _content(eval_files, row) in contents[size]
@@ -63,16 +64,18 @@ def _size(files: ImageSet, row: int) -> int:
 
 
 def _head(files: ImageSet, row: int) -> bytes:
-    return _digest(files, row, HEAD)
+    return _or_path(files, row, lambda: hashlib.blake2b(files.read(row, HEAD)).digest())
 
 
 def _content(files: ImageSet, row: int) -> bytes:
-    return _digest(files, row, None)
+    """A checksum, for which the file is not held in memory; a member of a shard is, and is never too large for that."""
+    return _or_path(files, row, lambda: (sha256(files.path(row)) if files.shards is None else
+                                         hashlib.sha256(files.read(row)).hexdigest()).encode())
 
 
-def _digest(files: ImageSet, row: int, most: int | None) -> bytes:
-    """Of the first `most` bytes, or all; of a file that cannot be read its path, which no other has."""
+def _or_path(files: ImageSet, row: int, look: Callable[[], bytes]) -> bytes:
+    """What `look` finds; of a file that cannot be read its path, which no other has."""
     try:
-        return hashlib.blake2b(files.read(row, most)).digest()
+        return look()
     except OSError:
         return os.fsencode(files.path(row))

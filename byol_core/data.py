@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -39,6 +40,7 @@ class BadFiles:
     files: ImageSet
     report: Callable[[str], None]
     reasons: dict[int, str] = field(default_factory=dict)
+    limit: float = BAD_LIMIT
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "report": None}  # workers report nothing; a console cannot be sent to them
@@ -48,11 +50,15 @@ class BadFiles:
             return
         self.reasons[index] = reason
         self.report(f"skipped {printable(self.files.name(index))}: {printable(reason)}")
-        if len(self.reasons) > BAD_LIMIT * len(self.files):
-            some = "; ".join(self.listing().replace("\t", ": ").splitlines()[:3])
-            raise TooManyBadFilesError(
-                f"{len(self.reasons)} of {len(self.files)} images cannot be read, more than {BAD_LIMIT:.0%} ({some}"
-                f"{'; ...' if len(self.reasons) > 3 else ''}) - repair them, or take them away", self.listing())
+        if len(self.reasons) > self.limit * len(self.files):
+            self.give_up(len(self.files))
+
+    def give_up(self, tried: int) -> NoReturn:
+        """Raises: TooManyBadFilesError. tried: images among which they are."""
+        some = "; ".join(self.listing().replace("\t", ": ").splitlines()[:3])
+        raise TooManyBadFilesError(
+            f"{len(self.reasons)} of {tried} images cannot be read, more than {BAD_LIMIT:.0%} ({some}"
+            f"{'; ...' if len(self.reasons) > 3 else ''}) - repair them, or take them away", self.listing())
 
     def listing(self, place: str = "") -> str:
         """A line per file: its name, below `place`, and why it was skipped."""
@@ -102,14 +108,14 @@ def look_at(files: ImageSet) -> Facts:
 
 
 def load_images(files: ImageSet, where: str, device: torch.device, report: Callable[[str], None],
-                workers: int = 0) -> tuple[ImageData, str]:
+                workers: int = 0, bad_limit: float = BAD_LIMIT) -> tuple[ImageData, str]:
     """(the images, where views are made and why). where: "cpu" (decode as needed), or "auto" or "device", which are one here:
     decode all now where they are of one size and fit in memory.
 
-    workers: processes that may be started to decode.
+    workers: processes that may be started to decode. bad_limit: the share of bad files that is too much.
     Raises: ValueError when none can be opened; TooManyBadFilesError.
     """
-    bad = BadFiles(files, report)
+    bad = BadFiles(files, report, limit=bad_limit)
     if where == "cpu":
         return ImageData(files, bad), "cpu (as asked)"
     height, width, same = typical_size(files)

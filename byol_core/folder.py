@@ -75,14 +75,21 @@ class ImageSet:
 
     def size(self, index: int) -> int:
         """Bytes of the image's file. Raises: OSError."""
-        return self.path(index).stat().st_size if self.shards is None else self.shards.size(index)
+        return self._regular(index).st_size if self.shards is None else self.shards.size(index)
 
     def read(self, index: int, most: int | None = None) -> bytes:
         """The image's file as it is, or its first `most` bytes. Raises: OSError."""
         if self.shards is not None:
             return self.shards.read(index, most)
+        self._regular(index)
         with open(self.path(index), "rb") as file:
             return file.read(-1 if most is None else most)
+
+    def _regular(self, index: int) -> os.stat_result:
+        status = self.path(index).stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError("not a regular file")  # a pipe may never end
+        return status
 
     def fingerprint(self) -> str:
         """Changes when an image is added, removed or renamed, and when one moves within a shard."""

@@ -16,8 +16,8 @@ from byol_core.failures import show
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 IMAGE_ENDINGS = tuple(suffix.encode() for suffix in SUFFIXES)
 # Pictures that are not read, so that nobody believes they were trained on.
-UNREAD = {".heic", ".heif", ".avif", ".jfif", ".jp2", ".jxl", ".ppm", ".pgm", ".tga", ".psd", ".svg", ".dng", ".cr2", ".nef",
-          ".arw", ".dcm"}
+UNREAD = {".heic", ".heif", ".avif", ".jfif", ".jpe", ".jp2", ".jpx", ".jxl", ".apng", ".ppm", ".pgm", ".pbm", ".pnm", ".tga",
+          ".psd", ".ico", ".svg", ".dng", ".cr2", ".nef", ".arw", ".dcm"}
 TAR_ENDING = b".tar"
 SHARDS_AT_MOST = 1_000_000  # named by one pattern
 SHOW_AFTER, SHOW_EVERY = 3.0, 10.0  # seconds of scanning

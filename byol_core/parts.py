@@ -16,7 +16,7 @@ from byol_core.batches import DeviceBatches, Order, TimedBatches, WorkerBatches
 from byol_core.checkpoint import read_backbone, tensor_bytes, write_text
 from byol_core.config import TrainConfig
 from byol_core.crops import CropBatches
-from byol_core.data import BadFiles, ImageData, TooManyBadFilesError, choose_workers, load_images
+from byol_core.data import BAD_LIMIT, BadFiles, ImageData, TooManyBadFilesError, choose_workers, load_images
 from byol_core.evaluate import load_classifier
 from byol_core.folder import ImageSet, scan
 from byol_core.memory import recompute_blocks
@@ -89,7 +89,8 @@ class Parts:
 
     def _load(self, files: ImageSet, views: str) -> tuple[ImageData, str]:
         try:
-            return load_images(files, views, self.runtime.device, self.log.say, self.workers)
+            limit = 1.0 if self.config.check else BAD_LIMIT  # a check counts them all
+            return load_images(files, views, self.runtime.device, self.log.say, self.workers, limit)
         except TooManyBadFilesError as error:
             if self.processes.first:
                 write_text(self.folder / "bad_files.txt", error.listing)
@@ -115,6 +116,8 @@ class Parts:
         data, eval_data = self.data, None
         if config.eval_data is not None:
             files = scan(config.eval_data, "--eval-data", leave_out=(self.folder,))
+            for remark in files.remarks:
+                self.log.say(f"warning: --eval-data: {remark}")
             if files.labels is None:
                 raise ValueError(f"--eval-data {config.eval_data} has fewer than 2 class sub-folders, so there is nothing to "
                                  "measure")

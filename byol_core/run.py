@@ -12,7 +12,7 @@ import torch
 import torchvision
 
 from byol_core import __version__
-from byol_core.checkpoint import LAST, State, save_checkpoint, write_json, write_text
+from byol_core.checkpoint import LAST, State, replace_damaged, save_checkpoint, write_json, write_text
 from byol_core.config import TrainConfig
 from byol_core.copies import find_copies
 from byol_core.data import BAD_LIMIT
@@ -59,10 +59,12 @@ class Run:
 
         Raises: CheckpointError for a file that cannot be used, ValueError when it belongs to a different run.
         """
-        state = self.processes.from_first(lambda: find_snapshot(self.parts))
+        state, damaged = self.processes.from_first(lambda: find_snapshot(self.parts))
         if state is None:
             return
         restore(self.parts, self.outcome, state)
+        if damaged:
+            self.processes.on_first(lambda: replace_damaged(self.parts.folder))
         self.saved_updates = self.progress.updates
 
     def describe(self) -> None:
@@ -236,8 +238,12 @@ class Run:
         return self._lock is None or self._lock == lock_of(self.parts.folder)
 
     def check(self) -> None:
-        """Say what is amiss with the images, and what the whole run would take; nothing is trained."""
+        """Say what is amiss with the images, and what the whole run would take; nothing is trained.
+
+        Raises: TooManyBadFilesError where a run would end of that.
+        """
         self.processes.on_first(self._check_images)
+        self.write_start()
         parts, seconds = self.parts, self.seconds_per_update()
         where = " on the GPU" if parts.runtime.device.type == "cuda" else ""
         self.log.say(f"check: {seconds:.2f} s per update, about {seconds * parts.plan.total_updates / 3600:.2f} h in all; "
@@ -256,8 +262,9 @@ class Run:
                 write_text(folder / "copies.txt", "".join(f"{copy}\t{first}\n" for copy, first in names))
         self.log.say(f"check: of {tried} images tried {bad} cannot be read{' (bad_files.txt)' if bad else ''}; of all "
                      f"{len(data)} {len(copies)} are copies of others, byte for byte{' (copies.txt)' if copies else ''}")
+        data.bad.limit = BAD_LIMIT
         if bad > BAD_LIMIT * tried:
-            self.log.say(f"warning: a run ends once more than {BAD_LIMIT:.0%} of the images cannot be read")
+            data.bad.give_up(tried)
 
     def seconds_per_update(self) -> float:
         """Measured on a few updates, which change the networks: for a run that will not be trained."""

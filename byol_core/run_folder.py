@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
+from typing import TextIO
 
 from byol_core.checkpoint import LAST, PREVIOUS, remove_leftovers
 from byol_core.config import TrainConfig
@@ -41,11 +42,13 @@ def _short_name(data: str) -> str:
 
 
 def goes_on_in_its_folder(config: TrainConfig) -> bool:
-    """Whether what is in the run folder is to be gone on with: it is the folder that --resume reads from, or a check's."""
+    """Whether what is in the run folder is to be gone on with: it is the folder that --resume reads from."""
+    if config.check:
+        return False  # there is nothing to go on with, and what is not a check's is not to be touched
     if config.resume:
         source = Path(config.resume)
         return (source if source.is_dir() else source.parent).resolve() == choose_out(config).resolve()
-    return config.resume is not None or config.check
+    return config.resume is not None
 
 
 @contextlib.contextmanager
@@ -57,12 +60,11 @@ def open_run_folder(folder: Path, may_be_used: bool) -> Iterator[Path]:
     try:
         was_there, lock_was_there = folder.is_dir(), (folder / ".lock").exists()
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "a+", encoding="utf-8")
+        lock = _open_lock(folder)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise ValueError(f"cannot write to {folder}: {reason} - choose another --out") from None
     with lock:
-        _lock(lock.fileno(), folder)
         if hasattr(os, "register_at_fork"):  # or a data worker would hold the lock for a while after this process is killed
             os.register_at_fork(after_in_child=lock.close)
         with contextlib.suppress(OSError):  # on a full disk
@@ -84,6 +86,21 @@ def open_run_folder(folder: Path, may_be_used: bool) -> Iterator[Path]:
                     shutil.rmtree(folder, ignore_errors=True)
                     if was_there:
                         folder.mkdir(exist_ok=True)
+
+
+def _open_lock(folder: Path) -> TextIO:
+    """.lock of the folder, locked: the file that has this name, and not one that another process has just removed."""
+    while True:
+        lock = open(folder / ".lock", "a+", encoding="utf-8")
+        try:
+            _lock(lock.fileno(), folder)
+            status = os.fstat(lock.fileno())
+            if (status.st_dev, status.st_ino) == lock_of(folder):
+                return lock
+        except BaseException:
+            lock.close()
+            raise
+        lock.close()
 
 
 def _lock(handle: int, folder: Path) -> None:

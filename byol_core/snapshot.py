@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from byol_core import __version__
-from byol_core.checkpoint import (LAST, CheckpointError, State, check_tensors, newest_checkpoint, read_checkpoint,
-                                  replace_damaged)
+from byol_core.checkpoint import LAST, CheckpointError, State, check_tensors, newest_checkpoint, read_checkpoint
 from byol_core.data import BAD_LIMIT
 from byol_core.outcome import Outcome
 from byol_core.parts import IN_WORDS, Parts
@@ -33,24 +32,22 @@ def snapshot(parts: Parts, outcome: Outcome) -> State:
     }
 
 
-def find_snapshot(parts: Parts) -> State | None:
-    """What --resume asks for; None in a folder where there is nothing yet.
+def find_snapshot(parts: Parts) -> tuple[State | None, bool]:
+    """(what --resume asks for, or None in a folder where there is nothing yet; whether the run's own last.pt is damaged).
 
     Raises: CheckpointError for a file that cannot be used.
     """
     asked = Path(parts.config.resume or parts.folder)
     if not asked.is_dir():
-        return read_checkpoint(asked)
+        return read_checkpoint(asked), False
     state, damaged = newest_checkpoint(asked)
     for line in damaged:
         parts.log.say(f"warning: {line}; using the checkpoint before it")
-    if damaged and asked.resolve() == parts.folder.resolve():
-        replace_damaged(parts.folder)
     if state is None and parts.config.resume:
         raise CheckpointError(f"no checkpoint in {asked}")
     if state is None:
         parts.log.say(f"nothing to resume in {asked}: starting afresh")
-    return state
+    return state, bool(damaged) and asked.resolve() == parts.folder.resolve()
 
 
 def restore(parts: Parts, outcome: Outcome, state: State) -> None:
@@ -83,6 +80,9 @@ def _check_state(parts: Parts, state: State) -> None:
     check_tensors(model, own)  # type: ignore[arg-type]
     parameters = [p for group in parts.optimizer.param_groups for p in group["params"]]
     check_tensors(optimizer["state"], dict(enumerate(parameters)))  # type: ignore[index]
+    if not all(isinstance(text, str) and text.isidentifier() for text in (state["precision"], state.get("device", "cpu"))) \
+            or not isinstance(state.get("compiled", False), bool):
+        raise CheckpointError("what it was computed with is not told")
     progress, bad = Progress(**state["progress"]), state.get("bad_files", {})  # type: ignore[arg-type]
     if not (0 <= progress.epoch <= parts.plan.epochs and 0 <= progress.batch <= len(parts.batches)
             and progress.updates >= 0):

@@ -266,10 +266,40 @@ def test_a_check_counts_what_cannot_be_read_and_what_is_there_twice(image_folder
     assert listed("out-check") == {"class0/007.png", "class1/002.png"}
     assert sorted(Path("out-check/copies.txt").read_text().splitlines()) == [
         "class0/copy.png\tclass0/003.png", "class1/a\\nb.png\tclass0/003.png", "class1/linked.png\tclass1/011.png"]
-    monkeypatch.setattr("byol_core.run.CHECK_IMAGES", 3)
-    (data / "class0/000.png").write_bytes(b"torn")
-    (data / "class0/007.png").unlink()
-    assert run("--data", data, "--epochs", 1, "--out", "out", *SMALL, "--views", "cpu", "--check") == 0
-    said = capsys.readouterr().out
-    assert "check: of 3 images tried 1 cannot be read" in said  # the first, and two from further on
-    assert "warning: a run ends once more than 10% of the images cannot be read" in said
+    for name in ("class0/000.png", "class0/001.png", "class1/000.png"):
+        (data / name).write_bytes(b"torn")
+    assert run("--data", data, "--epochs", 1, "--out", "out", *SMALL, *options, "--check") == 1
+    said = capsys.readouterr()
+    assert "check: of 27 images tried 5 cannot be read (bad_files.txt); of all 27 5 are copies" in said.out
+    assert "error: 5 of 27 images cannot be read, more than 10%" in said.err and len(listed("out-check")) == 5
+    if options:
+        monkeypatch.setattr("byol_core.run.CHECK_IMAGES", 3)  # the first, and two from further on
+        assert run("--data", data, "--epochs", 1, "--out", "out", *SMALL, *options, "--check") == 1
+        assert "check: of 3 images tried 1 cannot be read" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes there")
+def test_pipes_and_files_that_are_gone_are_no_copies_of_each_other(image_folder: Folder, capsys) -> None:
+    data = image_folder(classes=0, per_class=40)
+    os.mkfifo("1.png"), os.mkfifo("2.png"), Path("empty.png").touch()
+    lines = [*(str(path) for path in sorted(data.iterdir())), "1.png", "2.png", "gone.png", "lost.png"]
+    Path("list.txt").write_text("\n".join(lines))
+    assert run("--data", "list.txt", "--epochs", 1, "--out", "out", *SMALL, "--check") == 0
+    assert "check: of 44 images tried 4 cannot be read (bad_files.txt); of all 44 0 are copies" in capsys.readouterr().out
+
+
+def test_a_check_leaves_the_folder_of_a_run_alone(image_folder: Folder, capsys) -> None:
+    data = image_folder()
+    assert run("--data", data, "--epochs", 1, "--out", "x-check", "--no-eval", *SMALL) == 0
+    before = {path.name: path.read_bytes() for path in Path("x-check").iterdir() if path.name != ".lock"}
+    for more in ([], ["--resume"]):
+        assert run("--data", data, "--epochs", 3, "--out", "x", *SMALL, "--check", *more) == 2
+        assert "x-check already holds a run (epoch 1/1)" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in Path("x-check").iterdir() if path.name != ".lock"} == before
+
+
+def test_what_is_amiss_with_the_images_measured_on_is_told(image_folder: Folder, capsys) -> None:
+    data, other = image_folder(), image_folder("other")
+    (other / "class0" / "x.heic").touch()
+    assert run("--data", data, "--eval-data", other, "--epochs", 1, "--out", "out", *SMALL) == 0
+    assert "warning: --eval-data: left out, as these formats are not read: 1 .heic\n" in capsys.readouterr().out

@@ -135,7 +135,15 @@ def test_all_checkpoints_damaged_is_an_error_and_never_a_fresh_start(tmp_path: P
         save(tmp_path, number)
     for path in tmp_path.iterdir():
         path.write_bytes(b"")
-    with pytest.raises(CheckpointError, match="last.pt is empty.*previous.pt is empty - start a new run in another"):
+    advice = "last.pt is empty.*previous.pt is empty - start a new run in another --out"
+    with pytest.raises(CheckpointError, match=f"{advice}$"):
+        newest_checkpoint(tmp_path)
+    for name in ("backbone.pt", "best.pt"):
+        torch.save({"conv1.weight": torch.ones(1)}, tmp_path / name)
+        with pytest.raises(CheckpointError, match=f"{advice}, or one from its network with --init-from .*/{name}$"):
+            newest_checkpoint(tmp_path)
+    (tmp_path / "best.pt").write_bytes(b"torn")
+    with pytest.raises(CheckpointError, match="--init-from .*/backbone.pt$"):
         newest_checkpoint(tmp_path)
 
 
@@ -166,9 +174,28 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path: Path, protocol: int | N
                                 "and nothing in it was run")
 
 
+@pytest.mark.parametrize("content", [b"class,score\ncat,1\n", b"config:\n  lr: .1\n", b"class\ncat\ndog\n", b"(" * 2**22,
+                                     b"c" * 2**22, b"\x8e" + (2**62).to_bytes(8, "little") + b"x", b"\x93NUMPY\x01\x00v"],
+                         ids=["csv", "yaml", "lines", "marks", "no end of a line", "a length beyond all", "numpy"])
+def test_a_text_is_not_taken_for_code_and_read_no_further_than_need_be(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(CheckpointError, match="x.pt is damaged or not a checkpoint$"):
+        read_checkpoint(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("content, name", [
+    (b"(S'touch marker'\nios\nsystem\n.", "os.system"),
+    (b"\x80\x04\x8c\x05posix\x94\x8c\x06system\x94\x93.", "posix.system"),
+    (b"\x80\x04\x8c\x05posix\x94\x8c\x06system\x94\x8c\x05torch\x94\x8c\x05Float\x94h\x00h\x01\x93.", "code")])
+def test_code_in_a_bare_pickle_is_named_where_its_name_is_sure(tmp_path: Path, content: bytes, name: str) -> None:
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"than tensors and plain values \({name}\), and nothing in it was run$"):
+        read_checkpoint(tmp_path / "x.pt")
+
+
 def test_the_format_of_old_torch_is_named(tmp_path: Path) -> None:
     torch.save({"conv1.weight": torch.ones(2)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
-    with pytest.raises(CheckpointError, match="old.pt is in the format of torch before 1.6 - torch.load it, and"):
+    with pytest.raises(CheckpointError, match="old.pt is in the format of torch before 1.6 - torch.load it with"):
         read_weights(tmp_path / "old.pt")
 
 

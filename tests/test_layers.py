@@ -16,7 +16,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "memory": set(), "checkpoint": set(), "config": set(),
     "listing": {"failures"}, "shards": {"checkpoint", "listing"}, "decoding": {"shards"},
     "folder": {"checkpoint", "decoding", "listing", "shards"},
-    "copies": {"folder", "listing"},
+    "copies": {"checkpoint", "folder", "listing"},
     "processes": {"signals", "watch"}, "runtime": {"lars", "processes", "watch"},
     "sample": {"config"},
     "run_folder": {"checkpoint", "config", "run_facts"}, "failures": set(), "workers": {"signals"},

@@ -74,6 +74,21 @@ def test_a_finished_network_without_checkpoints_is_not_overwritten(tmp_path: Pat
     assert (tmp_path / "backbone.pt").read_bytes() == b"weights"
 
 
+def test_a_lock_that_is_removed_while_it_is_waited_for_is_opened_again(tmp_path: Path, monkeypatch) -> None:
+    """By a process that found the folder used, and takes back the lock that it has made."""
+    flock, removed = fcntl.flock, []
+
+    def remove_first(handle: int, operation: int) -> None:
+        if not removed:
+            removed.append((tmp_path / ".lock").unlink())
+        flock(handle, operation)
+
+    monkeypatch.setattr(fcntl, "flock", remove_first)
+    with open_run_folder(tmp_path, may_be_used=False), pytest.raises(ValueError, match="another run"):
+        with open_run_folder(tmp_path, may_be_used=False):
+            pass
+
+
 def test_a_file_system_without_locks_can_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(handle: int, operation: int) -> None:
         raise OSError(errno.ENOLCK, "No locks available")

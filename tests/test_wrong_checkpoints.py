@@ -70,7 +70,7 @@ def test_a_folder_in_the_place_of_the_checkpoint_is_named(trained: Path, capsys)
     Path("out/last.pt").mkdir()
     Path("out/last.pt/mine").touch()
     assert train.main(["--data", str(trained.parent / "imgs"), "--epochs", "1", "--out", "out", *SMALL, "--resume"]) == 2
-    assert "cannot put previous.pt in the place of out/last.pt: Is a directory" in capsys.readouterr().err
+    assert "out/last.pt is not a checkpoint, but a folder" in capsys.readouterr().err
     assert Path("out/last.pt/mine").exists()
 
 
@@ -122,6 +122,43 @@ def test_a_key_of_a_newer_version_asks_for_an_upgrade(trained: Path, capsys) -> 
     assert give("resume", Path("newer.pt"), trained) == 2
     assert (f"newer.pt was written by byol_core 7.0 and holds queue, which this version ({__version__}) does not know"
             in capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("change", [{"format": 2}, {"version": "7.0", "queue": 3}, {"precision": 3}])
+def test_a_whole_file_that_cannot_be_used_is_not_taken_for_a_damaged_one(trained: Path, change: dict, capsys) -> None:
+    """Such as one that a newer version has written: it is not replaced by the one before it."""
+    shutil.copytree(trained, "out")
+    shutil.copy("out/last.pt", "out/previous.pt")
+    torch.save({**read_checkpoint(trained / "last.pt"), **change}, "out/last.pt")
+    before = Path("out/last.pt").read_bytes()
+    assert train.main(["--data", str(trained.parent / "imgs"), "--epochs", "1", "--out", "out", *SMALL, "--resume"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1 and Path("out/last.pt").read_bytes() == before
+
+
+def test_a_damaged_file_is_not_replaced_by_a_run_that_is_refused(trained: Path, capsys) -> None:
+    shutil.copytree(trained, "out")
+    shutil.copy("out/last.pt", "out/previous.pt")
+    Path("out/last.pt").write_bytes(b"torn")
+    assert train.main(["--data", str(trained.parent / "imgs"), "--epochs", "7", "--out", "out", *SMALL, "--resume"]) == 2
+    assert "epochs 1 -> 7" in capsys.readouterr().err and Path("out/last.pt").read_bytes() == b"torn"
+
+
+def nested(depth: int) -> object:
+    value: object = ["x"]
+    for _ in range(depth):
+        value = [value, value]
+    return value
+
+
+@pytest.mark.parametrize("key", ["version", "device", "precision", "compiled", "best"])
+@pytest.mark.parametrize("value", [nested(40), "\x1b[31mred\nerror: a line of its own", 3], ids=["nested", "text", "number"])
+def test_what_a_hostile_file_says_of_itself_is_not_shown(trained: Path, key: str, value: object, capsys) -> None:
+    """Nested lists of a few hundred bytes are longer than any memory when written out."""
+    unknown = {"unknown": 1} if key == "version" else {}
+    torch.save({**read_checkpoint(trained / "last.pt"), key: value, **unknown}, "odd.pt")
+    give("resume", Path("odd.pt"), trained)
+    said = capsys.readouterr()
+    assert said.err.count("\n") <= 1 and "\x1b" not in said.out + said.err
 
 
 @pytest.mark.parametrize("command", ["init-from", "evaluate", "embed"])

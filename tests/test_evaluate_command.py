@@ -20,9 +20,10 @@ import train
 from byol_core import evaluate_command, linear_probe
 from byol_core.checkpoint import export_backbone, read_checkpoint, read_weights
 from byol_core.config import TrainConfig
+from byol_core.copies import overlap
 from byol_core.data import load_images
 from byol_core.evaluate import embed, embed_data, fit_classifier, unconverged
-from byol_core.evaluate_command import confusion_matrix, main, overlap
+from byol_core.evaluate_command import confusion_matrix, main
 from byol_core.folder import scan
 from byol_core.plan import Facts, make_plan
 from byol_core.pretrained import load_pretrained, untrained_backbone

@@ -16,8 +16,8 @@ import torch
 
 import byol_core.shards as shards_module
 from byol_core.batches import DeviceBatches, Order, WorkerBatches
+from byol_core.copies import overlap
 from byol_core.data import ImageData, load_images
-from byol_core.evaluate_command import overlap
 from byol_core.decoding import BadImageError, decode
 from byol_core.folder import SHARD_INDEX, ImageSet, scan, typical_size
 from byol_core.run import Run

@@ -381,9 +381,8 @@ def test_overlap_reads_only_files_whose_size_occurs_on_both_sides(tmp_path: Path
         (tmp_path / name).write_bytes(content)
     (tmp_path / "list.txt").write_text("a\nb\nc\nd\ne\nf")  # f is missing
     read = []
-    real = Path.read_bytes
     files = scan(tmp_path / "list.txt")
-    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path.name) or real(path))
+    monkeypatch.setattr("byol_core.copies.sha256", lambda path: read.append(path.name) or path.read_bytes().hex())
     assert overlap(files, [0, 1, 5], files, [2, 3, 4]) == (0, 1)
     assert sorted(read) == ["a", "c", "d"]
 

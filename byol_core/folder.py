@@ -17,8 +17,8 @@ from torch import Tensor
 
 from byol_core.checkpoint import CheckpointError, atomic_write, read_verified
 from byol_core.decoding import FORMATS, BadImageError, in_silence
-from byol_core.listing import (SUFFIXES, UNREAD, Found, ScanProgress, below, common_folder, expand, identity, near_name,
-                               printable, read_list, refuse_nested, stamp, walk)
+from byol_core.listing import (SUFFIXES, Found, ScanProgress, below, common_folder, expand, identity, near_name,
+                               printable, read_list, refuse_nested, stamp, unread, walk)
 from byol_core.shards import NO_LABEL, Member, ShardIndex, Shards, index_shards, pack, unpack
 
 SIZE_SAMPLE = 256  # files whose headers tell the typical image size
@@ -170,7 +170,7 @@ def _scan_folders(given: str, folders: list[Path], flag: str, leave_out: Sequenc
     for folder, part in zip(folders, found):
         if not part.images:
             raise ValueError(_nothing_found(folder, part, flag))
-    remarks += _left_out(found)
+    remarks += unread(sum((part.others for part in found), Counter()))
     if tars:
         remarks.append(f"{len(tars)} tar files beside the images are not used: the first is {tars[0]}")
     parts = []
@@ -184,13 +184,6 @@ def _scan_folders(given: str, folders: list[Path], flag: str, leave_out: Sequenc
     if keep_in is not None and settled:
         _keep_listing(keep_in / LISTING, asked, listed, images)
     return images
-
-
-def _left_out(found: Sequence[Found]) -> list[str]:
-    """A remark on pictures of formats that are not read."""
-    unread = Counter({suffix: number for part in found for suffix, number in part.others.items() if suffix in UNREAD})
-    return [f"left out, as these formats are not read: {', '.join(f'{n} {suffix}' for suffix, n in sorted(unread.items()))}"
-            ] if unread else []
 
 
 def _keep_listing(file: Path, asked: list[str], listed: Sequence[tuple[bytes, list[int]]], images: ImageSet) -> None:

@@ -34,6 +34,12 @@ def is_hidden(name: bytes) -> bool:
     return name.startswith(b".") or name == b"__MACOSX"
 
 
+def unread(others: "Counter[str]") -> list[str]:
+    """A remark on pictures of formats that are not read. others: how many files there are by suffix, but for images."""
+    told = ", ".join(f"{number} {suffix}" for suffix, number in sorted(others.items()) if suffix in UNREAD)
+    return [f"left out, as these formats are not read: {told}"] if told else []
+
+
 class ScanProgress:
     """A line on stderr now and then, for scans that take more than a few seconds."""
 

@@ -92,7 +92,7 @@ def make_plan(config: TrainConfig, facts: Facts, world_size: int = 1) -> Plan:
     chosen = {
         "batch_size": batch,
         "arch": Choice("arch", arch, "a small network for tiny images" if digits else "the usual small backbone"),
-        "image_size": Choice("image_size", size, f"images are about {facts.side} pixels"),
+        "image_size": Choice("image_size", size, _reason_of_size(facts, size)),
         "predictor_lr": Choice("predictor_lr", 1.0, "as the rest"),
         "small_stem": Choice("small_stem", small and arch.startswith(RESNETS),
                              f"3x3 stem for ResNets below {SMALL_STEM_BELOW} px"),
@@ -158,14 +158,17 @@ def _image_size(facts: Facts) -> int:
     return 128 if facts.side <= 160 else 224
 
 
+def _reason_of_size(facts: Facts, size: int) -> str:
+    return f"images are about {facts.side} pixels" + ("" if size == facts.side else "; larger ones are shown at 128 or 224")
+
+
 def _digits(facts: Facts, epochs: int, total: int, batch_size: int) -> list[Choice]:
     return [Choice("optimizer", "adamw", "best on the sample"),
             Choice("lr", 8e-3 * min(1.0, 64 / batch_size), "2e-3 from batch 64 on: more in larger ones loses the features"),
             Choice("predictor_lr", 10.0, "a fast predictor keeps the rank of the features up"),
             Choice("weight_decay", 0.01, "mild, for a small network"), *_cosine_step(),
             Choice("warmup_epochs", 0.3 * epochs, "a long warm-up keeps the rank of the features up"),
-            Choice("tau_base", half_life_tau(total), f"half-life of 3 % of {total} updates, at most 173 updates"),
-            Choice("hidden_dim", 512, "in proportion to the network"),
+            _tau_by_length(total), Choice("hidden_dim", 512, "in proportion to the network"),
             Choice("projection_dim", 128, "in proportion to the network")]
 
 
@@ -218,7 +221,11 @@ def _quadra(facts: Facts, epochs: int, total: int, batch_size: int) -> list[Choi
 
 def _by_length(epochs: int, total: int) -> list[Choice]:
     return [Choice("warmup_epochs", min(10.0, epochs / 10), "a tenth of the run, at most 10 epochs"),
-            Choice("tau_base", half_life_tau(total), f"half-life of 3 % of {total} updates, at most 173 updates")]
+            _tau_by_length(total)]
+
+
+def _tau_by_length(total: int) -> Choice:
+    return Choice("tau_base", half_life_tau(total), f"half-life of 3 % of {total} updates, at least 2, at most 173")
 
 
 def _cosine_step() -> list[Choice]:

@@ -271,6 +271,7 @@ class Run:
         times: list[float] = []
 
         def stop_early(progress: Progress, step: Step) -> None:
+            self.parts.runtime.confirm()  # waits for the device
             times.append(time.monotonic())
             if len(times) > CHECK_STEPS:
                 raise _EnoughMeasured

@@ -5,6 +5,7 @@ import io
 import os
 import tarfile
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from byol_core.checkpoint import CheckpointError, atomic_write, read_verified
-from byol_core.listing import IMAGE_ENDINGS, ScanProgress, is_hidden
+from byol_core.listing import IMAGE_ENDINGS, ScanProgress, is_hidden, unread
 
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 BLOCK = 512  # bytes; a tar is made of blocks
@@ -127,6 +128,7 @@ def index_shard(path: Path, flag: str = "--data", progress: ScanProgress | None 
     progress = progress or ScanProgress()
     places: dict[bytes, tuple[int, int]] = {}
     labels: dict[bytes, int] = {}
+    others: Counter[str] = Counter()
     remarks: list[str] = []
     repeated = 0
     with open(path, "rb") as file:
@@ -140,6 +142,8 @@ def index_shard(path: Path, flag: str = "--data", progress: ScanProgress | None 
                     progress.advance(1, os.fsencode(path))
                 elif name is not None and name.endswith(b".cls") and size != ELSEWHERE:
                     labels[_key(name)] = _label(os.pread(handle, min(size, LONGEST_LABEL), offset))
+                elif name is not None:
+                    others[os.path.splitext(os.fsdecode(name))[1].lower()] += 1
             damage = "bad header" if os.pread(handle, BLOCK, archive.offset).strip(b"\0") else ""
         except Exception as error:  # tarfile raises whatever it likes on broken input
             damage = str(error) or type(error).__name__
@@ -148,6 +152,7 @@ def index_shard(path: Path, flag: str = "--data", progress: ScanProgress | None 
                            f"only the {len(places)} images before it are used")
     if repeated:
         remarks.append(f"{path} holds {repeated} images twice by name: the last of each is used")
+    remarks += [f"{path}: {remark}" for remark in unread(others)]
     names = sorted(places)
     return ShardIndex(names, torch.tensor([places[name] for name in names], dtype=torch.int64).view(-1, 2),
                       torch.tensor([labels.get(_key(name), NO_LABEL) for name in names], dtype=torch.int64), tuple(remarks))

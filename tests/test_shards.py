@@ -77,6 +77,12 @@ def test_folders_patterns_and_several_tars_are_one_set(tmp_path: Path, monkeypat
     assert images.root == Path("shards") and images.labels is None
 
 
+def test_pictures_of_a_shard_that_are_not_read_are_told(tmp_path: Path) -> None:
+    members = [("a.png", png(1)), ("b.HEIC", b""), ("c.heic", b""), ("c.json", b"{}"), ("d.psd", b"")]
+    tar = write_tar(tmp_path / "s.tar", members)
+    assert scan(tar).remarks == (f"{tar}: left out, as these formats are not read: 2 .heic, 1 .psd",)
+
+
 @pytest.mark.parametrize("cls, classes", [({"a", "b"}, ("5", "6")), ({"a"}, ("cat", "dog")), (set(), ("cat", "dog"))])
 def test_labels_are_numbers_where_every_image_has_one_else_folders(tmp_path: Path, cls: set[str], classes) -> None:
     members = [("./cat/a.png", png()), ("dog/b.png", png())]

@@ -70,7 +70,7 @@ def epochs_for(minutes: float, arguments: list[str], place: Path) -> int:
     if not kept.exists():
         with contextlib.ExitStack() as stack:
             run = command.prepare(parse_config([*arguments, "--out", str(place / "timing"), "--no-eval"]), ALONE, stack)
-            per_epoch = run.seconds_per_update() * run.parts.plan.updates_per_epoch
+            per_epoch = max(run.seconds_per_update(), 1e-3) * run.parts.plan.updates_per_epoch
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_text(str(max(1, int(60 * minutes / per_epoch))))
     return int(kept.read_text())
@@ -145,15 +145,20 @@ def main() -> None:
     parser.add_argument("--lightly", action="store_true", help="train lightly's recipe for the same minutes, too")
     parser.add_argument("--write", action="store_true", help="append the table to RESULTS.md beside this file")
     options, passed_on = parser.parse_known_args()
-    if options.seeds < 1 or options.epochs == 0:
+    if options.seeds < 1 or (options.epochs is not None and options.epochs < 1):
         parser.error("--seeds and --epochs must be 1 or more")
+    if options.minutes is not None and options.minutes <= 0:
+        parser.error("--minutes must be above 0")
+    if options.set == "cifar10" and not (options.images / "train").is_dir():
+        parser.error(f"no folder {options.images / 'train'} - give the one that holds train/ and test/ as --images")
     if options.lightly:
         importlib.import_module("lightly")  # before hours of training
     arguments = ["--data", "digits"] if options.set == "digits" else [
         "--data", str(options.images / "train"), "--eval-data", str(options.images / "test")]
     arguments += passed_on
-    if set(passed_on) & set(OURS):
-        parser.error(f"{' '.join(sorted(set(passed_on) & set(OURS)))}: this command sets that itself")
+    own = {word.partition("=")[0] for word in passed_on} & set(OURS)
+    if own:
+        parser.error(f"{' '.join(sorted(own))}: this command sets that itself")
     images = [] if options.set == "digits" else [options.images.resolve().name]
     place = options.out / "-".join([options.set, *images, *(word.strip("-").replace("/", "_") for word in passed_on)])
     epochs = options.epochs or (epochs_for(options.minutes, arguments, place) if options.minutes else 100)
@@ -192,7 +197,8 @@ def main() -> None:
 
 def keep(options: argparse.Namespace, epochs: int, passed_on: list[str], rows: list[tuple[str, ...]], recipe: str,
          device: str = "cpu") -> None:
-    words = [options.set, "--epochs", str(epochs), "--seeds", str(options.seeds), *["--lightly"] * options.lightly,
+    length = ["--minutes", f"{options.minutes:g}"] if options.minutes else ["--epochs", str(epochs)]
+    words = [options.set, *length, "--seeds", str(options.seeds), *["--lightly"] * options.lightly,
              *([] if options.set == "digits" else ["--images", "DIR"]), *passed_on]
     text = (f"`python -m tests.bench.accuracy {' '.join(words)}`: {environment(device, 'torchvision', 'scikit-learn')}\n\n"
             f"{recipe}\n\n{markdown(('run', *COLUMNS), rows)}")

@@ -28,7 +28,7 @@ from byol_core.plan import make_plan
 from byol_core.run import Run
 from byol_core.training import Progress, Step, train
 from tests.bench import rivals, step
-from tests.bench.table import environment, markdown, parse, show, side_by_side
+from tests.bench.table import environment, markdown, parse, show, side_by_side, working_memory
 from tests.bench.views import find
 
 CASES = {"32": (32, False, 128), "64": (64, False, 64), "32s": (32, True, 64), "224": (224, False, 64)}  # size, stem, batch
@@ -71,17 +71,23 @@ def compare(case: str, options: argparse.Namespace, limits: str) -> None:
                                 num_workers=workers, persistent_workers=workers > 0)
             rows[name] = partial(rivals.lightly_loop(options.arch, small_stem, size, options.device), loader)
         milliseconds = side_by_side(rows, options.device, options.rounds, warm_up=1)
+        if ours not in milliseconds or limit not in milliseconds:
+            raise SystemExit(f"too little memory for a batch of {batch} - give a smaller --batch")
         waited = run.parts.batches.waited / (options.rounds + 1) * 1000 / milliseconds[ours]
+        memory = {name: f"{working_memory(rows[name], options.device):.1f}" for name in milliseconds
+                  } if options.device.startswith("cuda") else {}
         run.parts.batches.close()
     rates = {name: 1000 * options.updates * batch / value for name, value in milliseconds.items()}
-    table = [(name, f"{rate:.1f}", f"{rate / rates[limit]:.2f}", f"{rate / rates[LIGHTLY]:.2f}" if LIGHTLY in rates else "-")
+    table = [(name, f"{rate:.1f}", f"{rate / rates[limit]:.2f}", f"{rate / rates[LIGHTLY]:.2f}" if LIGHTLY in rates else "-",
+              *([memory[name]] if memory else []))
              for name, rate in sorted(rates.items(), key=lambda item: -item[1])]
     again = "" if len(found) == needed else f"{len(found)} images, used again to make {needed}; "
     text = (f"{environment(options.device, 'torchvision')}\n\n{limits}\n\n{again}"
             f"Ours: {run.parts.precision}, views: {run.parts.views_reason}; "
             f"{started:.2f} s to start; waits for views {waited:.1%} of the time; "
             f"an update on real data takes {rates[resident] / rates[ours]:.3f} times as long as on resident views\n\n"
-            + markdown(("training", "images/s", "share of the bare step", "times lightly's"), table))
+            + markdown(("training", "images/s", "share of the bare step", "times lightly's",
+                        *(["GB at work"] if memory else [])), table))
     stem = ", small stem" if small_stem else ""
     show(f"End to end: {options.arch}{stem}, {size} pixels, batch {batch}", text, options.write)
 
@@ -93,7 +99,7 @@ def new_run(paths: list[Path], case: str, options: argparse.Namespace, folder: P
     images.mkdir()
     for number, path in enumerate(paths):
         (images / f"{number:06}{path.suffix}").symlink_to(path.resolve())
-    config = TrainConfig(data=(str(images),), epochs=options.rounds + 1, arch=options.arch, image_size=size,
+    config = TrainConfig(data=(str(images),), epochs=options.rounds + 2, arch=options.arch, image_size=size,
                          small_stem=small_stem, hidden_dim=rivals.HIDDEN, projection_dim=rivals.OUT,
                          batch_size=options.batch or batch, device=options.device, eval=False)
     began = time.perf_counter()

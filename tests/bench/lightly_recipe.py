@@ -2,7 +2,7 @@
 
 import time
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 
 import torch
 from torch import nn
@@ -31,10 +31,11 @@ def train_lightly(parts: Parts, minutes: float, seed: int) -> tuple[nn.Module, i
                         persistent_workers=parts.workers > 0)
     optimizer_of = partial(torch.optim.SGD, lr=RATE * batch / BATCH, momentum=0.9, weight_decay=5e-4)
     trial, _ = rivals.lightly_epochs(*build_backbone(plan.arch, plan.small_stem, plan.image_size), device, optimizer_of)
-    trial(islice(loader, TIMED))
+    timed = max(1, min(TIMED, len(loader) // 2))
+    batches = chain(loader, loader)  # of one pass where it has two batches, so that workers need not start anew in between
+    trial(islice(batches, timed))
     began = time.monotonic()
-    timed = min(TIMED, len(loader))
-    trial(islice(loader, timed))
+    trial(islice(batches, timed))
     epochs = max(1, int(60 * minutes * timed / (time.monotonic() - began) / len(loader)))
 
     epoch, optimizer = rivals.lightly_epochs(backbone, dim, device, optimizer_of)

@@ -37,6 +37,10 @@ def main() -> None:
     parser.add_argument("--start", type=Path, help="folder of images of one size, listed and decoded as a run starts with it")
     parser.add_argument("--count", type=int, default=96, help="images of a folder to use (default 96)")
     options = parse(parser, rounds=5, threads=1)
+    if options.images is options.photos is options.start is None:
+        parser.error("give --images, --photos or --start")
+    if options.count < BATCH:
+        parser.error(f"--count must be {BATCH} or more")
     for folder, size in ((options.images, 32), (options.photos, 224)):
         if folder is not None:
             compare(find(folder, options.count), size, options)
@@ -47,6 +51,8 @@ def main() -> None:
 def start(folder: Path, options: argparse.Namespace) -> None:
     """Seconds until the images of a folder lie decoded on the device."""
     device, workers = torch.device(options.device), choose_workers(None)
+    if not folder.is_dir() or in_memory(scan(folder), device) is None:
+        raise SystemExit(f"{folder} is no folder of images of one size that fit into memory: only those are decoded before")
     rows: dict[str, Callable[[], object]] = {"listed": lambda: scan(folder)}
     for number in (0, workers):
         rows[f"listed and decoded, {number} workers"] = lambda number=number: load_images(  # type: ignore[misc]
@@ -60,6 +66,8 @@ def start(folder: Path, options: argparse.Namespace) -> None:
 def compare(paths: list[Path], size: int, options: argparse.Namespace) -> None:
     device, recipes = torch.device(options.device), paper_recipes(size)
     count = len(paths) // BATCH * BATCH
+    if not count:
+        raise SystemExit(f"{len(paths)} images are fewer than a batch of {BATCH}")
     with tempfile.TemporaryDirectory() as folder:
         listing = Path(folder, "images.txt")
         listing.write_text("".join(f"{path.resolve()}\n" for path in paths[:count]))

@@ -120,8 +120,10 @@ def new_byol(arch: str, small_stem: bool, size: int, runtime: Runtime) -> BYOL:
 
 
 def random_views(number: int, batch: int, size: int, runtime: Runtime) -> list[Views]:
-    return [(runtime.place(torch.randn(batch, 3, size, size)), runtime.place(torch.randn(batch, 3, size, size)))
-            for _ in range(number)]
+    """So many batches, of which two lie in memory and take turns."""
+    views = [(runtime.place(torch.randn(batch, 3, size, size)), runtime.place(torch.randn(batch, 3, size, size)))
+             for _ in range(2)]
+    return [views[turn % 2] for turn in range(number)]
 
 
 def present(makers: Mapping[str, Callable[[], Any]]) -> Iterator[tuple[str, Any]]:

@@ -24,8 +24,9 @@ def run_of(data: str, batch: int, epochs: int, options: list[str]) -> tuple[str,
         command = [sys.executable, str(ROOT / "train.py"), "--data", data, "--out", f"{place}/out", "--epochs", str(epochs),
                    "--batch-size", str(batch), "--accum-steps", str(max(1, batch // AT_ONCE)), *options]
         done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode == 2:
-            return Path(data).name, str(batch), *["-"] * 6, done.stderr.strip().removeprefix("error: ").partition(" - ")[0]
+        if done.returncode != 0:  # diverged, or no such batch; what it said last says which
+            reason = done.stderr.strip().splitlines()[-1].removeprefix("error: ").partition(" - ")[0]
+            return Path(data).name, str(batch), *["-"] * 6, f"failed: {reason}"
         summary = json.loads((Path(place) / "out" / "summary.json").read_text())
         config = json.loads((Path(place) / "out" / "config.json").read_text())
         records = [record for line in (Path(place) / "out" / "metrics.jsonl").read_text().splitlines()
@@ -45,6 +46,9 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--write", action="store_true", help="append the table to RESULTS.md beside this file")
     options, passed_on = parser.parse_known_args()
+    missing = [data for data in options.data if data != "digits" and not Path(data).exists()]
+    if missing:
+        parser.error(f"no such folder: {missing[0]}")
     rows = []
     for data in options.data:
         for batch in options.batches:

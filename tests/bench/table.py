@@ -33,6 +33,10 @@ def parse(parser: argparse.ArgumentParser, rounds: int = 15, threads: int | None
     parser.add_argument("--rounds", type=int, default=rounds, help="times each row is measured; the median counts")
     parser.add_argument("--write", action="store_true", help=f"append the table to {RESULTS.name} beside this file")
     options = parser.parse_args()
+    if options.rounds < 1 or options.threads < 1:
+        parser.error("--rounds and --threads must be 1 or more")
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device {options.device}: no CUDA device found")
     torch.set_num_threads(options.threads)
     return options
 
@@ -59,6 +63,16 @@ def side_by_side(functions: Mapping[str, Callable[[], object]], device: str, rou
             if number >= warm_up:
                 times[name].append(1000 * (clock() - start))
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def working_memory(function: Callable[[], object], device: str) -> float:
+    """GB of the GPU's memory that a call takes beyond what lay there before."""
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    function()
+    torch.cuda.synchronize(device)
+    return (torch.cuda.max_memory_allocated(device) - before) / 1e9
 
 
 def commit() -> str:

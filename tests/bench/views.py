@@ -38,6 +38,8 @@ def main() -> None:
     parser.add_argument("--photos", type=Path, help="folder of photographs, shown at 224 pixels")
     parser.add_argument("--count", type=int, default=96, help="images of a folder to use (default 96)")
     options = parse(parser, rounds=5, threads=1)
+    if options.images is options.photos is None:
+        parser.error("give --images or --photos")
     for folder, size in ((options.images, 32), (options.photos, 224)):
         if folder is not None:
             compare([decoded(path) for path in find(folder, options.count)], size, options)

@@ -16,7 +16,8 @@ def commands(images: Path, photos: Path, device: str) -> list[list[str]]:
     on, small, large = ["--device", device], ["--images", str(images)], ["--images", str(photos)]
     return [["ema", *on], ["lars", *on], ["step", *on, "--small-stem", "--batch", "512"],
             ["step", *on, "--arch", "resnet50", "--size", "224", "--batch", "256"],
-            ["views", *on, *small, "--photos", str(photos)], ["loader", *on, *small, "--photos", str(photos), "--start", str(images)],
+            ["views", *on, *small, "--photos", str(photos)],
+            ["loader", *on, *small, "--photos", str(photos), "--start", str(images)],
             ["end_to_end", *on, *small, "--case", "32s", "--batch", "512", "--updates", "50"],
             ["end_to_end", *on, *large, "--case", "224", "--arch", "resnet50", "--batch", "256", "--updates", "50"]]
 

@@ -254,7 +254,8 @@ def read_verified(path: Path, mapped: bool = False) -> object:
 def _what_else(path: Path) -> CheckpointError:
     """What is wrong with a file that is no archive: perhaps a bare pickle, of which a part is read and nothing carried out."""
     code, strings, whole, start = None, deque[str](maxlen=2), False, b""
-    with contextlib.suppress(Exception):  # on anything that is no pickle
+    with contextlib.suppress(Exception), warnings.catch_warnings():  # on anything that is no pickle
+        warnings.simplefilter("ignore")  # of odd escapes in a text
         with open(path, "rb") as file:
             start = file.read(2**20)
         for instruction, value, _ in pickletools.genops(start):

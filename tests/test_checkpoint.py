@@ -174,13 +174,17 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path: Path, protocol: int | N
                                 "and nothing in it was run")
 
 
-@pytest.mark.parametrize("content", [b"class,score\ncat,1\n", b"config:\n  lr: .1\n", b"class\ncat\ndog\n", b"(" * 2**22,
-                                     b"c" * 2**22, b"\x8e" + (2**62).to_bytes(8, "little") + b"x", b"\x93NUMPY\x01\x00v"],
-                         ids=["csv", "yaml", "lines", "marks", "no end of a line", "a length beyond all", "numpy"])
-def test_a_text_is_not_taken_for_code_and_read_no_further_than_need_be(tmp_path: Path, content: bytes) -> None:
+TEXTS = {"csv": b"class,score\ncat,1\n", "yaml": b"config:\n  lr: .1\n", "lines": b"class\ncat\ndog\n", "marks": b"(" * 2**22,
+         "no end of a line": b"c" * 2**22, "a length beyond all": b"\x8e" + (2**62).to_bytes(8, "little") + b"x",
+         "numpy": b"\x93NUMPY\x01\x00v", "an odd escape": b"S'\\\xb8'\n"}
+
+
+@pytest.mark.parametrize("content", TEXTS.values(), ids=TEXTS)
+def test_a_text_is_not_taken_for_code_and_read_no_further_than_need_be(tmp_path: Path, content: bytes, recwarn) -> None:
     (tmp_path / "x.pt").write_bytes(content)
     with pytest.raises(CheckpointError, match="x.pt is damaged or not a checkpoint$"):
         read_checkpoint(tmp_path / "x.pt")
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize("content, name", [

@@ -40,8 +40,10 @@ def test_a_frozen_process_is_named_and_killed_by_torchrun(image_folder: Callable
     assert summary(tmp_path)["status"] == "failed" and summary(tmp_path)["reason"] in done.messages[0]
 
 
-BUSY = "from byol_core.outcome import Outcome\nOutcome.{} = lambda outcome: time.sleep(600)"  # and so in no exchange
-LATER = "import threading; threading.Timer(2, os.kill, ({}, signal.{})).start()"
+# The first process is busy, and so in no exchange; then, and not before, something happens to another.
+BUSY = "from byol_core.outcome import Outcome\nOutcome.{} = lambda outcome: (open('busy', 'w').close(), time.sleep(600))"
+LATER = ("import threading; threading.Thread(daemon=True, target=lambda: ([time.sleep(0.05) for _ in iter(lambda: "
+         "os.path.exists('busy'), True)], time.sleep(1), os.kill({}, signal.{}))).start()")
 
 
 @pytest.mark.parametrize("does, how", [("measure_on_the_way", "silent: frozen, or cut off"),

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import select
 import struct
 import sys
 import termios
@@ -174,5 +175,8 @@ def test_progress_is_shown_on_a_terminal_whether_or_not_it_tells_its_width(colum
     with open(follower, "w") as terminal:
         monkeypatch.setattr(sys, "stderr", terminal)
         train_log(tmp_path, 50, [1.0])
-        assert b"loss 1.0" in os.read(leader, 65536)
+        shown = b""
+        while b"loss 1.0" not in shown:
+            assert select.select([leader], [], [], 10)[0], f"the terminal shows {shown!r} and no more"
+            shown += os.read(leader, 65536)
     os.close(leader)

@@ -1,7 +1,7 @@
 """The images of a run: which of them can be read, where their pixels are held, and plain batches of them."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NoReturn
 
 import numpy as np
@@ -188,7 +188,7 @@ def plain_batches(data: ImageData, recipe: ViewRecipe, indices: Tensor, workers:
             yield part, normalise(data.pixels[part.to(data.pixels.device)].float() / 255, recipe)
         return
     if data.pixels is not None and data.pixels.device.type != "cpu":
-        workers = 0  # forked processes have no GPU
+        data = replace(data, pixels=data.pixels.cpu())  # forked processes have no GPU
     loader = new_loader(_PlainDataset(data, recipe, indices), workers, batch_size=batch_size, collate_fn=_collate_plain)
     for found, images, failures in batches_from(loader):
         for index, reason in failures:

@@ -18,6 +18,7 @@ from byol_core.parts import Parts
 from byol_core.pictures import save_embedding, save_neighbours, save_views
 from byol_core.report import how_to_load, write_report
 from byol_core.run_facts import read_run
+from byol_core.sample import without_sample
 from byol_core.scoring import Scorer, Scores, some_indices
 
 PICTURED_AT_MOST = 2_000  # images among which neighbours are looked for
@@ -87,7 +88,7 @@ class Outcome:
             self.measure("untrained", self.parts.new_model().online.backbone)
         if self.parts.plan.image_size <= PIXELS_UP_TO and isinstance(self.parts.scorer, Scorer):
             self.measure("pixels", nn.Flatten())
-        for option, value in (("--eval-every", config.eval_every), ("--eval-data", config.eval_data)):
+        for option, value in (("--eval-every", config.eval_every), ("--eval-data", without_sample(config).eval_data)):
             if value and not config.eval:
                 self.parts.log.say(f"note: {option} {value} has no effect with --no-eval")
 

@@ -220,3 +220,10 @@ def test_the_lines_that_load_the_backbone_run_as_printed(image_folder: Folder, c
     expected = float(torch.load("a 'run'/backbone.pt", weights_only=True)["conv1.weight"].sum())
     assert done.stdout == f"128 {expected} False\n", done.stderr
     assert "In evaluation mode, as here, features do not depend on the other images" in Path("a 'run'/report.html").read_text()
+
+
+def test_no_word_of_an_evaluation_that_nobody_asked_for(tmp_path: Path, monkeypatch, capsys) -> None:
+    """The sample brings a held-out part of its own."""
+    monkeypatch.chdir(tmp_path)
+    assert run("--epochs", 1, "--out", "out", "--no-eval", "--hidden-dim", 8, "--projection-dim", 4, "--batch-size", 512) == 0
+    assert "has no effect" not in capsys.readouterr().out

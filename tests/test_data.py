@@ -3,6 +3,8 @@
 import gc
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -99,21 +101,22 @@ def test_data_can_be_sent_to_workers_whatever_the_console_is(image_folder: Calla
 
 
 def test_images_on_a_gpu_are_not_asked_for_in_forked_processes(image_folder: Callable[..., Path], monkeypatch) -> None:
-    """When they are not of the view's size, and so go through the loader."""
-    started: list[int] = []
+    """When they are not of the view's size, and so go through the loader: they are fetched once, and not one by one."""
+    given: list[object] = []
 
-    def loader(dataset: object, workers: int, **options: object) -> list[object]:
-        started.append(workers)
+    def loader(dataset: Any, workers: int, **options: object) -> list[object]:
+        given.extend([dataset.data.pixels, workers])
         return []
 
     held = load_images(scan(image_folder()), "device", CPU, lambda line: None)[0]
     monkeypatch.setattr("byol_core.data.new_loader", loader)
     monkeypatch.setattr("byol_core.data.batches_from", iter)
-    assert held.pixels is not None
-    for device in ("cpu", "meta"):
-        held.pixels = held.pixels.to(device)
+    pixels = held.pixels
+    assert pixels is not None
+    on_gpu: Any = SimpleNamespace(device=torch.device("cuda"), shape=pixels.shape, cpu=lambda: pixels)
+    for held.pixels in (pixels, on_gpu):
         assert list(plain_batches(held, ViewRecipe(8), torch.arange(4), workers=2)) == []
-    assert started == [2, 0]
+    assert given == [pixels, 2, pixels, 2] and held.pixels is on_gpu
 
 
 @pytest.mark.slow

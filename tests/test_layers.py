@@ -48,7 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "parts": {"backbones", "batches", "checkpoint", "config", "crops", "data", "evaluate", "folder", "memory", "metrics",
               "networks", "optim", "plan", "processes", "runtime", "scoring", "separation", "tensorboard", "training"},
     "outcome": {"checkpoint", "evaluate", "failures", "losses", "memory", "parts", "pictures", "report", "run_facts",
-                "scoring"},
+                "sample", "scoring"},
     "snapshot": {"checkpoint", "data", "outcome", "parts", "training"},
     "run": {"checkpoint", "config", "copies", "data", "folder", "memory", "outcome", "parts", "plan", "processes",
             "run_folder", "runtime", "signals", "snapshot", "tensorboard", "training", "workers"},

@@ -1,4 +1,4 @@
-"""LARS as published: layer-wise adaptive rate scaling with heavy-ball momentum."""
+"""LARS as in BYOL's published code: layer-wise adaptive rate scaling with heavy-ball momentum."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -18,8 +18,8 @@ def lars_update(params: list[Tensor], grads: list[Tensor], momentum_buffers: lis
     r is 1 where |p| or |g'| is 0, and everywhere when adapt is False, which is plain heavy-ball SGD.
     params, grads, momentum_buffers: equally long, tensor by tensor of one shape, all of one dtype and device; grads
     are only read. Nothing is read back to the host. found_inf: () on the device; where it is not 0, nothing changes.
-    Source: You et al. 2017 (arXiv 1708.03888); DeepMind's byol/utils/optimizers.py, whose norm is of the decayed
-    gradient.
+    Source: DeepMind's byol/utils/optimizers.py. The method is You et al.'s (2017, arXiv 1708.03888), whose algorithm 1
+    divides by |g| + wd |p| instead, and has lr in the momentum: m <- momentum m + lr r g'; p <- p - m.
     """
     # A GPU wants all tensors in one launch, a CPU one tensor after the other, so that each stays in its cache.
     size = len(params) if params and params[0].device.type != "cpu" else 1
@@ -61,7 +61,8 @@ class LARS(Optimizer):
     are not modified, and a step never waits for the device. As with torch's fused optimizers, an attribute found_inf that
     is not 0 makes a step change nothing.
     Raises: ValueError for a value that is negative or not finite, naming it.
-    Source: You et al. 2017 (arXiv 1708.03888); DeepMind's byol/utils/optimizers.py.
+    params: in float32 or float64; in 16 bits a step is often smaller than half of their spacing and rounds away.
+    Source: DeepMind's byol/utils/optimizers.py; see `lars_update` for what differs from You et al. 2017.
 
     >>> weight = nn.Parameter(torch.tensor([[3.0, 4.0]]))
     >>> optimizer = LARS([weight], lr=0.5, trust=0.1)

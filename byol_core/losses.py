@@ -150,4 +150,5 @@ def _unit_rows(features: Tensor) -> Tensor:
     rows = _at_least_float32(features)
     scale = rows.detach().abs().amax(1, keepdim=True).clamp_min(floor)
     rows = rows / scale  # largest entry 1, unless the row is tiny: then its norm may stay below 1
-    return rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min(1.0)
+    norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return rows / torch.where(norm < 1.0, 1.0, norm)  # not clamp_min: at 1, the norm of a one-hot row, it has no gradient

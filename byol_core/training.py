@@ -1,12 +1,13 @@
 """The loop: forward both views, loss in both directions, backward, optimizer, then the target follows."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
@@ -14,7 +15,7 @@ from byol_core.ema import ema_update
 from byol_core.losses import byol_loss
 from byol_core.networks import BYOL
 from byol_core.optim import plateau_scheduler
-from byol_core.runtime import Runtime
+from byol_core.runtime import NonFiniteError, Runtime
 from byol_core.schedules import cosine_tau
 from byol_core.seeds import seed_from
 
@@ -91,58 +92,99 @@ def train(model: BYOL, batches: SeekableBatches | PlainBatches, epochs: int, *, 
     stands still. lr_scheduler_interval: it is stepped after each applied "step" or after each "epoch".
     criterion: (prediction, projection) -> loss of one direction; the two directions are summed. tau_base, tau_schedule:
     the target's momentum, "cosine" from the base to 1 over all updates, or "constant". accum_steps: micro-batches per
-    update. seed: of dropout and the like; torch's generators are seeded anew from (seed, update). runtime: device and
-    precision; None is the model's device and float32. progress: where to go on; it is kept up to date. after_step: called
-    after every step, to log, to save, or to stop by raising.
+    update. seed: of dropout and the like, seeded anew from (seed, update); what a loader of yours draws is left to
+    `torch.manual_seed`. runtime: device and precision, after `runtime.place_model(model)`; None is the model's device and
+    float32. progress: where to go on, exactly if batches can be sought; it is kept up to date. after_step: called after
+    every step, to log, to save, or to stop by raising.
+    All of the model is put into training mode, and gradients that it has are cleared.
     Returns: the progress, complete.
-    Raises: ValueError for unusable arguments; NonFiniteError, before any weight has changed, when the loss or a gradient is
-    not finite (on CUDA one step later, see `Runtime.step`).
+    Raises: ValueError for unusable arguments; NonFiniteError when the loss or a gradient is not finite: weights and
+    statistics are those before that step (on CUDA it is noticed one step later, and the target has followed once more).
     """
     runtime = runtime or Runtime(next(model.online.parameters()).device)
     optimizer = optimizer or torch.optim.Adam(model.online.parameters(), lr=3e-4)
     lr_scheduler = lr_scheduler or plateau_scheduler(optimizer)
     progress = progress or Progress()
-    _check_parts(model, batches, optimizer, lr_scheduler)
-    _check(len(batches), epochs, accum_steps, lr_scheduler_interval, tau_base, tau_schedule)
+    _check_parts(model, batches, optimizer, lr_scheduler, runtime)
+    _check(len(batches), epochs, accum_steps, lr_scheduler_interval, tau_base, tau_schedule, progress)
     updates_per_epoch = len(batches) // accum_steps
+    updates = updates_per_epoch * epochs
     model.train()
+    model.zero_grad(set_to_none=True)  # what the caller has left there is none of the first update's
     forward = runtime.distribute(model)  # model itself, or a wrapper that averages gradients over processes
-    statistics = list(model.buffers()) if runtime.scaler.is_enabled() else []  # what a skipped step must not have changed
-    kept = [buffer.clone() for buffer in statistics]
 
-    for epoch in range(progress.epoch, epochs):
-        views = _views_of_epoch(batches, epoch, progress.batch)
-        for _ in range(updates_per_epoch - progress.batch // accum_steps):
-            tau = cosine_tau(progress.updates, updates_per_epoch * epochs, tau_base) if tau_schedule == "cosine" else tau_base
-            lr = optimizer.param_groups[0]["lr"]
-            loss = torch.zeros((), device=runtime.device)
-            for micro_batch in range(1, accum_steps + 1):
-                view1, view2 = map(runtime.place, next(views))
-                torch.manual_seed(seed_from(seed, "step", progress.updates, progress.batch, runtime.processes.rank))
-                with runtime.accumulating(forward, last=micro_batch == accum_steps):
-                    with runtime.autocast():
-                        p1, p2, z1, z2 = forward(view1, view2)
-                        both_directions = (criterion(p1, z2) + criterion(p2, z1)) / accum_steps
-                    runtime.backward(both_directions)
-                loss += both_directions.detach()
-                progress.batch += 1
+    with _Statistics(model) as statistics:
+        for epoch in range(progress.epoch, epochs):
+            views = _views_of_epoch(batches, epoch, progress.batch)
+            for _ in range(updates_per_epoch - progress.batch // accum_steps):
+                tau = tau_base if tau_schedule == "constant" else cosine_tau(progress.updates, updates, tau_base)
+                lr = optimizer.param_groups[0]["lr"]
+                loss = torch.zeros((), device=runtime.device)
+                for micro_batch in range(1, accum_steps + 1):
+                    view1, view2 = map(runtime.place, next(views))
+                    seeded = _seeded(seed_from(seed, "step", progress.updates, progress.batch, runtime.processes.rank))
+                    with seeded, runtime.accumulating(forward, last=micro_batch == accum_steps):
+                        with runtime.autocast():
+                            p1, p2, z1, z2 = forward(view1, view2)
+                            both_directions = (criterion(p1, z2) + criterion(p2, z1)) / accum_steps
+                        runtime.backward(both_directions)
+                    loss += both_directions.detach()
+                    progress.batch += 1
 
-            loss = runtime.processes.mean(loss)
-            applied = runtime.step(optimizer, loss)
-            if applied:  # else the float16 scaler skipped this step, and nothing else may move either
-                ema_update(model.target, model.online, tau)
-                progress.count_update(loss)
-                if lr_scheduler_interval == "step":
-                    _advance(lr_scheduler, loss)
-            _copy(*((kept, statistics) if applied else (statistics, kept)))
-            if progress.batch == updates_per_epoch * accum_steps:
-                if lr_scheduler_interval == "epoch" and progress.loss_count:
-                    _advance(lr_scheduler, progress.loss_sum / progress.loss_count)
-                progress.start_epoch(epoch + 1)
-            if after_step:
-                after_step(progress, Step(loss, z1, z2, tau, lr, applied))
-    runtime.confirm()
+                loss = runtime.processes.mean(loss)
+                applied = runtime.step(optimizer, loss)
+                if applied:  # else the float16 scaler skipped this step, and nothing else may move either
+                    ema_update(model.target, model.online, tau)
+                    progress.count_update(loss)
+                    if lr_scheduler_interval == "step":
+                        _advance(lr_scheduler, loss)
+                    statistics.keep()
+                else:
+                    statistics.restore()
+                if progress.batch == updates_per_epoch * accum_steps:
+                    if lr_scheduler_interval == "epoch" and progress.loss_count:
+                        _advance(lr_scheduler, progress.loss_sum / progress.loss_count)
+                    progress.start_epoch(epoch + 1)
+                if after_step:
+                    after_step(progress, Step(loss, z1, z2, tau, lr, applied))
+        runtime.confirm()
     return progress
+
+
+class _Statistics:
+    """The model's buffers, such as batch norm's statistics: what a step that is skipped or refused must not have changed.
+
+    A forward pass changes them before it is known whether the step is finite; leaving by NonFiniteError puts them back.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.buffers = list(model.buffers())
+        self.kept, self.kept_before = ([buffer.clone() for buffer in self.buffers] for _ in range(2))
+
+    def __enter__(self) -> "_Statistics":
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, NonFiniteError):
+            self.restore(before=error.late)  # then they were kept once more since
+
+    def keep(self) -> None:
+        self.kept, self.kept_before = self.kept_before, self.kept
+        _copy(self.kept, self.buffers)
+
+    def restore(self, before: bool = False) -> None:
+        _copy(self.buffers, self.kept_before if before else self.kept)
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """torch's generators begin anew from `seed`; the CPU's, from which a loader of the caller's draws, is put back after."""
+    state = torch.get_rng_state()
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
 
 
 def _copy(places: list[Tensor], values: list[Tensor]) -> None:
@@ -151,20 +193,27 @@ def _copy(places: list[Tensor], values: list[Tensor]) -> None:
             torch._foreach_copy_(places, values)
 
 
-def _check_parts(model: BYOL, batches: object, optimizer: Optimizer, lr_scheduler: Scheduler) -> None:
-    if not hasattr(batches, "__len__"):
-        raise ValueError(f"train: batches must have a length, as a DataLoader or a list has; got {type(batches).__name__}")
-    if not len(batches):
+def _check_parts(model: BYOL, batches: object, optimizer: Optimizer, lr_scheduler: Scheduler, runtime: Runtime) -> None:
+    try:
+        length = len(batches)  # type: ignore[arg-type]
+    except TypeError:  # also of a DataLoader without one
+        raise ValueError("train: batches must have a length, as a DataLoader of a map-style dataset or a list has; "
+                         f"got {type(batches).__name__}") from None
+    if not length:
         raise ValueError("train: batches are empty")
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     if trained.isdisjoint(id(parameter) for parameter in model.online.parameters()):
         raise ValueError("train: optimizer holds no parameter of model.online, so nothing would be trained")
+    device = next(model.online.parameters()).device
+    if device.type != runtime.device.type:
+        raise ValueError(f"train: the model is on {device}, runtime on {runtime.device} - call runtime.place_model(model) "
+                         "before making the optimizer")
     if getattr(lr_scheduler, "optimizer", optimizer) is not optimizer:
         raise ValueError("train: lr_scheduler belongs to another optimizer - make it from the one passed as optimizer")
 
 
 def _check(batches: int, epochs: int, accum_steps: int, lr_scheduler_interval: str, tau_base: float,
-           tau_schedule: str) -> None:
+           tau_schedule: str, progress: Progress) -> None:
     if epochs < 0:
         raise ValueError(f"train: epochs must be 0 or more, got {epochs}")
     if not 1 <= accum_steps <= batches:
@@ -175,6 +224,10 @@ def _check(batches: int, epochs: int, accum_steps: int, lr_scheduler_interval: s
         raise ValueError(f"train: tau_base must be in [0, 1], got {tau_base}")
     if tau_schedule not in ("cosine", "constant"):
         raise ValueError(f"train: tau_schedule must be 'cosine' or 'constant', got {tau_schedule!r}")
+    used = batches // accum_steps * accum_steps
+    if progress.batch not in range(0, used, accum_steps):
+        raise ValueError(f"train: progress.batch is {progress.batch}, which ends no update of an epoch of {used} batches "
+                         f"with accum_steps {accum_steps} - go on with the batches and accum_steps that it was made with")
 
 
 def _views_of_epoch(batches: SeekableBatches | PlainBatches, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -76,6 +76,17 @@ def test_byol_loss_passes_a_gradient_check_in_float64() -> None:
     assert byol_loss(p, z).dtype == torch.float64
 
 
+@pytest.mark.parametrize("row", [[3.0, 0.0, 0.0], [-2.0, 1e-5, 1e-5], [0.0, 1e-4, 5e3], [1e-3, 0.0, 0.0]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_byol_loss_gradient_of_rows_that_one_entry_dominates(row: list[float], dtype: torch.dtype) -> None:
+    p, z = torch.tensor([row], dtype=dtype, requires_grad=True), torch.tensor([[1.0, 2.0, 3.0]], dtype=dtype)
+    byol_loss(p, z).backward()
+    exact = p.detach().double().requires_grad_()
+    (2 - 2 * F.cosine_similarity(exact, z.double())).sum().backward()
+    assert p.grad is not None and exact.grad is not None
+    torch.testing.assert_close(p.grad.double(), exact.grad, rtol=1e-5, atol=1e-6 * float(exact.grad.abs().max()))
+
+
 def test_byol_loss_passes_no_gradient_to_the_projection() -> None:
     p, z = torch.randn(5, 3, requires_grad=True), torch.randn(5, 3, requires_grad=True)
     byol_loss(p, z).backward()

@@ -22,6 +22,13 @@ def random_views(batches: int, dtype: torch.dtype = torch.float32) -> list[tuple
     return [(view1, view2) for view1, view2 in views]
 
 
+class Endless(torch.utils.data.IterableDataset):
+    """Has no length, though its DataLoader has the method."""
+
+    def __iter__(self):
+        return iter(())
+
+
 class Seekable:
     """Batches that depend on the epoch and can start anywhere."""
 
@@ -207,6 +214,61 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights(small_byol: BYOL, b
     assert all(torch.equal(a, b) for a, b in zip(before, small_byol.parameters()))
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "one step later, as on CUDA"])
+@pytest.mark.parametrize("good", [2, 3])
+def test_a_refused_step_leaves_weights_and_statistics_as_they_were(small_byol: BYOL, late: bool, good: int) -> None:
+    """The views themselves are not finite, so batch norm's statistics are not either after the forward pass."""
+    views = random_views(4)
+    views[good] = views[good][0] * math.nan, views[good][1]
+    runtime = Runtime()
+    runtime.reads_late = late
+    states: list[list[Tensor]] = []
+
+    def online_and_statistics() -> list[Tensor]:
+        return [tensor.clone() for tensor in (*small_byol.online.state_dict().values(), *small_byol.target.buffers())]
+
+    optimizer = torch.optim.SGD(small_byol.online.parameters(), lr=0.1, momentum=0.9, fused=True)
+    with pytest.raises(NonFiniteError) as caught:
+        train(small_byol, views, 1, optimizer=optimizer, runtime=runtime,
+              after_step=lambda progress, step: states.append(online_and_statistics()))
+    assert caught.value.late is late and len(states) == good + late
+    assert all(torch.equal(a, b) for a, b in zip(states[good - 1], online_and_statistics(), strict=True))
+    assert all(torch.isfinite(parameter).all() for parameter in small_byol.target.parameters())
+
+
+def test_steps_refused_in_float16_leave_everything_as_it_was(small_byol: BYOL) -> None:
+    before = copy.deepcopy(small_byol.state_dict())
+    views = [(view1 * math.nan, view2) for view1, view2 in random_views(25)]
+    with pytest.raises(NonFiniteError, match="20 steps in a row"):
+        train(small_byol, views, epochs=1, runtime=Runtime("cpu", torch.float16))
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), small_byol.state_dict().values(), strict=True))
+
+
+def test_gradients_that_the_caller_has_left_are_none_of_the_first_updates(small_byol: BYOL) -> None:
+    other = copy.deepcopy(small_byol)
+    for parameter in other.parameters():
+        parameter.grad = torch.full_like(parameter, 1e3)
+    train(small_byol, random_views(2), 1)
+    train(other, random_views(2), 1)
+    assert all(torch.equal(a, b) for a, b in zip(small_byol.parameters(), other.parameters()))
+
+
+def test_what_a_loader_draws_is_left_to_the_caller(small_byol: BYOL) -> None:
+    seen: list[float] = []
+
+    class Drawn(list):
+        def __iter__(self):
+            return ((torch.rand(4, 3, 8, 8), torch.rand(4, 3, 8, 8)) for _ in range(2))
+
+    def remember(progress: Progress, step: Step) -> None:
+        seen.append(float(torch.rand(())))
+
+    for seed in (1, 2, 1):
+        torch.manual_seed(seed)
+        train(copy.deepcopy(small_byol), Drawn([0, 0]), 2, after_step=remember)
+    assert seen[:4] == seen[8:] and not set(seen[:4]) & set(seen[4:8])
+
+
 def test_endless_overflow_in_float16_stops_the_run(small_byol: BYOL) -> None:
     with pytest.raises(NonFiniteError, match="20 steps in a row"):
         train(small_byol, random_views(25), epochs=1, criterion=lambda p, z: byol_loss(p, z) * math.inf,
@@ -322,6 +384,9 @@ def test_no_epochs_leave_the_model_as_it_is(small_byol: BYOL) -> None:
     ({"tau_base": 1.5}, r"tau_base must be in \[0, 1\], got 1.5"),
     ({"tau_base": math.nan}, "got nan"),
     ({"tau_schedule": "linear"}, "'cosine' or 'constant', got 'linear'"),
+    ({"progress": Progress(batch=3)}, "progress.batch is 3, which ends no update of an epoch of 3 batches"),
+    ({"progress": Progress(batch=1), "accum_steps": 2}, "epoch of 2 batches with accum_steps 2"),
+    ({"runtime": Runtime("meta")}, r"the model is on cpu, runtime on meta - call runtime.place_model\(model\)"),
 ])
 def test_unusable_arguments_are_refused_by_name(small_byol: BYOL, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -349,7 +414,8 @@ def test_a_fused_optimizer_whose_first_steps_are_skipped_starts_from_clean_momen
 
 
 @pytest.mark.parametrize("batches, message", [
-    (iter([]), "must have a length"), ([], "batches are empty"), ([torch.rand(4, 3, 8, 8)], r"got a tensor \(4, 3, 8, 8\)"),
+    (iter([]), "must have a length"), (torch.utils.data.DataLoader(Endless()), "must have a length"),
+    ([], "batches are empty"), ([torch.rand(4, 3, 8, 8)], r"got a tensor \(4, 3, 8, 8\)"),
     ([(torch.rand(4, 3, 8, 8), torch.zeros(4))], r"got \(a tensor \(4, 3, 8, 8\), a tensor \(4,\)\)"),
 ])
 def test_batches_that_are_not_two_views_are_refused(small_byol: BYOL, batches, message: str) -> None:

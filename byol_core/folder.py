@@ -291,7 +291,8 @@ def typical_size(images: ImageSet) -> tuple[int, int, bool]:
     """
     sizes = _of_some(images, lambda image: (image.height, image.width))
     if not sizes:
-        raise ValueError(f"none of the images of {images.given} that were tried can be opened - check --data")
+        raise ValueError(f"none of the images of {images.given} that were tried can be opened, such as "
+                         f"{printable(images.name(0))} - check --data")
     sizes.sort(key=min)
     height, width = sizes[len(sizes) // 2]
     return height, width, len(set(sizes)) == 1

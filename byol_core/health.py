@@ -16,6 +16,7 @@ RANK_COLLAPSED, RANK_COLLAPSING = 3.0, 5.0  # dimensions in use; the digits use 
 FLAT_CHANGE = 0.05  # less than this share of change in loss, spread and rank since the start is no change
 FLAT_RECORDS, FLAT_SHARE = 10, 0.1  # records, and share of the run, before it may be called flat
 SCORES = ("linear", "knn", "linear_5", "linear_1")  # accuracies that decide together, where they were measured
+FEW_MEASURED = 50  # images; on fewer, one deviation of an accuracy is seven points and more
 RISEN = 0.01  # an accuracy that rose by less may have done so by chance: on a few hundred images that is one deviation
 SMALL_TAU = 0.9  # the smallest of the paper's that came close to the best
 REMEMBERED = 0.5  # share of its random start that a target may still hold when half the run is over
@@ -153,6 +154,9 @@ def _finished(records: Sequence[Record], scores: Mapping[str, object]) -> Verdic
     pairs = [(name, _number(scores.get(name)), _number(scores.get(f"{name}_untrained"))) for name in SCORES]
     pairs = [(name, after, before) for name, after, before in pairs if math.isfinite(after) and math.isfinite(before)]
     told = ", ".join(f"{name} {after:.1%} (untrained {before:.1%})" for name, after, before in pairs)
+    if pairs and (measured := _number(scores.get("measured_images"))) < FEW_MEASURED:
+        return Verdict("undecided", f"{measured:.0f} images are too few to measure on: {told}; {_state(records)}",
+                       "give a larger labelled folder as --eval-data")
     if sum(after - before for _, after, before in pairs) > 0:
         return Verdict("finished well", f"{told}; {_state(records)}")
     if any(after - before >= RISEN for _, after, before in pairs):

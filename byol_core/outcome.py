@@ -208,6 +208,7 @@ class Outcome:
             "best_knn": self.best.get("knn"), "best_separation": self.best.get("separation"),
             "best_epoch": self.best.get("epoch"),
             "measured_on": parts.scorer.measured_on if parts.scorer else None,
+            "measured_images": parts.scorer.measured_images if isinstance(parts.scorer, Scorer) else None,
             "world_size": parts.processes.world_size, "device": str(parts.runtime.device),
             "amp": AMP_FLAGS[parts.runtime.amp_dtype], "peak_memory_mb": round(peak_memory(parts.runtime.device) / 1e6)}
 
@@ -230,4 +231,7 @@ class Outcome:
         if self.best:
             score, value = next((name, self.best[name]) for name in self.best if name != "epoch")
             say(f"best: {score} {in_words(score, value)} after epoch {self.best['epoch']}, in {folder / 'best.pt'}")
-        say(f"report: {folder / 'report.html'}\nuse it:\n{how_to_load(folder, self.parts.about_backbone())}")
+        about, recipe = self.parts.about_backbone(), self.parts.plan.views[0]
+        mean, std = (", ".join(f"{value:.6g}" for value in values) for values in (recipe.mean, recipe.std))
+        say(f"report: {folder / 'report.html'}\nuse it:\n{how_to_load(folder, about)}\n"
+            f"# images: RGB in [0, 1] of {recipe.size} pixels, less the mean ({mean}), divided by the std ({std})")

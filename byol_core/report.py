@@ -469,6 +469,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             out = Path(asked.out or "compare.html")
             compare(folders, out)
             show(sys.stdout, f"{out}\n")
+    except KeyboardInterrupt:
+        return 130
     except OSError as error:
         show(sys.stderr, f"error: {one_line(error)}\n")
         return 1

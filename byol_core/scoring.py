@@ -28,6 +28,7 @@ class Scorer:
     """
 
     chosen_by = "knn"  # what `quick` gives, and the best network is chosen by
+    measured_images: int | None = None  # on how many accuracies rest, once there are any
 
     def __init__(self, data: ImageData, eval_data: ImageData | None, recipe: ViewRecipe, runtime: Runtime, workers: int,
                  classifier: Classifier | None = None, report: Callable[[str], None] = lambda line: None) -> None:
@@ -65,6 +66,11 @@ class Scorer:
 
     def features(self, backbone: nn.Module) -> tuple[Features, Features]:
         """(features to fit on, features to measure on)."""
+        fit, test = self._features(backbone)
+        self.measured_images = len(test.y)
+        return fit, test
+
+    def _features(self, backbone: nn.Module) -> tuple[Features, Features]:
         features = self._embed(backbone, self.data)
         if self.eval_data is None:
             fit, test = split(features)

@@ -201,6 +201,7 @@ def test_without_measurements_on_the_way_nothing_is_called_best(image_folder: Fo
 def test_best_is_accepted_wherever_a_backbone_is(image_folder: Folder, capsys) -> None:
     data = image_folder(per_class=10)
     assert run("--data", data, "--epochs", 2, "--eval-every", 1, "--out", "out", *SMALL) == 0
+    assert read_run(Path("out")).summary["measured_images"] == 4  # a fifth of twenty
     assert evaluate_command.main(["--checkpoint", "out/best.pt", "--data", str(data), "--workers", "0", "--device", "cpu",
                                   "--json", "scores.json"]) == 0
     knn = [record["accuracy"] for record in json.loads(Path("scores.json").read_text())["results"]
@@ -213,7 +214,8 @@ def test_best_is_accepted_wherever_a_backbone_is(image_folder: Folder, capsys) -
 def test_the_lines_that_load_the_backbone_run_as_printed(image_folder: Folder, capsys) -> None:
     assert run("--data", image_folder(), "--epochs", 1, "--no-eval", "--out", "a 'run'", *SMALL) == 0
     snippet = capsys.readouterr().out.split("\nuse it:\n")[1]
-    assert snippet.count("\n") == 3
+    assert snippet.count("\n") == 4 and snippet.endswith(
+        "\n# images: RGB in [0, 1] of 16 pixels, less the mean (0.485, 0.456, 0.406), divided by the std (0.229, 0.224, 0.225)\n")
     script = f"{snippet}print(dim, float(backbone.conv1.weight.sum()), backbone.training)"
     done = subprocess.run([sys.executable, "-c", script], text=True,
                           capture_output=True, env={**os.environ, "PYTHONPATH": str(Path(command.__file__).parent)})

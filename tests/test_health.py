@@ -130,6 +130,13 @@ def test_accuracy_decides_where_it_was_measured() -> None:
     assert judge(records(), 10, "finished", {"linear": None, "knn": None}).word == "finished well"
 
 
+@pytest.mark.parametrize("images, word", [(8, "undecided"), (49, "undecided"), (50, "finished well"), (None, "finished well")])
+def test_a_few_images_decide_nothing(images: int | None, word: str) -> None:
+    better = {"linear": 0.9, "linear_untrained": 0.8, "measured_images": images}
+    verdict = judge(records(), 10, "finished", better)
+    assert verdict.word == word and verdict.why.startswith(f"{images} images are too few") == (word == "undecided")
+
+
 @pytest.mark.parametrize("after, count, word", [(12.5, 9, "finished well"), (7.25, 10, "flat"), (7.25, 9, "undecided"),
                                                 (9.25, 10, "undecided")])
 def test_without_labels_separation_decides_beside_the_untrained_network(after: float, count: int, word: str) -> None:

@@ -215,7 +215,8 @@ def test_the_lines_that_load_the_backbone_run_as_printed(image_folder: Folder, c
     assert run("--data", image_folder(), "--epochs", 1, "--no-eval", "--out", "a 'run'", *SMALL) == 0
     snippet = capsys.readouterr().out.split("\nuse it:\n")[1]
     assert snippet.count("\n") == 4 and snippet.endswith(
-        "\n# images: RGB in [0, 1] of 16 pixels, less the mean (0.485, 0.456, 0.406), divided by the std (0.229, 0.224, 0.225)\n")
+        "\n# images: RGB in [0, 1] of 16 pixels, less the mean (0.485, 0.456, 0.406), divided by the std (0.229, 0.224, 0.225)"
+        "\n")
     script = f"{snippet}print(dim, float(backbone.conv1.weight.sum()), backbone.training)"
     done = subprocess.run([sys.executable, "-c", script], text=True,
                           capture_output=True, env={**os.environ, "PYTHONPATH": str(Path(command.__file__).parent)})

@@ -1,5 +1,6 @@
 """Batches of two views: one order, one replacement rule, and two of the three sources of views (see `crops`)."""
 
+import contextlib
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -160,13 +161,25 @@ class _ViewDataset(Dataset[tuple[Tensor, Tensor, list[Failure]]]):
         epoch, index = key
         image, failures = self._decode(epoch, index)
         views = []
-        for number, view in enumerate(self.views):
-            torch.default_generator.manual_seed(seed_from(self.seed, "view", epoch, index, number))
-            views.append(view(image))
+        with _one_thread():
+            for number, view in enumerate(self.views):
+                torch.default_generator.manual_seed(seed_from(self.seed, "view", epoch, index, number))
+                views.append(view(image))
         return views[0], views[1], failures
 
     def _decode(self, epoch: int, index: int) -> tuple[Image.Image, list[Failure]]:
         return first_readable(self.data.image, self.seed, epoch, index, len(self.data))
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """As in a worker: the mean of a large image is summed in other parts by several threads, and so are its last bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _collate(samples: Sequence[tuple[Tensor, Tensor, list[Failure]]]) -> tuple[Tensor, Tensor, list[Failure]]:

@@ -64,7 +64,7 @@ def prepare(options: Namespace) -> Embedding:
     pretrained = load_pretrained(options.checkpoint, options.network)
     for line in pretrained.notes:
         say(f"warning: {line}")
-    runtime = Runtime(device, choose_precision("auto", device, tiny=pretrained.arch == "conv6")[0], channels_last=True)
+    runtime = Runtime(device, choose_precision("auto", device, pretrained.arch)[0], channels_last=True)
     runtime.place_model(pretrained.backbone)
     files = scan(options.data)
     for line in files.remarks:

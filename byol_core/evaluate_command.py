@@ -84,7 +84,7 @@ def prepare(options: Namespace) -> Evaluation:
     networks[options.network] = pretrained.backbone, pretrained.recipe
     files = _labelled("--data", options.data)
     eval_files = None if options.eval_data is None else _labelled("--eval-data", options.eval_data)
-    runtime = Runtime(device, choose_precision("auto", device, tiny=pretrained.arch == "conv6")[0], channels_last=True)
+    runtime = Runtime(device, choose_precision("auto", device, pretrained.arch)[0], channels_last=True)
     evaluation = Evaluation(options, pretrained, networks, runtime, choose_workers(options.workers), files, eval_files,
                             classifier)
     for line in pretrained.notes:

@@ -201,9 +201,9 @@ def gaussian_blur(images: Tensor, sigma: Tensor, kernel: int) -> Tensor:
     taps = (-0.5 * (offset / sigma.double().unsqueeze(1)) ** 2).softmax(1)  # (B, kernel)
     (taps,) = _beside(images, taps.to(images.dtype).repeat_interleave(channels, 0))
     padded = F.pad(images, [radius] * 4, mode="reflect")
-    planes = padded.view(1, batch * channels, height + 2 * radius, width + 2 * radius)  # one group each
+    planes = padded.reshape(1, batch * channels, height + 2 * radius, width + 2 * radius)  # one group each
     planes = F.conv2d(planes, taps.view(-1, 1, 1, kernel), groups=batch * channels)
-    return F.conv2d(planes, taps.view(-1, 1, kernel, 1), groups=batch * channels).view(images.shape)
+    return F.conv2d(planes, taps.view(-1, 1, kernel, 1), groups=batch * channels).reshape(images.shape)
 
 
 def solarize(images: Tensor, threshold: float) -> Tensor:

@@ -55,10 +55,9 @@ class Parts:
     def __init__(self, config: TrainConfig, plan: Plan, files: ImageSet, folder: Path, processes: Processes) -> None:
         self.config, self.plan, self.folder, self.processes = config, plan, folder, processes
         device, self.device_reason = choose_device(config.device, processes)
-        tiny = plan.arch == "conv6"
-        amp_dtype, self.amp_reason = choose_precision(config.amp, device, tiny)
+        amp_dtype, self.amp_reason = choose_precision(config.amp, device, plan.arch)
         self.tf32 = allow_tf32(device)
-        self.runtime = Runtime(device, amp_dtype, prefers_channels_last(device, amp_dtype, tiny), processes)
+        self.runtime = Runtime(device, amp_dtype, prefers_channels_last(device, amp_dtype, plan.arch), processes)
         self.classifier = load_classifier(config.classifier)
         if config.tensorboard:
             check_tensorboard()
@@ -78,6 +77,8 @@ class Parts:
 
     def new_model(self) -> BYOL:
         """`new_model` where and as the run computes."""
+        if self.config.grad_checkpoint and self.config.compile:
+            raise ValueError("--compile: torch cannot compile what --grad-checkpoint computes again - leave one of them out")
         model = new_model(self.config, self.plan)
         self.runtime.place_model(model)
         if self.config.grad_checkpoint and not recompute_blocks(model.online.backbone):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from byol_core.batches import DeviceBatches, Order, WorkerBatches
+from byol_core.batches import DeviceBatches, Order, WorkerBatches, _ViewDataset
 from byol_core.data import BadFiles, ImageData, TooManyBadFilesError, decode_all, load_images, plain_batches
 from byol_core.folder import ImageSet, scan
 from byol_core.views import ViewRecipe, inverse_normalise, paper_recipes
@@ -214,3 +214,18 @@ def test_plain_batches_are_the_images_in_order_without_the_bad_ones(image_folder
     shown = inverse_normalise(torch.cat(images)[2], PLAIN) * 255
     expected = torch.from_numpy(__import__("numpy").array(data.image(3))).permute(2, 0, 1)
     assert torch.allclose(shown, expected.float(), atol=1e-2)
+
+
+def test_reference_views_do_not_depend_on_the_number_of_threads(image_folder: Callable[..., Path]) -> None:
+    """A worker has one, the main process as many as there are cores; the mean of a large image shows the difference."""
+    data = load(image_folder(classes=0, per_class=12, size=(224, 224)), "cpu")
+    dataset, threads = _ViewDataset(data, paper_recipes(224), seed=0), torch.get_num_threads()
+    views = []
+    try:
+        for number in (1, 2, 4):
+            torch.set_num_threads(number)
+            views.append(torch.stack([torch.stack(dataset[0, index][:2]) for index in range(12)]))
+            assert torch.get_num_threads() == number
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(views[0], views[1]) and torch.equal(views[0], views[2])

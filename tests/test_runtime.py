@@ -23,7 +23,16 @@ def test_auto_precision_is_what_the_gpu_multiplies_natively(monkeypatch, capabil
 def test_auto_precision_on_a_cpu_is_bf16_only_where_native(monkeypatch, native: bool, dtype) -> None:
     monkeypatch.setattr("byol_core.runtime._cpu_multiplies_bf16", lambda: native)
     assert choose_precision("auto", torch.device("cpu"))[0] is dtype
-    assert choose_precision("auto", torch.device("cpu"), tiny=True)[0] is None
+    assert choose_precision("auto", torch.device("cpu"), "resnet18")[0] is dtype
+    for arch in ("conv6", "mobilenet_v2", "efficientnet_b0", "shufflenet_v2_x1_0"):
+        assert choose_precision("auto", torch.device("cpu"), arch)[0] is None
+
+
+def test_a_gpu_chosen_by_number_becomes_torchs_current_one(monkeypatch) -> None:
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert choose_device("cuda:1") == (torch.device("cuda", 1), "as asked") and current == [torch.device("cuda", 1)]
 
 
 @pytest.mark.parametrize("asked, dtype", [("bf16", torch.bfloat16), ("fp16", torch.float16), ("off", None)])
@@ -32,12 +41,12 @@ def test_precision_is_as_asked(asked: str, dtype) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="has an accelerator")
-@pytest.mark.parametrize("device, amp_dtype, tiny, expected", [
-    ("cuda", None, False, True), ("cpu", torch.bfloat16, False, True), ("cpu", None, True, True), ("cpu", None, False, False),
-    ("mps", torch.float16, False, False)])
-def test_channels_come_last_where_that_is_faster(device: str, amp_dtype: torch.dtype | None, tiny: bool,
+@pytest.mark.parametrize("device, amp_dtype, arch, expected", [
+    ("cuda", None, "resnet18", True), ("cpu", torch.bfloat16, "resnet18", True), ("cpu", None, "conv6", True),
+    ("cpu", None, "resnet18", False), ("cpu", None, "densenet121", True), ("mps", torch.float16, "densenet121", False)])
+def test_channels_come_last_where_that_is_faster(device: str, amp_dtype: torch.dtype | None, arch: str,
                                                  expected: bool) -> None:
-    assert prefers_channels_last(torch.device(device), amp_dtype, tiny) is expected
+    assert prefers_channels_last(torch.device(device), amp_dtype, arch) is expected
 
 
 def test_without_an_accelerator_auto_is_the_cpu_and_others_are_refused() -> None:

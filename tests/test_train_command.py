@@ -9,16 +9,20 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 import train as command
 from byol_core import report
 from byol_core.outcome import Outcome
+from byol_core.pretrained import load_pretrained
 from byol_core.run import Run
 from byol_core.runtime import Runtime
+from byol_core.views import normalise
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 
@@ -143,8 +147,12 @@ def test_exported_backbone_loads_into_torchvision_but_for_its_classifier(image_f
     from torchvision.models import resnet18
     assert run("--data", image_folder(size=(32, 32)), "--epochs", 1, "--out", "out", "--arch", "resnet18", "--no-small-stem",
                "--hidden-dim", 8, "--projection-dim", 4, "--batch-size", 8, "--workers", 0, "--no-eval") == 0
-    snippet = (REPOSITORY / "README.md").read_text().split("import torch, torchvision\n")[1].split("```")[0]
-    assert snippet.splitlines()[-1].startswith("backbone.eval()")
+    snippet = (REPOSITORY / "README.md").read_text().split("```python\nimport json, torch, torchvision\n")[1].split("```")[0]
+    shown: dict[str, Any] = {"json": json, "torch": torch, "torchvision": torchvision}
+    exec(snippet.replace("runs/imgs", "out"), shown)
+    pretrained, image = load_pretrained("out"), torch.rand(2, 3, 32, 32)
+    expected = pretrained.backbone.eval()(normalise(image, pretrained.recipe))
+    torch.testing.assert_close(shown["backbone"](shown["prepare"](image)), expected)
     model = resnet18()
     missing, unexpected = model.load_state_dict(torch.load("out/backbone.pt", weights_only=True), strict=False)
     assert missing == ["fc.weight", "fc.bias"] and unexpected == []
@@ -675,3 +683,5 @@ def test_recomputing_activations_changes_no_weight(image_folder: Callable[..., P
 def test_a_network_without_blocks_to_compute_again_is_named(image_folder: Callable[..., Path], capsys) -> None:
     assert run("--data", image_folder(), "--epochs", 1, "--out", "out", "--grad-checkpoint", *SMALL) == 2
     assert "--grad-checkpoint: conv6 has no repeated blocks" in capsys.readouterr().err
+    assert run("--data", image_folder(), "--epochs", 1, "--out", "out", "--grad-checkpoint", "--compile", *SMALL) == 2
+    assert "--compile: torch cannot compile what --grad-checkpoint computes again" in capsys.readouterr().err

@@ -33,8 +33,9 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="a row with --compile, too, and how long that takes to start")
     options = parse(parser, rounds=5)
     device, network = options.device, (options.arch, options.small_stem, options.size)
-    amp_dtype = choose_precision("auto", torch.device(device))[0]
-    chosen = Runtime(device, amp_dtype, prefers_channels_last(torch.device(device), amp_dtype))  # as a run chooses them
+    amp_dtype = choose_precision("auto", torch.device(device), options.arch)[0]
+    channels_last = prefers_channels_last(torch.device(device), amp_dtype, options.arch)
+    chosen = Runtime(device, amp_dtype, channels_last)  # as a run chooses them
 
     rows: dict[str, Callable[[], object]] = {}
     names = {}

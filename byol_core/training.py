@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
@@ -92,14 +93,15 @@ def train(model: BYOL, batches: SeekableBatches | PlainBatches, epochs: int, *, 
     stands still. lr_scheduler_interval: it is stepped after each applied "step" or after each "epoch".
     criterion: (prediction, projection) -> loss of one direction; the two directions are summed. tau_base, tau_schedule:
     the target's momentum, "cosine" from the base to 1 over all updates, or "constant". accum_steps: micro-batches per
-    update. seed: of dropout and the like, seeded anew from (seed, update); what a loader of yours draws is left to
-    `torch.manual_seed`. runtime: device and precision, after `runtime.place_model(model)`; None is the model's device and
+    update. seed: of dropout and the like, seeded anew from (seed, update); what a loader of yours draws on the CPU is left
+    to `torch.manual_seed`. runtime: device and precision, after `runtime.place_model(model)`; None is the model's device and
     float32. progress: where to go on, exactly if batches can be sought; it is kept up to date. after_step: called after
-    every step, to log, to save, or to stop by raising.
+    every step, to log, to save (after `runtime.confirm()`, which raises if that step was not finite), or to stop by raising.
     All of the model is put into training mode, and gradients that it has are cleared.
     Returns: the progress, complete.
     Raises: ValueError for unusable arguments; NonFiniteError when the loss or a gradient is not finite: weights and
-    statistics are those before that step (on CUDA it is noticed one step later, and the target has followed once more).
+    statistics are those before that step (on CUDA it is noticed one step later, and the target has followed once more);
+    progress is not, so go on from one that was saved.
     """
     runtime = runtime or Runtime(next(model.online.parameters()).device)
     optimizer = optimizer or torch.optim.Adam(model.online.parameters(), lr=3e-4)
@@ -110,10 +112,11 @@ def train(model: BYOL, batches: SeekableBatches | PlainBatches, epochs: int, *, 
     updates_per_epoch = len(batches) // accum_steps
     updates = updates_per_epoch * epochs
     model.train()
-    model.zero_grad(set_to_none=True)  # what the caller has left there is none of the first update's
+    for owner in (model, optimizer):
+        owner.zero_grad(set_to_none=True)  # what the caller has left there is none of the first update's
     forward = runtime.distribute(model)  # model itself, or a wrapper that averages gradients over processes
 
-    with _Statistics(model) as statistics:
+    with _Statistics(model, runtime) as statistics:
         for epoch in range(progress.epoch, epochs):
             views = _views_of_epoch(batches, epoch, progress.batch)
             for _ in range(updates_per_epoch - progress.batch // accum_steps):
@@ -154,12 +157,17 @@ def train(model: BYOL, batches: SeekableBatches | PlainBatches, epochs: int, *, 
 class _Statistics:
     """The model's buffers, such as batch norm's statistics: what a step that is skipped or refused must not have changed.
 
-    A forward pass changes them before it is known whether the step is finite; leaving by NonFiniteError puts them back.
+    A forward pass writes into them before it is known whether the step is finite; leaving by an exception puts them back if
+    it was not.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.buffers = list(model.buffers())
-        self.kept, self.kept_before = ([buffer.clone() for buffer in self.buffers] for _ in range(2))
+    def __init__(self, model: nn.Module, runtime: Runtime) -> None:
+        self.runtime = runtime
+        groups: dict[object, list[Tensor]] = {}  # alike ones, which are copied at once
+        for buffer in filter(_is_written_in_place, model.buffers()):
+            groups.setdefault((buffer.dtype, buffer.device), []).append(buffer)
+        self.buffers = list(groups.values())
+        self.kept, self.kept_before = ([[buffer.clone() for buffer in group] for group in self.buffers] for _ in range(2))
 
     def __enter__(self) -> "_Statistics":
         return self
@@ -167,6 +175,11 @@ class _Statistics:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, NonFiniteError):
             self.restore(before=error.late)  # then they were kept once more since
+        elif error is not None:
+            try:
+                self.runtime.confirm()
+            except NonFiniteError:
+                self.restore(before=True)
 
     def keep(self) -> None:
         self.kept, self.kept_before = self.kept_before, self.kept
@@ -176,21 +189,28 @@ class _Statistics:
         _copy(self.buffers, self.kept_before if before else self.kept)
 
 
+def _is_written_in_place(buffer: Tensor) -> bool:
+    """Whether it can be; constants may be expanded, quantized or made under inference_mode, and are not written."""
+    if is_lazy(buffer) or buffer.layout != torch.strided or buffer.is_quantized or buffer.is_inference() or buffer.is_conj():
+        return False
+    return all(step > 0 or size <= 1 for step, size in zip(buffer.stride(), buffer.shape))
+
+
+@torch.no_grad()
+def _copy(places: list[list[Tensor]], values: list[list[Tensor]]) -> None:
+    for group, new in zip(places, values):
+        torch._foreach_copy_(group, new)
+
+
 @contextlib.contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """torch's generators begin anew from `seed`; the CPU's, from which a loader of the caller's draws, is put back after."""
+    """torch's generators begin anew from `seed`; the CPU's, from which loaders draw, is put back after."""
     state = torch.get_rng_state()
     torch.manual_seed(seed)
     try:
         yield
     finally:
         torch.set_rng_state(state)
-
-
-def _copy(places: list[Tensor], values: list[Tensor]) -> None:
-    if places:
-        with torch.no_grad():
-            torch._foreach_copy_(places, values)
 
 
 def _check_parts(model: BYOL, batches: object, optimizer: Optimizer, lr_scheduler: Scheduler, runtime: Runtime) -> None:
@@ -226,8 +246,8 @@ def _check(batches: int, epochs: int, accum_steps: int, lr_scheduler_interval: s
         raise ValueError(f"train: tau_schedule must be 'cosine' or 'constant', got {tau_schedule!r}")
     used = batches // accum_steps * accum_steps
     if progress.batch not in range(0, used, accum_steps):
-        raise ValueError(f"train: progress.batch is {progress.batch}, which ends no update of an epoch of {used} batches "
-                         f"with accum_steps {accum_steps} - go on with the batches and accum_steps that it was made with")
+        raise ValueError(f"train: progress.batch is {progress.batch}, where no update of an epoch of {used} batches with "
+                         f"accum_steps {accum_steps} begins - go on with the batches and accum_steps that it was made with")
 
 
 def _views_of_epoch(batches: SeekableBatches | PlainBatches, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -236,6 +236,40 @@ def test_a_refused_step_leaves_weights_and_statistics_as_they_were(small_byol: B
     assert all(torch.isfinite(parameter).all() for parameter in small_byol.target.parameters())
 
 
+def test_a_step_in_doubt_when_after_step_stops_the_loop_is_settled(small_byol: BYOL) -> None:
+    """As on CUDA: nothing is known of the last step yet, and the same runtime may train again."""
+    runtime, states = Runtime(), []
+    runtime.reads_late = True
+
+    def stop_after_three(progress: Progress, step: Step) -> None:
+        states.append([buffer.clone() for buffer in small_byol.buffers()])
+        if progress.updates == 3:
+            raise Interrupted
+
+    optimizer = torch.optim.SGD(small_byol.online.parameters(), lr=0.1, momentum=0.9, fused=True)
+    views = random_views(3)
+    with pytest.raises(Interrupted):
+        train(small_byol, [*views[:2], (views[2][0] * math.nan, views[2][1])], 1, optimizer=optimizer, runtime=runtime,
+              after_step=stop_after_three)
+    assert all(torch.equal(a, b) for a, b in zip(states[1], small_byol.buffers(), strict=True))
+    assert train(small_byol, views, 1, optimizer=optimizer, runtime=runtime).updates == 3
+
+
+@pytest.mark.parametrize("kind", ["expanded", "made under inference_mode", "lazy"])
+def test_buffers_that_cannot_be_written_keep_no_step_from_being_refused(small_byol: BYOL, kind: str) -> None:
+    if kind == "lazy":
+        small_byol.online.spare = nn.LazyBatchNorm1d()  # type: ignore[assignment]
+    else:
+        with torch.inference_mode(kind != "expanded"):
+            small_byol.online.register_buffer("ids", torch.arange(3.0)[None].expand(4, 3) if kind == "expanded"
+                                              else torch.arange(3.0))
+    views = random_views(2)
+    optimizer = torch.optim.SGD(small_byol.online.backbone.parameters(), lr=0.1)
+    with pytest.raises(NonFiniteError):
+        train(small_byol, [views[0], (views[1][0] * math.nan, views[1][1])], 1, optimizer=optimizer)
+    assert all(torch.isfinite(buffer).all() for buffer in small_byol.target.buffers())
+
+
 def test_steps_refused_in_float16_leave_everything_as_it_was(small_byol: BYOL) -> None:
     before = copy.deepcopy(small_byol.state_dict())
     views = [(view1 * math.nan, view2) for view1, view2 in random_views(25)]
@@ -247,7 +281,7 @@ def test_steps_refused_in_float16_leave_everything_as_it_was(small_byol: BYOL) -
 def test_gradients_that_the_caller_has_left_are_none_of_the_first_updates(small_byol: BYOL) -> None:
     other = copy.deepcopy(small_byol)
     for parameter in other.parameters():
-        parameter.grad = torch.full_like(parameter, 1e3)
+        parameter.grad = torch.full_like(parameter, 1e3)  # of the target's, too
     train(small_byol, random_views(2), 1)
     train(other, random_views(2), 1)
     assert all(torch.equal(a, b) for a, b in zip(small_byol.parameters(), other.parameters()))
@@ -384,8 +418,8 @@ def test_no_epochs_leave_the_model_as_it_is(small_byol: BYOL) -> None:
     ({"tau_base": 1.5}, r"tau_base must be in \[0, 1\], got 1.5"),
     ({"tau_base": math.nan}, "got nan"),
     ({"tau_schedule": "linear"}, "'cosine' or 'constant', got 'linear'"),
-    ({"progress": Progress(batch=3)}, "progress.batch is 3, which ends no update of an epoch of 3 batches"),
-    ({"progress": Progress(batch=1), "accum_steps": 2}, "epoch of 2 batches with accum_steps 2"),
+    ({"progress": Progress(batch=3)}, "progress.batch is 3, where no update of an epoch of 3 batches"),
+    ({"progress": Progress(batch=1), "accum_steps": 2}, "epoch of 2 batches with accum_steps 2 begins"),
     ({"runtime": Runtime("meta")}, r"the model is on cpu, runtime on meta - call runtime.place_model\(model\)"),
 ])
 def test_unusable_arguments_are_refused_by_name(small_byol: BYOL, options: dict, message: str) -> None:

@@ -128,6 +128,8 @@ def _failures_raised(workers: Sequence[BaseProcess]) -> Iterator[None]:
     try:
         _child_ended()  # one that died since the last time
         yield
+        if frozen.is_set():  # whoever asked for their exit codes at that moment got them, and the signal's handler none
+            raise WorkerError(_hang())
     except Exception as error:
         _waited_for.clear()
         if str(error).startswith("DataLoader timed out"):

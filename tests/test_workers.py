@@ -95,7 +95,11 @@ def test_a_worker_that_dies_while_a_batch_is_fetched_from_it_is_named(error: Exc
             raise error
 
 
-def test_workers_that_are_frozen_are_killed_although_torch_waits_for_them_without_limit(monkeypatch) -> None:
+@pytest.mark.parametrize("told", [True, False])
+def test_workers_that_are_frozen_are_killed_although_torch_waits_for_them_without_limit(told: bool, monkeypatch) -> None:
+    """told: whether the signal's handler gets the exit code, or who waits for the worker has just taken it."""
+    if not told:
+        monkeypatch.setattr(workers, "_child_ended", lambda number=0, frame=None: None)
     monkeypatch.setattr(workers, "NO_BATCH_S", 0.5)
     monkeypatch.setattr(workers, "SPARE_S", 0.5)
     worker = multiprocessing.get_context("fork").Process(target=sleep)

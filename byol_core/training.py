@@ -7,16 +7,16 @@ from itertools import islice
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from byol_core.buffers import Statistics
 from byol_core.ema import ema_update
 from byol_core.losses import byol_loss
 from byol_core.networks import BYOL
 from byol_core.optim import plateau_scheduler
-from byol_core.runtime import NonFiniteError, Runtime
+from byol_core.runtime import Runtime
 from byol_core.schedules import cosine_tau
 from byol_core.seeds import seed_from
 
@@ -116,7 +116,7 @@ def train(model: BYOL, batches: SeekableBatches | PlainBatches, epochs: int, *, 
         owner.zero_grad(set_to_none=True)  # what the caller has left there is none of the first update's
     forward = runtime.distribute(model)  # model itself, or a wrapper that averages gradients over processes
 
-    with _Statistics(model, runtime) as statistics:
+    with Statistics(model, runtime) as statistics:
         for epoch in range(progress.epoch, epochs):
             views = _views_of_epoch(batches, epoch, progress.batch)
             for _ in range(updates_per_epoch - progress.batch // accum_steps):
@@ -152,54 +152,6 @@ def train(model: BYOL, batches: SeekableBatches | PlainBatches, epochs: int, *, 
                     after_step(progress, Step(loss, z1, z2, tau, lr, applied))
         runtime.confirm()
     return progress
-
-
-class _Statistics:
-    """The model's buffers, such as batch norm's statistics: what a step that is skipped or refused must not have changed.
-
-    A forward pass writes into them before it is known whether the step is finite; leaving by an exception puts them back if
-    it was not.
-    """
-
-    def __init__(self, model: nn.Module, runtime: Runtime) -> None:
-        self.runtime = runtime
-        groups: dict[object, list[Tensor]] = {}  # alike ones, which are copied at once
-        for buffer in filter(_is_written_in_place, model.buffers()):
-            groups.setdefault((buffer.dtype, buffer.device), []).append(buffer)
-        self.buffers = list(groups.values())
-        self.kept, self.kept_before = ([[buffer.clone() for buffer in group] for group in self.buffers] for _ in range(2))
-
-    def __enter__(self) -> "_Statistics":
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, NonFiniteError):
-            self.restore(before=error.late)  # then they were kept once more since
-        elif error is not None:
-            try:
-                self.runtime.confirm()
-            except NonFiniteError:
-                self.restore(before=True)
-
-    def keep(self) -> None:
-        self.kept, self.kept_before = self.kept_before, self.kept
-        _copy(self.kept, self.buffers)
-
-    def restore(self, before: bool = False) -> None:
-        _copy(self.buffers, self.kept_before if before else self.kept)
-
-
-def _is_written_in_place(buffer: Tensor) -> bool:
-    """Whether it can be; constants may be expanded, quantized or made under inference_mode, and are not written."""
-    if is_lazy(buffer) or buffer.layout != torch.strided or buffer.is_quantized or buffer.is_inference() or buffer.is_conj():
-        return False
-    return all(step > 0 or size <= 1 for step, size in zip(buffer.stride(), buffer.shape))
-
-
-@torch.no_grad()
-def _copy(places: list[list[Tensor]], values: list[list[Tensor]]) -> None:
-    for group, new in zip(places, values):
-        torch._foreach_copy_(group, new)
 
 
 @contextlib.contextmanager

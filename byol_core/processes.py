@@ -164,8 +164,11 @@ def join(device: str) -> Processes:
     Raises: ValueError when the environment names processes that do not come, or is not whole.
     """
     world_size = _number("WORLD_SIZE", 1)
-    if world_size == 1:
-        return ALONE
+    return ALONE if world_size == 1 else join_group(device, world_size)
+
+
+def join_group(device: str, world_size: int) -> Processes:
+    """`join` for a known number of processes: one alone makes a group, too."""
     rank = _number("RANK", -1)
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing or not 0 <= rank < world_size:

@@ -9,7 +9,8 @@ import tempfile
 # Parts of the whole check that run beside the rest of the tests, of about the same length each.
 BESIDE = [["accuracy", "memory", "best", "bad_files"],
           ["torchrun", "torchrun_faults", "processes", "ema_sharded"],
-          ["kills", "signal_delivery", "workers", "soak", "full_disk", "environment", "checkpoint", "crops"]]
+          ["kills", "signal_delivery", "workers", "soak", "full_disk", "environment", "checkpoint", "crops"],
+          ["gpu_command"]]
 
 
 def main() -> int:

@@ -157,7 +157,7 @@ def _serve(connection: socket.socket) -> int:
 
 def _read_to_the_end(pipe: int) -> str:
     """What is written until nobody is left who could write."""
-    parts, until = [], time.monotonic() + PATIENCE_S
+    parts, until = list[bytes](), time.monotonic() + PATIENCE_S
     while True:
         ready = select.select([pipe], [], [], max(until - time.monotonic(), 0))[0]
         assert ready, f"a process is still there after {PATIENCE_S:.0f} s; so far: {b''.join(parts)!r}"

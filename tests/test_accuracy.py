@@ -8,12 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from byol_core.scoring import Scores
-from tests.digits import train_digits
-
-# Means of 3 seeds plus and minus 4 standard deviations (of spread 0.07, as its own rounds to 0), after 25 epochs: see
-# "What each part of the method is worth on digits" in tests/bench/RESULTS.md.
-BAND = {"linear_5": (0.906, 0.970), "knn": (0.939, 0.996), "spread": (0.8, 0.95), "rank": (26.0, 44.0)}
+from tests.digits import outside_the_band, train_digits
 
 
 @pytest.fixture(scope="module")
@@ -21,13 +16,9 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("digits") / "digits"
 
 
-def outside(scores: Scores) -> list[str]:
-    return [name for name, (low, high) in BAND.items() if not low <= scores[name] <= high]
-
-
 @pytest.mark.slow
 def test_a_short_training_on_digits_lands_in_the_band(digits: Path) -> None:
-    assert outside(train_digits(digits)) == []
+    assert outside_the_band(train_digits(digits)) == []
 
 
 @pytest.mark.slow
@@ -36,4 +27,4 @@ def test_a_short_training_on_digits_lands_in_the_band(digits: Path) -> None:
     ("frozen target (tau 1)", ["rank"]),
 ])
 def test_a_broken_method_leaves_the_band(digits: Path, variation: str, expected: list[str]) -> None:
-    assert set(outside(train_digits(digits, variation=variation))) >= set(expected)
+    assert set(outside_the_band(train_digits(digits, variation=variation))) >= set(expected)

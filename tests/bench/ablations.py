@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from tests.bench.table import environment, markdown, show
+from tests.bench.table import add_output, environment, markdown, show
 from tests.digits import VARIATIONS, train_digits
 
 COLUMNS = ("linear_1", "linear_5", "knn", "loss", "spread", "rank")
@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=list(VARIATIONS), default=list(VARIATIONS))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--data", type=Path, default=Path("runs", "data", "digits"))
-    parser.add_argument("--write", action="store_true", help="append the table to RESULTS.md beside this file")
+    add_output(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rows = []
@@ -39,7 +39,7 @@ def main() -> None:
         print(" | ".join(row), f"({time.monotonic() - began:.0f} s)", flush=True)
     command = f"python -m tests.bench.ablations --seeds {options.seeds} --epochs {options.epochs}"
     text = f"`{command}`: {environment('cpu')}\n\n{markdown(('broken part', *COLUMNS), rows)}"
-    show("What each part of the method is worth on digits", text, options.write)
+    show("What each part of the method is worth on digits", text, options)
 
 
 if __name__ == "__main__":

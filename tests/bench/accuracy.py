@@ -5,6 +5,7 @@
 
 Options that this command does not know go to train.py, such as --arch, --batch-size, --lr or --recipe. cifar10 is a
 folder with train/<class>/ and test/<class>/. A run that was cut off goes on; with --write its log is kept beside the results.
+With --quick nothing is measured but the last network, once; each accuracy is printed as it is found.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import contextlib
 import importlib
 import json
 import statistics
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from byol_core.parts import Parts
 from byol_core.processes import ALONE
 from byol_core.scoring import Scorer
 from tests.bench.lightly_recipe import train_lightly
-from tests.bench.table import commit, environment, markdown, show
+from tests.bench.table import add_output, append_json, commit, environment, markdown, show
 
 ACCURACIES = ("kNN 20, last", "kNN 20, best", "kNN 200, last", "kNN 200, best", "linear, last", "linear, best", "1 label",
               "5 labels")
@@ -76,18 +77,19 @@ def epochs_for(minutes: float, arguments: list[str], place: Path) -> int:
     return int(kept.read_text())
 
 
-def train_once(arguments: list[str], epochs: int, seed: int, out: Path) -> tuple[Result, Parts | None]:
+def train_once(arguments: list[str], epochs: int, seed: int, out: Path, quick: bool) -> tuple[Result, Parts | None]:
     """Train, or go on, and measure the last network and the one whose kNN was best; (no accuracies, None) of a run that fails.
 
+    quick: measure the last network alone, and nothing on the way.
     Raises: SystemExit for a run that is stopped, or cannot be begun.
     """
-    options = [*arguments, "--epochs", str(epochs), "--seed", str(seed), "--out", str(out),
-               "--eval-every", str(max(1, epochs // MEASURED))]
+    options = [*arguments, "--epochs", str(epochs), "--seed", str(seed), "--out", str(out)]
+    while_training = ["--no-eval"] if quick else ["--eval-every", str(max(1, epochs // MEASURED))]
     begun = out.with_name(f"{out.name}-commit.txt")
     if not (out / "last.pt").exists():
         begun.parent.mkdir(parents=True, exist_ok=True)
         begun.write_text(commit())
-    code = command.main([*options, "--resume"])
+    code = command.main([*options, *while_training, "--resume"])
     if code > 1:
         raise SystemExit(code if code == 2 else f"stopped; the same command goes on in {out}")
     summary = json.loads((out / "summary.json").read_text())
@@ -96,9 +98,11 @@ def train_once(arguments: list[str], epochs: int, seed: int, out: Path) -> tuple
                       log=str(out / "train.log"), commit=begun.read_text()), None
     with contextlib.ExitStack() as stack:
         parts = command.prepare(parse_config([*options, "--resume"]), ALONE, stack).parts
-    best = parts.new_model().online.backbone
-    best.load_state_dict(torch.load(out / "best.pt", weights_only=True))
-    accuracies = measured(parts, parts.backbone, "last") | measured(parts, best, "best")
+    accuracies = measured(parts, parts.backbone, "last")
+    if not quick:
+        best = parts.new_model().online.backbone
+        best.load_state_dict(torch.load(out / "best.pt", weights_only=True))
+        accuracies |= measured(parts, best, "best")
     return Result(f"seed {seed}", accuracies, epochs, summary["seconds"] / 60, summary["images_per_second"],
                   str(out / "train.log"), begun.read_text()), parts
 
@@ -106,10 +110,13 @@ def train_once(arguments: list[str], epochs: int, seed: int, out: Path) -> tuple
 def measured(parts: Parts, backbone: nn.Module, which: str) -> dict[str, float | None]:
     """The accuracies of a backbone. which: "last" or "best"; few labels are left to the last."""
     assert isinstance(parts.scorer, Scorer)
-    scores = parts.scorer.measure(backbone)
     fit, test = parts.scorer.features(backbone)
-    found = {f"kNN 20, {which}": scores["knn"], f"kNN 200, {which}": knn_accuracy(fit.x, fit.y, test.x, test.y, k=200),
-             f"linear, {which}": scores["linear"]}
+    found: dict[str, float | None] = {}
+    for k in (20, 200):
+        found[f"kNN {k}, {which}"] = knn_accuracy(fit.x, fit.y, test.x, test.y, k)
+        print(f"kNN {k}, {which}: {found[f'kNN {k}, {which}']:.4f}", flush=True)  # the probes below take longer
+    scores = parts.scorer.measure(backbone)
+    found[f"linear, {which}"] = scores["linear"]
     return found if which == "best" else found | {"1 label": scores.get("linear_1"), "5 labels": scores.get("linear_5")}
 
 
@@ -142,8 +149,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1, help="runs, with seeds 0, 1, ...")
     parser.add_argument("--images", type=Path, default=Path("data", "cifar10"), help="folder with train/ and test/")
     parser.add_argument("--out", type=Path, default=Path("runs", "accuracy"))
+    parser.add_argument("--quick", action="store_true", help="measure the last network alone: no best one, no untrained one, "
+                        "no raw pixels, nothing on the way")
     parser.add_argument("--lightly", action="store_true", help="train lightly's recipe for the same minutes, too")
-    parser.add_argument("--write", action="store_true", help="append the table to RESULTS.md beside this file")
+    add_output(parser)
     options, passed_on = parser.parse_known_args()
     if options.seeds < 1 or (options.epochs is not None and options.epochs < 1):
         parser.error("--seeds and --epochs must be 1 or more")
@@ -165,26 +174,31 @@ def main() -> None:
     results, parts = [], None
     for seed in range(options.seeds):
         name = f"{epochs}-epochs-seed-{seed}"
-        result, finished = train_once(arguments, epochs, seed, place / name)
-        if options.write:
+        result, finished = train_once(arguments, epochs, seed, place / name, options.quick)
+        kept = LOGS / f"{place.name}-{name}.log" if options.write else None
+        if kept is not None:
             LOGS.mkdir(exist_ok=True)
-            log = LOGS / f"{place.name}-{name}.log"
-            log.write_text(Path(result.log).read_text().replace(str(options.images), "DIR"))
-            result.log = str(log)
+            kept.write_text(Path(result.log).read_text().replace(str(options.images), "DIR"))
+        result.log = str(kept or "")
         results.append(result)
+        append_json(options, **{result.name: asdict(result)})
         parts = finished or parts
-    rows = [result.cells() for result in results]
     if parts is None:
-        keep(options, epochs, passed_on, rows, "every run failed")
+        keep(options, epochs, passed_on, [result.cells() for result in results], "every run failed")
         raise SystemExit(1)
     whole = [result for result in results if result.accuracies]
-    if len(whole) > 1:
-        rows.append(mean_row(whole))
+    others = []
     if options.lightly:
         backbone, epochs_there, minutes, rate = train_lightly(parts, whole[-1].minutes or 0.0, parts.config.seed)
-        accuracies = measured(parts, backbone, "last")
-        rows.append(Result("lightly's recipe in the same minutes", accuracies, epochs_there, minutes, rate).cells())
-    rows += [result.cells() for result in baselines(parts)]
+        others.append(Result("lightly's recipe in the same minutes", measured(parts, backbone, "last"), epochs_there, minutes,
+                             rate))
+    if not options.quick:
+        others += baselines(parts)
+    for result in others:
+        append_json(options, **{result.name: asdict(result)})
+    rows = [result.cells() for result in results]
+    rows += [mean_row(whole)] if len(whole) > 1 else []
+    rows += [result.cells() for result in others]
     plan = parts.plan
     recipe = "; ".join(f"{choice.name} {choice.value:.6g}" if isinstance(choice.value, float) else
                        f"{choice.name} {choice.value}" for choice in plan.choices)
@@ -198,11 +212,12 @@ def main() -> None:
 def keep(options: argparse.Namespace, epochs: int, passed_on: list[str], rows: list[tuple[str, ...]], recipe: str,
          device: str = "cpu") -> None:
     length = ["--minutes", f"{options.minutes:g}"] if options.minutes else ["--epochs", str(epochs)]
-    words = [options.set, *length, "--seeds", str(options.seeds), *["--lightly"] * options.lightly,
+    flags = [f"--{name}" for name in ("quick", "lightly") if getattr(options, name)]
+    words = [options.set, *length, "--seeds", str(options.seeds), *flags,
              *([] if options.set == "digits" else ["--images", "DIR"]), *passed_on]
     text = (f"`python -m tests.bench.accuracy {' '.join(words)}`: {environment(device, 'torchvision', 'scikit-learn')}\n\n"
             f"{recipe}\n\n{markdown(('run', *COLUMNS), rows)}")
-    show(f"Accuracy on {options.set}", text, options.write)
+    show(f"Accuracy on {options.set}", text, options)
 
 
 if __name__ == "__main__":

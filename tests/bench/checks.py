@@ -97,7 +97,7 @@ def main() -> None:
              f"{100 * (statistics.median(times[name] / times['without any'] for times in rounds) - 1):+.1f} %")
             for name in functions]
     show("What the guards cost, conv6 on the digits, batch 64", f"{environment(options.device)}\n\n" + markdown(
-        ("steps", "median ms per step", "median of the ratios of each round"), rows), options.write)
+        ("steps", "median ms per step", "median of the ratios of each round"), rows), options)
 
 
 if __name__ == "__main__":

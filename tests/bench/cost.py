@@ -22,7 +22,7 @@ from byol_core.outcome import Outcome
 from byol_core.networks import BYOL
 from byol_core.run import Run
 from byol_core.runtime import Runtime
-from tests.bench.table import environment, markdown, show
+from tests.bench.table import add_output, environment, markdown, show
 
 WHOLE = "the whole loop"
 PARTS = {"forward": (BYOL, "forward"), "backward": (Runtime, "backward"), "finite check and optimizer": (Runtime, "step"),
@@ -58,7 +58,7 @@ def timed(owner: object, name: str, seconds: dict[str, float], part: str) -> Ite
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="append the table to RESULTS.md beside this file")
+    add_output(parser)
     options, passed_on = parser.parse_known_args()
     seconds = dict.fromkeys(PARTS, 0.0)
     with tempfile.TemporaryDirectory() as place, ExitStack() as stack:
@@ -73,7 +73,7 @@ def main() -> None:
     rows = [(part, f"{value:.2f}", f"{value / whole:.2%}") for part, value in sorted(seconds.items(), key=lambda row: -row[1])]
     show("Where the time of a run goes", f"`python -m tests.bench.cost {' '.join(passed_on)}`: "
          f"{environment(summary['device'])}\n\n{summary['images_per_second']:.0f} images/s\n\n"
-         f"{markdown(('part', 'seconds', 'of the loop'), [*rows, (WHOLE, f'{whole:.2f}', '100.00%')])}", options.write)
+         f"{markdown(('part', 'seconds', 'of the loop'), [*rows, (WHOLE, f'{whole:.2f}', '100.00%')])}", options)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from byol_core.ema import ema_update
-from tests.bench.table import arguments, environment, markdown, show, side_by_side
+from tests.bench.table import arguments, environment, markdown, milliseconds_on_gpu, show, side_by_side
 
 TAU = 0.996
+OURS, COPY = "**ema_update**", "flat copy (limit)"
 
 
 def network() -> nn.Module:
@@ -37,10 +38,10 @@ def ours_and_limits(target: nn.Module, online: nn.Module) -> dict[str, Callable[
             mine.data = mine.data * TAU + theirs.data * (1 - TAU)
 
     return {
-        "flat copy (limit)": lambda: flat_target.copy_(flat_online),
+        COPY: lambda: flat_target.copy_(flat_online),
         "flat lerp (limit)": lambda: flat_target.lerp_(flat_online, 1 - TAU),
         "bare fused lerp": lambda: torch._foreach_lerp_(targets, onlines, 1 - TAU),
-        "**ema_update**": lambda: ema_update(target, online, TAU),
+        OURS: lambda: ema_update(target, online, TAU),
         "**ema_update**, buffers averaged": lambda: ema_update(target, online, TAU, buffers="average"),
         "rebinding loop (the source system)": rebind,
     }
@@ -73,14 +74,14 @@ def byol_pytorch(target: nn.Module, online: nn.Module) -> Callable[[], object]:
     return lambda: module.update_moving_average(module.EMA(TAU), averaged, online)
 
 
-def ratio_to_bare_lerp(target: nn.Module, online: nn.Module, device: str, blocks: int = 5, rounds: int = 150) -> str:
+def ratio_to_bare_lerp(target: nn.Module, online: nn.Module, device: str, rounds: int, blocks: int = 5) -> str:
     """ema_update and the bare lerp strictly in turn: a few per cent drown in what other rows leave in the caches."""
     functions = ours_and_limits(target, online)
-    pair = {name: functions[name] for name in ("bare fused lerp", "**ema_update**")}
+    pair = {name: functions[name] for name in ("bare fused lerp", OURS)}
     ratios = []
     for _ in range(blocks):
         times = side_by_side(pair, device, rounds)
-        ratios.append(times["**ema_update**"] / times["bare fused lerp"])
+        ratios.append(times[OURS] / times["bare fused lerp"])
     return (f"In turn with the bare lerp alone, {blocks} times {rounds} rounds: ema_update takes "
             f"{statistics.median(ratios):.3f} times as long (per block {min(ratios):.3f} to {max(ratios):.3f}).")
 
@@ -93,6 +94,7 @@ def main() -> None:
     options = arguments(__doc__)
     target, online = network().to(options.device), network().to(options.device)
     count = sum(param.numel() for param in target.parameters())
+    on_gpu = options.device.startswith("cuda")
     functions = ours_and_limits(target, online)
     functions["torch AveragedModel, EMA helper"] = torch_averaged_model(target, online)
     present = []
@@ -106,15 +108,18 @@ def main() -> None:
             print(f"{package} skipped: {error}")
 
     with torch.no_grad():
-        ratio = ratio_to_bare_lerp(target, online, options.device)
-        times = side_by_side(functions, options.device, options.rounds)
-    rows = []
-    for name, value in sorted(times.items(), key=lambda item: item[1]):
-        moved = 4 * count * (2 if name.startswith("flat copy") else 3)  # bytes: read, and read twice and written
-        rows.append((name, f"{value:.2f}", f"{value / times['bare fused lerp']:.2f}", f"{moved / value / 1e6:.1f}"))
-    table = markdown(("implementation", "median ms", "times the bare lerp", "GB/s of 12 (copy: 8) bytes"), rows)
-    text = "\n\n".join((environment(options.device, *present), ratio, table))
-    show(f"EMA, {count / 1e6:.1f} M parameters", text, options.write)
+        ratio = ratio_to_bare_lerp(target, online, options.device, 10 * options.rounds)
+        times = side_by_side(functions, options.device, options.rounds, seconds=options.seconds)
+        alone = {name: milliseconds_on_gpu(functions[name], options.device) for name in times} if on_gpu else times
+    rates = {name: 4 * count * (2 if name == COPY else 3) / value / 1e6  # bytes: read and written, and read twice and written
+             for name, value in alone.items()}
+    rows = [(name, f"{value:.2f}", *([f"{alone[name]:.3f}"] if on_gpu else []), f"{value / times['bare fused lerp']:.2f}",
+             f"{rates[name]:.1f}") for name, value in sorted(times.items(), key=lambda item: item[1])]
+    columns = ("implementation", "median ms", *(["ms of the GPU alone"] if on_gpu else []), "times the bare lerp",
+               "GB/s of 12 (copy: 8) bytes")
+    text = "\n\n".join((environment(options.device, *present), ratio, markdown(columns, rows)))
+    show(f"EMA, {count / 1e6:.1f} M parameters", text, options, milliseconds=times, milliseconds_of_the_device=alone,
+         share_of_copy_bandwidth=rates[OURS] / rates[COPY])
 
 
 if __name__ == "__main__":

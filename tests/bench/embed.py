@@ -103,7 +103,7 @@ def main() -> None:
     table = markdown(("embedding", what, "images/s", "times ours"), rows)
     packages = ["lightly"] if any("lightly" in row[0] for row in rows) else []
     show(f"Embedding {count} JPEGs of {SIZE}x{SIZE} from files", f"{environment(options.device, *packages)}\n\n{table}",
-         options.write)
+         options)
 
 
 if __name__ == "__main__":

@@ -2,19 +2,23 @@
 
     python -m tests.bench.end_to_end --images cifar/train                            32, 64, and 32 pixels with the small stem
     python -m tests.bench.end_to_end --images cifar/train --case 32 --batch 512 --updates 50 --device cuda
-    python -m tests.bench.end_to_end --images DIR --case 224 --arch resnet50 --batch 256 --updates 50 --device cuda
+    python -m tests.bench.end_to_end --images DIR --case 224 --arch resnet50 --batch 256 --updates 50 --device cuda --compile
 
 Same network, heads, batch and images; each in its own defaults for everything else. A turn is an epoch of --updates batches;
 workers are started before, and ours has decoded small images before, as it does once in a run; that time is given apart.
 Of a folder with fewer images than a turn needs, they are used again.
+"Once under way" leaves out the first update of each turn: workers need a moment for the first batch of an epoch, which is
+long beside these short turns and short beside an epoch of a run.
 """
 
 import argparse
 import contextlib
 import io
 import tempfile
+import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -26,12 +30,15 @@ from byol_core.folder import scan
 from byol_core.metrics import RECORD_EVERY
 from byol_core.plan import make_plan
 from byol_core.run import Run
+from byol_core.runtime import Runtime
 from byol_core.training import Progress, Step, train
 from tests.bench import rivals, step
-from tests.bench.table import environment, markdown, parse, show, side_by_side, working_memory
+from tests.bench.table import environment, markdown, parse, show, side_by_side, wait_for
 from tests.bench.views import find
 
 CASES = {"32": (32, False, 128), "64": (64, False, 64), "32s": (32, True, 64), "224": (224, False, 64)}  # size, stem, batch
+OURS, COMPILED = "**byol_core's train** with its defaults", "byol_core's train, compiled"
+LIMIT, RESIDENT = "bare forward and backward on resident views", "byol_core's train on resident views"
 LIGHTLY = "the loop that lightly documents"
 
 
@@ -44,6 +51,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="images (default 128 for 32, else 64)")
     parser.add_argument("--updates", type=int, default=RECORD_EVERY,
                         help=f"batches per turn (default {RECORD_EVERY}, after which a run makes a record of its metrics)")
+    parser.add_argument("--compile", action="store_true", help="a row with --compile, too")
+    parser.add_argument("--no-peers", action="store_true", help="leave other packages out")
     options = parse(parser, rounds=3)
     limits = rivals.machine_limits(options.device)
     for case in options.case or ("32", "64", "32s"):
@@ -51,73 +60,146 @@ def main() -> None:
 
 
 def compare(case: str, options: argparse.Namespace, limits: str) -> None:
-    size, small_stem, batch = CASES[case]
-    batch = options.batch or batch
+    size, small_stem, usual = CASES[case]
+    batch = options.batch or usual
     needed = options.updates * batch
     found = find(options.images, needed)
     paths = (found * -(-needed // len(found)))[:needed]
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
-        run, started = new_run(paths, case, options, Path(folder))
-        ours = "**byol_core's train** with its defaults"
-        rows: dict[str, Callable[[], object]] = {ours: partial(epoch_of, run)}
-        limit, runtime = "bare forward and backward on resident views", run.parts.runtime
-        rows[limit] = partial(rivals.bare_loop(rivals.new_byol(options.arch, small_stem, size, runtime), runtime),
-                              rivals.random_views(options.updates, batch, size, runtime))
-        resident = "byol_core's train on resident views"
-        rows[resident] = step.ours((options.arch, small_stem, size), batch, options.updates, runtime)
-        for name, make in rivals.present({LIGHTLY: partial(rivals.lightly_transform, size, blur=size >= 48)}):
-            workers = choose_workers(None)
-            loader = DataLoader(rivals.Photos(paths, make), batch_size=batch, shuffle=True, drop_last=True,
-                                num_workers=workers, persistent_workers=workers > 0)
-            rows[name] = partial(rivals.lightly_loop(options.arch, small_stem, size, options.device), loader)
-        milliseconds = side_by_side(rows, options.device, options.rounds, warm_up=1)
-        if ours not in milliseconds or limit not in milliseconds:
+    memory: dict[str, float] = {}
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        link(paths, folder / "images")
+        turns = {name: new_turns(folder, case, options, compile)
+                 for name, compile in ((OURS, False), (COMPILED, True))[:1 + options.compile]}
+        for some in turns.values():
+            stack.callback(some.run.parts.batches.close)
+        rows: dict[str, Callable[[], object]] = {**turns}
+        rows |= others(paths, (options.arch, small_stem, size), batch, turns[OURS].run.parts.runtime, options)
+        milliseconds = side_by_side(rows, options.device, options.rounds, 1, seconds=options.seconds, memory=memory)
+        if OURS not in milliseconds or LIMIT not in milliseconds:
             raise SystemExit(f"too little memory for a batch of {batch} - give a smaller --batch")
-        waited = run.parts.batches.waited / (options.rounds + 1) * 1000 / milliseconds[ours]
-        memory = {name: f"{working_memory(rows[name], options.device):.1f}" for name in milliseconds
-                  } if options.device.startswith("cuda") else {}
-        run.parts.batches.close()
     rates = {name: 1000 * options.updates * batch / value for name, value in milliseconds.items()}
-    table = [(name, f"{rate:.1f}", f"{rate / rates[limit]:.2f}", f"{rate / rates[LIGHTLY]:.2f}" if LIGHTLY in rates else "-",
-              *([memory[name]] if memory else []))
+    table = [(name, f"{rate:.1f}", f"{rate / rates[LIMIT]:.2f}", f"{rate / rates[LIGHTLY]:.2f}" if LIGHTLY in rates else "-",
+              *([f"{memory[name]:.1f}"] if memory else []))
              for name, rate in sorted(rates.items(), key=lambda item: -item[1])]
-    again = "" if len(found) == needed else f"{len(found)} images, used again to make {needed}; "
-    text = (f"{environment(options.device, 'torchvision')}\n\n{limits}\n\n{again}"
-            f"Ours: {run.parts.precision}, views: {run.parts.views_reason}; "
-            f"{started:.2f} s to start; waits for views {waited:.1%} of the time; "
-            f"an update on real data takes {rates[resident] / rates[ours]:.3f} times as long as on resident views\n\n"
-            + markdown(("training", "images/s", "share of the bare step", "times lightly's",
-                        *(["GB at work"] if memory else [])), table))
+    columns = ("training", "images/s", "share of the bare step", "times lightly's", *(["GB at work"] if memory else []))
+    again = [] if len(found) == needed else [f"{len(found)} images, used again to make {needed}"]
+    notes, numbers = compared(turns, rates, (options.updates - 1) * batch)
+    text = "\n\n".join((environment(options.device, "torchvision"), limits, *again, *notes, markdown(columns, table)))
     stem = ", small stem" if small_stem else ""
-    show(f"End to end: {options.arch}{stem}, {size} pixels, batch {batch}", text, options.write)
+    show(f"End to end: {options.arch}{stem}, {size} pixels, batch {batch}", text, options, images_per_second=rates,
+         gigabytes=memory, milliseconds_of_bare_step=milliseconds[LIMIT] / options.updates, **numbers)
 
 
-def new_run(paths: list[Path], case: str, options: argparse.Namespace, folder: Path) -> tuple[Run, float]:
-    """A run of ours that has not begun, and the seconds that it took to be built."""
-    size, small_stem, batch = CASES[case]
-    images = folder / "images"
+def others(paths: list[Path], network: tuple[str, bool, int], batch: int, runtime: Runtime, options: argparse.Namespace
+           ) -> dict[str, Callable[[], object]]:
+    """What a run of ours is compared with: the limit of any trainer, our loop on views that lie ready, and lightly's loop."""
+    rows: dict[str, Callable[[], object]] = {
+        LIMIT: partial(rivals.bare_loop(rivals.new_byol(*network, runtime), runtime),
+                       rivals.random_views(options.updates, batch, network[2], runtime)),
+        RESIDENT: step.ours(network, batch, options.updates, runtime)}
+    makers = {} if options.no_peers else {LIGHTLY: partial(rivals.lightly_transform, network[2], blur=network[2] >= 48)}
+    for name, transform in rivals.present(makers):
+        workers = choose_workers(None)
+        loader = DataLoader(rivals.Photos(paths, transform), batch_size=batch, shuffle=True, drop_last=True,
+                            num_workers=workers, persistent_workers=workers > 0)
+        rows[name] = partial(rivals.lightly_loop(*network, options.device), loader)
+    return rows
+
+
+def compared(turns: "dict[str, Turns]", rates: dict[str, float], later_images: int) -> tuple[list[str], dict[str, float]]:
+    """(what is to be said beside the table, numbers). later_images: of a turn but for its first update."""
+    ours = turns[OURS]
+    notes = [f"Ours: {ours.run.parts.precision}, views: {ours.run.parts.views_reason}; {ours.started:.2f} s to start"]
+    numbers: dict[str, float] = {}
+    if RESIDENT in rates:
+        notes.append(f"An update on real data takes {rates[RESIDENT] / rates[OURS]:.3f} times as long as on resident views")
+    for name, some in turns.items():
+        if name in rates and later_images:
+            rate, end = later_images / some.seconds_under_way, "_compiled" if some.run.parts.config.compile else ""
+            numbers |= {f"images_per_second_under_way{end}": rate, f"share_of_bare_step{end}": rate / rates[LIMIT],
+                        f"waits{end}": some.waits_under_way, f"waits_with_first_batches{end}": some.waits}
+            notes.append(f"{name.replace('*', '')}: waits for views {some.waits:.1%} of the time; once under way "
+                         f"{some.waits_under_way:.1%}, with {rate:.1f} images/s, {rate / rates[LIMIT]:.3f} of the bare step; "
+                         f"its first turn took {some.seconds[0]:.1f} s")
+    if LIGHTLY in rates:
+        numbers["times_lightly"] = rates[OURS] / rates[LIGHTLY]
+    if COMPILED in rates:
+        numbers["times_uncompiled"] = rates[COMPILED] / rates[OURS]
+    return notes, numbers
+
+
+def link(paths: list[Path], images: Path) -> None:
     images.mkdir()
     for number, path in enumerate(paths):
         (images / f"{number:06}{path.suffix}").symlink_to(path.resolve())
-    config = TrainConfig(data=(str(images),), epochs=options.rounds + 2, arch=options.arch, image_size=size,
+
+
+@dataclass
+class Turns:
+    """A run of ours that goes on by an epoch at each call, logging included; what comes once in a run or an epoch, such as
+    saving, is left out.
+
+    started: seconds that it took to be built. seconds, waited: of each turn, and of each but for its first update. The first
+    turn warms up, and is in no mean.
+    """
+
+    run: Run
+    started: float
+    seconds: list[float] = field(default_factory=list)
+    waited: list[float] = field(default_factory=list)
+    later_seconds: list[float] = field(default_factory=list)
+    later_waited: list[float] = field(default_factory=list)
+
+    def __call__(self) -> None:
+        run, parts, before = self.run, self.run.parts, self.run.parts.batches.waited
+        began = time.perf_counter()
+        first: list[float] = []  # when the first update was made, and the seconds waited by then
+
+        def log(progress: Progress, done: Step) -> None:
+            run.log.step(progress, done, parts.batches.waited)
+            if not first:
+                wait_for(parts.runtime.device)
+                first.extend((time.perf_counter(), parts.batches.waited))
+
+        train(parts.model, parts.batches, run.progress.epoch + 1, optimizer=parts.optimizer, lr_scheduler=parts.scheduler,
+              lr_scheduler_interval=parts.plan.scheduler_interval, tau_base=parts.plan.tau_base, runtime=parts.runtime,
+              progress=run.progress, after_step=log)
+        wait_for(parts.runtime.device)
+        ended = time.perf_counter()
+        self.seconds.append(ended - began)
+        self.waited.append(parts.batches.waited - before)
+        self.later_seconds.append(ended - first[0])
+        self.later_waited.append(parts.batches.waited - first[1])
+
+    @property
+    def waits(self) -> float:
+        """The share of the time that goes into waiting for views."""
+        return sum(self.waited[1:]) / sum(self.seconds[1:])
+
+    @property
+    def waits_under_way(self) -> float:
+        return sum(self.later_waited[1:]) / sum(self.later_seconds[1:])
+
+    @property
+    def seconds_under_way(self) -> float:
+        """Of a turn but for its first update; the median."""
+        return statistics.median(self.later_seconds[1:])
+
+
+def new_turns(folder: Path, case: str, options: argparse.Namespace, compile: bool) -> Turns:
+    size, small_stem, batch = CASES[case]
+    config = TrainConfig(data=(str(folder / "images"),), epochs=options.rounds + 2, arch=options.arch, image_size=size,
                          small_stem=small_stem, hidden_dim=rivals.HIDDEN, projection_dim=rivals.OUT,
-                         batch_size=options.batch or batch, device=options.device, eval=False)
+                         batch_size=options.batch or batch, device=options.device, eval=False, compile=compile)
+    place = folder / ("compiled" if compile else "run")
+    place.mkdir()
     began = time.perf_counter()
-    files = scan(images)
-    run = Run(config, make_plan(config, look_at(files)), files, folder)
+    files = scan(folder / "images")
+    run = Run(config, make_plan(config, look_at(files)), files, place)
     run.log.start(run.progress)
-    return run, time.perf_counter() - began
-
-
-def epoch_of(run: Run) -> None:
-    """The next epoch of the run, logging included; what comes once in a run or an epoch, such as saving, is left out."""
-    def log(progress: Progress, done: Step) -> None:
-        run.log.step(progress, done, run.parts.batches.waited)
-
-    parts = run.parts
-    train(parts.model, parts.batches, run.progress.epoch + 1, optimizer=parts.optimizer, lr_scheduler=parts.scheduler,
-          lr_scheduler_interval=parts.plan.scheduler_interval, tau_base=parts.plan.tau_base, runtime=parts.runtime,
-          progress=run.progress, after_step=log)
+    return Turns(run, time.perf_counter() - began)
 
 
 if __name__ == "__main__":

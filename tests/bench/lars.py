@@ -11,10 +11,11 @@ import torch
 import torchvision
 
 from byol_core.lars import LARS, parameter_groups
-from tests.bench.table import arguments, environment, markdown, show, side_by_side
+from tests.bench.table import arguments, environment, markdown, milliseconds_on_gpu, show, side_by_side
 
 Groups = list[dict[str, Any]]
 LR, DECAY = 0.1, 1.5e-6
+OURS = "**LARS**"
 
 
 def timm(groups: Groups) -> torch.optim.Optimizer:
@@ -26,7 +27,7 @@ def lightly(groups: Groups) -> torch.optim.Optimizer:
 
 
 ROWS: list[tuple[str, str, Callable[[Groups], torch.optim.Optimizer]]] = [
-    ("**LARS**", "torch", lambda groups: LARS(groups, lr=LR)),
+    (OURS, "torch", lambda groups: LARS(groups, lr=LR)),
     ("torch SGD, foreach (no adaptation)", "torch", lambda groups: torch.optim.SGD(groups, LR, 0.9, foreach=True)),
     ("torch SGD, tensor by tensor (same)", "torch", lambda groups: torch.optim.SGD(groups, LR, 0.9, foreach=False)),
     ("timm Lars", "timm", timm),
@@ -52,11 +53,14 @@ def main() -> None:
         if package != "torch":
             present.append(package)
 
-    times = side_by_side(functions, options.device, options.rounds)
-    rows = [(name, f"{value:.1f}", f"{value / times['**LARS**']:.2f}")
+    on_gpu = options.device.startswith("cuda")
+    times = side_by_side(functions, options.device, options.rounds, seconds=options.seconds)
+    alone = {name: milliseconds_on_gpu(functions[name], options.device) for name in times} if on_gpu else times
+    rows = [(name, f"{value:.1f}", *([f"{alone[name]:.3f}"] if on_gpu else []), f"{value / times[OURS]:.2f}")
             for name, value in sorted(times.items(), key=lambda item: item[1])]
-    table = markdown(("optimizer", "median ms per step", "times ours"), rows)
-    show("LARS, ResNet-50, 25.6 M parameters", f"{environment(options.device, *present)}\n\n{table}", options.write)
+    table = markdown(("optimizer", "median ms per step", *(["ms of the GPU alone"] if on_gpu else []), "times ours"), rows)
+    show("LARS, ResNet-50, 25.6 M parameters", f"{environment(options.device, *present)}\n\n{table}", options,
+         milliseconds=times, milliseconds_of_the_device=alone)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def start(folder: Path, options: argparse.Namespace) -> None:
     milliseconds = side_by_side(rows, options.device, options.rounds, warm_up=1)
     table = [(name, f"{value / 1000:.1f}") for name, value in milliseconds.items()]
     show(f"Start: {len(scan(folder)):,} images", f"{environment(options.device, 'torchvision')}\n\n"
-         + markdown(("before training", "seconds"), table), options.write)
+         + markdown(("before training", "seconds"), table), options)
 
 
 def compare(paths: list[Path], size: int, options: argparse.Namespace) -> None:
@@ -99,7 +99,7 @@ def compare(paths: list[Path], size: int, options: argparse.Namespace) -> None:
              for name, rate in sorted(rates.items(), key=lambda item: -item[1])]
     text = f"{environment(options.device, 'torchvision')}\n\n{rivals.machine_limits(options.device)}\n\n" + markdown(
         ("two views of each image", "images/s", "times lightly's"), table)
-    show(f"Loader: {count} images to {size} pixels, per core", text, options.write)
+    show(f"Loader: {count} images to {size} pixels, per core", text, options)
 
 
 def in_memory(files: ImageSet, device: torch.device) -> ImageData | None:

@@ -103,13 +103,19 @@ def bare_loop(model: BYOL, runtime: Runtime) -> Callable[[Iterable[Views]], None
     """Nothing but forward and backward, on views that lie ready: the limit of any trainer of these networks."""
     def epoch(batches: Iterable[Views]) -> None:
         for view1, view2 in batches:
-            with runtime.autocast():
-                p1, p2, z1, z2 = model(view1, view2)
-                loss = byol_loss(p1, z2) + byol_loss(p2, z1)
-            loss.backward()
+            forward_and_backward(model, runtime, view1, view2)
             model.zero_grad(set_to_none=True)
 
     return epoch
+
+
+def forward_and_backward(model: BYOL, runtime: Runtime, view1: Tensor, view2: Tensor) -> Tensor:
+    """The loss, whose gradients the parameters now have."""
+    with runtime.autocast():
+        p1, p2, z1, z2 = model(view1, view2)
+        loss = byol_loss(p1, z2) + byol_loss(p2, z1)
+    loss.backward()
+    return loss.detach()
 
 
 def new_byol(arch: str, small_stem: bool, size: int, runtime: Runtime) -> BYOL:

@@ -49,7 +49,7 @@ def main() -> None:
             size = last.stat().st_size / 1e6
         rows.append((arch, f"{size:.0f}", *(f"{value / 1000:.2f}" for value in milliseconds.values())))
     columns = ("network and its optimizer", "MB", "s to save", "s to read", "s of a bare torch.save, not flushed")
-    show("A checkpoint", f"{environment('cpu')}\n\n{markdown(columns, rows)}", options.write)
+    show("A checkpoint", f"{environment('cpu')}\n\n{markdown(columns, rows)}", options)
 
 
 if __name__ == "__main__":

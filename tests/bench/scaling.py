@@ -23,7 +23,7 @@ from byol_core.folder import scan
 from byol_core.memory import peak_memory, recompute_blocks
 from byol_core.networks import BYOL
 from byol_core.training import Progress, Step, train
-from tests.bench.table import environment, markdown, show
+from tests.bench.table import add_output, environment, markdown, show
 
 ROOT = Path(__file__).parent.parent.parent
 PER_FOLDER, LINKS = 1000, 30_000  # files in a folder; names of one file, of which a file system allows some 65,000
@@ -198,13 +198,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("kind", choices=KINDS)
     parser.add_argument("--largest", type=int, default=1_000_000, help="most images to be listed")
-    parser.add_argument("--write", action="store_true", help="append the table to RESULTS.md")
+    add_output(parser)
     options = parser.parse_args()
     kind = KINDS[options.kind]
     columns, rows = kind(options.largest)
     machine = f"{environment('cpu')}, load {os.getloadavg()[0]:.1f}"
     text = f"{inspect.getdoc(kind)}\n\n{markdown(columns, rows)}\n\n{machine}"
-    show(f"Scaling: {options.kind}", text, options.write)
+    show(f"Scaling: {options.kind}", text, options)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from byol_core.run_facts import read_run
-from tests.bench.table import DEVICE, environment, markdown, show
+from tests.bench.table import DEVICE, add_output, environment, markdown, show
 
 ROOT = Path(__file__).parent.parent.parent
 AT_ONCE = 512  # images of a micro-batch at the most
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("data", nargs="+", help="digits, or folders of images")
     parser.add_argument("--batches", type=int, nargs="+", default=[32, 128, 512, 1024, 4096])
     parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--write", action="store_true", help="append the table to RESULTS.md beside this file")
+    add_output(parser)
     options, passed_on = parser.parse_known_args()
     missing = [data for data in options.data if data != "digits" and not Path(data).exists()]
     if missing:
@@ -56,7 +56,7 @@ def main() -> None:
             print(" | ".join(rows[-1]), flush=True)
     command = f"--epochs {options.epochs} {' '.join(passed_on)}".strip()
     show("Defaults from batch to batch", f"`python -m tests.bench.stability ... {command}`: {environment(DEVICE)}\n\n"
-         f"{markdown(COLUMNS, rows)}", options.write)
+         f"{markdown(COLUMNS, rows)}", options)
 
 
 if __name__ == "__main__":

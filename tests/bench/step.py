@@ -61,7 +61,7 @@ def main() -> None:
     for name, loop in rivals.present(makers):
         rows[name] = partial(loop, views)
 
-    milliseconds = side_by_side(rows, device, options.rounds, warm_up=1)
+    milliseconds = side_by_side(rows, device, options.rounds, warm_up=1, seconds=options.seconds)
     rates = {name: 1000 * STEPS * options.batch / value for name, value in milliseconds.items()}
     table = [(name, f"{milliseconds[name] / STEPS:.1f}", f"{rate:.1f}", f"{rate / rates[limit]:.2f}")
              for name, rate in sorted(rates.items(), key=lambda item: -item[1])]
@@ -72,7 +72,7 @@ def main() -> None:
         f"{rates[fastest] / rates[limit]:.2f} times as fast{started}",
         markdown(("step", "ms", "images/s", "share of the bare step as auto chooses"), table)))
     show(f"Step: {options.arch}{', small stem' if options.small_stem else ''}, {options.size} pixels, batch {options.batch}",
-         text, options.write)
+         text, options)
 
 
 def ours(network: tuple[str, bool, int], batch: int, steps: int, runtime: Runtime, compile: bool = False

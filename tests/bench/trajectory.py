@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.bench.table import DEVICE, environment, markdown, show
+from tests.bench.table import DEVICE, add_output, environment, markdown, show
 
 ROOT = Path(__file__).parent.parent.parent
 PATHS = {"held on the device": ("device", 2**31), "worker crops": ("device", 0), "the reference, --views cpu": ("cpu", 0)}
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--images", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--write", action="store_true", help="append the table to RESULTS.md beside this file")
+    add_output(parser)
     options, passed_on = parser.parse_known_args()
     rows = []
     for name, path in PATHS.items():
@@ -47,7 +47,7 @@ def main() -> None:
         print(" | ".join(rows[-1]), flush=True)
     columns = ("views", *(f"loss, fifth {part + 1} of the run" for part in range(PARTS)))
     show("Loss by data path", f"`python -m tests.bench.trajectory --seeds {options.seeds} --epochs {options.epochs} "
-         f"{' '.join(passed_on)}`: {environment(DEVICE)}\n\n{markdown(columns, rows)}", options.write)
+         f"{' '.join(passed_on)}`: {environment(DEVICE)}\n\n{markdown(columns, rows)}", options)
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def compare(images: list[Image.Image], size: int, options: argparse.Namespace) -
              for name, rate in sorted(rates.items(), key=lambda item: -item[1])]
     text = f"{environment(options.device, 'torchvision')}\n\n{rivals.machine_limits(options.device)}\n\n" + markdown(
         ("two views of each image", "images/s", "times lightly's"), table)
-    show(f"Views: {len(images)} images in memory to {size} pixels", text, options.write)
+    show(f"Views: {len(images)} images in memory to {size} pixels", text, options)
 
 
 def both(views: Any) -> Callable[[Image.Image], list[Tensor]]:

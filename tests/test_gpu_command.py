@@ -1,0 +1,298 @@
+"""`python -m tests.bench.gpu` on a CPU at small scale; how it ends what fails or hangs; and that its checks can fail."""
+
+import contextlib
+import functools
+import importlib
+import json
+import os
+import subprocess
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from byol_core.run import Run
+from tests.bench import gpu, right, stages, table
+from tests.bench.stages import Log, Stage
+
+SLEEPS = "import time; print('asleep', flush=True); time.sleep(1000)"
+# A process in a session of its own, deaf to polite signals, that outlives the one that started it.
+LEAVES_A_CHILD = ("import subprocess, sys; code = 'import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+                  "time.sleep(1000)'; subprocess.Popen([sys.executable, '-c', code], start_new_session=True); sys.exit(3)")
+WRITES_NUMBERS = ("import sys; open(sys.argv[-1], 'w').write('{\"a\": 1, \"section\": \"## A\"}\\n{\"b\": 2}\\n{\"torn\": '); "
+                  "print('one'); print('two', end='')")
+
+
+def stage(name: str, code: str, limit: float | None = 600.0, **options: Any) -> Stage:
+    return Stage("tried", name, lambda seconds: ["-c", code], limit, **options)
+
+
+@pytest.fixture
+def carried_out(tmp_path: Path) -> Callable[..., dict[str, dict[str, Any]]]:
+    """Runs stages; their results by name, in order."""
+    def run(*todo: Stage, seconds: float = 3600.0, at_once: int = 1) -> dict[str, dict[str, Any]]:
+        found: dict[str, dict[str, Any]] = {}
+        stages.run(todo, lambda stage, result: found.update({stage.name: result}), Log(tmp_path / "log.txt"), seconds,
+                   tmp_path, at_once, {})
+        return found
+    return run
+
+
+def alive(name: str) -> list[int]:
+    """The processes of a stage of ours that are left."""
+    return list(stages.marked(f"{os.getpid()}-{name}"))
+
+
+@pytest.fixture
+def images(image_folder: Callable[..., Path]) -> list[str]:
+    """The options that name images: two classes of 32 pixels to train and to test on, and photographs of two sizes."""
+    for part in ("train", "test"):
+        image_folder(f"cifar/{part}", 2, 24, (32, 32))
+    image_folder("photos/wide", 0, 18, (90, 70))
+    photos = image_folder("photos/high", 0, 18, (70, 90)).parent
+    return ["--images", str(photos.parent / "cifar"), "--photos", str(photos)]
+
+
+@pytest.mark.slow
+def test_the_whole_command_at_small_scale_with_a_stage_that_fails_and_one_that_hangs(
+        images: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = [stage("fails", "import sys; print('all is lost'); sys.exit(3)"), stage("hangs", SLEEPS, limit=3.0)]
+    code = gpu.main([*images, "--out", str(tmp_path / "out"), "--device", "cpu", "--seconds", "6000"], first=broken)
+    begun, *lines = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    found = {line["stage"]: line for line in lines}
+    printed, log = capsys.readouterr().out, (tmp_path / "out" / "log.txt").read_text()
+    assert begun["stages"] == list(found)
+    assert list(found)[:2] == ["fails", "hangs"] and list(found)[-2:] == ["learns", "lightly"]
+    assert code == 1 and "\nfailed: fails\n" in printed and "\nended at its limit: hangs\n" in printed
+    assert found["fails"]["status"] == "failed" and found["fails"]["exit_code"] == 3
+    assert found["fails"]["last_line"] == "all is lost"
+    assert found["hangs"]["status"] == "ended at its limit" and "File \"<string>\", line 1" in log  # where it hung
+    without = {name for name, line in found.items() if line["status"] == "left out"}
+    assert without <= {"lightly", "compile-small", "cifar-compiled", "photos-compiled"}  # what is not installed here
+    others = {name: line for name, line in found.items() if name not in {"fails", "hangs", *without}}
+    assert {name: line["last_line"] for name, line in others.items() if line["status"] != "passed"} == {}, log
+    numbers = {name: line["numbers"] for name, line in others.items()}
+    assert numbers["resume"] == numbers["resume"] | {"resumed_differs_by": 0.0, "repeated_differs_by": 0.0}
+    assert numbers["resume-crops"]["resumed_differs_by"] == 0.0 and numbers["torchrun"]["weights_differ_by"] == 0.0
+    assert numbers["digits-off"]["knn_20_on_a_cpu"] == numbers["digits-off"]["knn_20"] > 0.8
+    assert numbers["tests"]["skipped" if not torch.cuda.is_available() else "passed"] > 10
+    assert 0.1 < numbers["ema"]["share_of_copy_bandwidth"] < 10 and others["ema"]["bars"][0]["reached"] in (True, False)
+    for name in ("cifar", "photos"):
+        assert 0 < numbers[name]["share_of_bare_step"] < 10 and 0 <= numbers[name]["waits"] < 1
+        assert others[name]["sections"][0].startswith("## End to end: conv6") and others[name]["sections"][0] in printed
+    accuracies = numbers["learns"]["seed 0"]["accuracies"]
+    assert all(0 < accuracies[key] <= 1 for key in ("kNN 20, last", "kNN 200, last", "linear, last", "1 label", "5 labels"))
+    assert all(f"[{name}] + -m tests.bench." in log for name in others)
+
+
+def test_a_stage_that_hangs_is_ended_and_the_next_one_runs(carried_out, tmp_path: Path) -> None:
+    found = carried_out(stage("hangs", SLEEPS, limit=2.0), stage("next", "print('here')"))
+    assert {name: result["status"] for name, result in found.items()} == {"hangs": "ended at its limit", "next": "passed"}
+    assert not alive("hangs")
+    assert "[next] here\n" in (tmp_path / "log.txt").read_text()
+
+
+def test_what_a_stage_leaves_running_is_ended(carried_out) -> None:
+    found = carried_out(stage("leaves", LEAVES_A_CHILD))
+    assert found["leaves"]["status"] == "failed" and found["leaves"]["exit_code"] == 3 and not alive("leaves")
+
+
+def test_numbers_and_log_are_kept_of_a_file_that_is_torn_and_a_line_that_has_no_end(carried_out, tmp_path: Path) -> None:
+    result = carried_out(stage("writes", WRITES_NUMBERS))["writes"]
+    assert result["numbers"] == {"a": 1, "b": 2} and result["sections"] == ["## A"] and result["last_line"] == "two"
+    assert (tmp_path / "log.txt").read_text().splitlines()[-2:] == ["[writes] one", "[writes] two"]
+
+
+def test_what_no_time_is_left_for_is_left_out(carried_out) -> None:
+    found = carried_out(stage("takes all", SLEEPS, limit=None, least=0.0), stage("too late", SLEEPS, least=10.0),
+                        stage("not here", SLEEPS, missing="no such thing"), seconds=stages.TO_END_S + 2.0)
+    assert found["takes all"]["status"] == "ended at its limit"
+    assert found["too late"] == {"status": "left out", "last_line": "0 s are left"}
+    assert found["not here"] == {"status": "left out", "last_line": "no such thing"}
+
+
+def test_only_stages_that_time_nothing_run_side_by_side(carried_out, tmp_path: Path) -> None:
+    """The first two wait for each other; the third finds both gone."""
+    meets = ("import pathlib, time; place = pathlib.Path({place!r}); (place / {mine!r}).touch()\n"
+             "while not (place / {other!r}).exists(): time.sleep(0.01)\n")
+    place = str(tmp_path)
+    found = carried_out(stage("one", meets.format(place=place, mine="1", other="2"), beside=True),
+                        stage("two", meets.format(place=place, mine="2", other="1"), beside=True),
+                        stage("alone", "pass"), at_once=2)
+    assert {result["status"] for result in found.values()} == {"passed"} and list(found)[-1] == "alone"
+    beside, alone = stage("a", "pass", beside=True), stage("b", "pass")
+    assert stages.may_start(beside, [beside], 2) and not stages.may_start(beside, [beside, beside], 2)
+    assert not stages.may_start(alone, [beside], 2) and not stages.may_start(beside, [alone], 2)
+
+
+def test_an_interrupted_run_ends_its_stages_and_keeps_what_they_have(tmp_path: Path) -> None:
+    found: dict[str, str] = {}
+
+    class Interrupting(Log):
+        def write(self, name: str, part: bytes) -> None:
+            super().write(name, part)
+            if part == b"asleep\n":
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stages.run([stage("sleeps", SLEEPS)], lambda stage, result: found.update({stage.name: result["status"]}),
+                   Interrupting(tmp_path / "log.txt"), 3600.0, tmp_path, 1, {})
+    assert found == {"sleeps": "interrupted"} and not alive("sleeps")
+
+
+def full_list(images: list[str]) -> list[Stage]:
+    """The stages on a GPU."""
+    options = Namespace(images=Path(images[1]), photos=Path(images[3]), device="cuda", seconds=480.0, minutes=2.0,
+                        work=Path("work"))
+    return gpu.stages(options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the commands would run")
+def test_every_command_for_a_gpu_is_understood_and_lacks_but_the_gpu(
+        images: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    found = full_list(images)
+    assert {stage.group for stage in found} == {"right", "fast", "learns"} and len(found) > 15
+    for each in found:
+        if each.missing:
+            continue
+        _, module, *words = map(str, each.command(60.0))
+        monkeypatch.setattr(sys, "argv", [module, *words, *(["--out", str(tmp_path)] if "accuracy" in module else []),
+                                          "--json", str(tmp_path / "numbers.jsonl")])
+        with pytest.raises((SystemExit, ValueError)) as ended:
+            importlib.import_module(module).main()
+        said = f"{ended.value} {capsys.readouterr().err}"
+        assert "no CUDA device found" in said or "0 CUDA devices found" in said, (each.name, said)
+
+
+def test_stages_are_chosen_by_name_and_group(images: list[str]) -> None:
+    found = full_list(images)
+    assert [stage.name for stage in gpu.chosen(found, ["learns", "ema"])] == ["ema", "learns", "lightly"]
+    assert gpu.chosen(found, None) == found
+    with pytest.raises(ValueError, match="--only emma: the stages are tests, digits-bf16"):
+        gpu.chosen(found, ["emma"])
+
+
+@pytest.mark.parametrize("wrong, said", [
+    (["--photos", "nowhere"], "no folder nowhere"), (["--seconds", "1"], "--seconds must be above 5"),
+    (["--minutes", "0"], "--minutes must be above 0"), (["--only", "emma"], "--only emma")])
+def test_wrong_options_end_before_anything_runs(
+        images: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], wrong: list[str], said: str) -> None:
+    with contextlib.ExitStack() as stack:
+        if "--only" not in wrong:
+            stack.enter_context(pytest.raises(SystemExit, match="2"))
+        assert gpu.main([*images, "--out", str(tmp_path / "out"), "--device", "cpu", *wrong]) == 2
+    assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_bar_is_reached_or_not() -> None:
+    bar = gpu.Bar("photos", ("a", "b"), "what", least=0.9, most=1.0)
+    judged = [bar.judge({"a": {"b": value}}) for value in (0.89, 0.9, 1.0, 1.01)]
+    assert [verdict and verdict["reached"] for verdict in judged] == [False, True, True, False]
+    assert bar.judge({}) is None and bar.judge({"a": {}}) is None
+
+
+# The checks can fail
+
+
+@pytest.fixture
+def check(images: list[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
+    """Runs one of `tests.bench.right` in this process, on small networks."""
+    folder = os.getcwd()
+
+    def run(name: str, *words: str) -> int:
+        own = ["--images", images[1], "--arch", "conv6", "--case", "32", "--batch", "8", "--device", "cpu"]
+        monkeypatch.setattr(sys, "argv", ["right", name, *own, *words])
+        return right.main()
+
+    yield run
+    os.chdir(folder)
+
+
+def test_a_resumed_run_that_forgets_its_place_is_found_wrong(check, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check("resume") == 0
+    original = Run.resume
+
+    def forgetful(self: Run) -> None:
+        original(self)
+        self.progress.batch = 0
+
+    monkeypatch.setattr(Run, "resume", forgetful)
+    with pytest.raises(SystemExit, match="wrong: resumed differs by .* from never stopped, which repeated differs by 0"):
+        check("resume")
+
+
+def test_a_group_that_trains_otherwise_is_found_wrong(check, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = subprocess.run
+
+    def other_seed(command: list[str], **options: Any) -> object:
+        if "member" not in command:
+            return original(command, **options)
+        return right.run_of(*command[command.index("--") + 1:], "--seed", "7", "--lr", "9")
+
+    monkeypatch.setattr(subprocess, "run", other_seed)
+    with pytest.raises(SystemExit, match="wrong: the losses are"):
+        check("torchrun")
+
+
+@pytest.mark.slow
+def test_digits_that_miss_the_band_are_found_wrong(check, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(right, "BAND_EPOCHS", 1)
+    with pytest.raises(SystemExit, match="wrong: linear_5, knn outside the CPU's band"):
+        check("digits", "--epochs", "1")
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_gives_other_features_on_a_cpu_is_found_wrong(check, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(right, "evaluated_on_a_cpu", lambda run: {"knn_20": 0.1, "linear": 0.1})
+    with pytest.raises(SystemExit, match="wrong: the checkpoint gives"):
+        check("digits", "--epochs", "1")
+
+
+def test_compiled_code_that_computes_otherwise_is_found_wrong(check, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend="eager"))
+    assert check("compile") == 0
+
+    def miscompile(module: nn.Module) -> None:
+        module.register_forward_hook(lambda module, inputs, output: output + 1)
+
+    monkeypatch.setattr(nn.Module, "compile", miscompile)
+    with pytest.raises(SystemExit, match="wrong: compiled, the loss is"):
+        check("compile")
+
+
+# What the benchmarks share
+
+
+def test_rounds_end_with_the_seconds_and_one_is_always_made() -> None:
+    calls: list[int] = []
+    for seconds, rounds in ((0.0, 1), (float("inf"), 4)):
+        calls.clear()
+        found = table.side_by_side({"a": lambda: calls.append(1)}, "cpu", 4, warm_up=2, seconds=seconds)
+        assert len(calls) == 2 + rounds and found["a"] >= 0
+
+
+def test_sections_are_appended_to_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "RESULTS", tmp_path / "RESULTS.md")
+    lines = [{"stage": "begun"}, {"stage": "ema", "sections": ["## A\n\nx\n"]}, {"title": "B", "section": "## B\n\ny\n"}]
+    (tmp_path / "results.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    monkeypatch.setattr(sys, "argv", ["table", str(tmp_path / "results.jsonl")])
+    table.main()
+    assert (tmp_path / "RESULTS.md").read_text() == "# Benchmarks, newest last\n\n## A\n\nx\n\n## B\n\ny\n"
+
+
+def test_a_commit_is_named_where_there_is_no_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BYOL_COMMIT", "abc123")
+    assert table.commit() == "abc123" and "commit abc123" in table.environment("cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_gpus_own_time_is_that_of_its_work() -> None:
+    short, long = (table.milliseconds_on_gpu(lambda cycles=cycles: torch.cuda._sleep(cycles), "cuda", 5)
+                   for cycles in (2_000_000, 8_000_000))
+    assert 3 < long / short < 5

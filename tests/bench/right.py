@@ -118,7 +118,7 @@ def torchrun(options: argparse.Namespace) -> str:
     metrics.RECORD_EVERY = 1
     run_of(*words, "--out", "alone")
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", "-m",
-                    "tests.bench.right", "member", "--", *words, "--out", "group"], check=True,
+                    "tests.bench.right", "member", *words, "--out", "group"], check=True,
                    env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
     alone, group = (losses_of(Path(name)) for name in ("alone", "group"))
     first, last = (abs(alone[place] - group[place]) / alone[place] for place in (0, -1))
@@ -238,7 +238,7 @@ CHECKS = {check.__name__: check for check in (tests, digits, resume, torchrun, c
 
 def main() -> int:
     if sys.argv[1:2] == ["member"]:
-        return member(sys.argv[3:])
+        return member(sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("check", choices=CHECKS)
     parser.add_argument("--images", type=Path, help="folder of images, for resume and torchrun")

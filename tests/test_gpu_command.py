@@ -102,6 +102,19 @@ def test_what_a_stage_leaves_running_is_ended(carried_out) -> None:
     assert found["leaves"]["status"] == "failed" and found["leaves"]["exit_code"] == 3 and not alive("leaves")
 
 
+@pytest.mark.parametrize("prints", ["'x' * 1000", "'x' * 1000 + '\\n'"])
+def test_a_stage_that_prints_without_end_is_ended_and_fills_no_disk(carried_out, tmp_path: Path, prints: str) -> None:
+    found = carried_out(stage("floods", f"import sys\nwhile True: sys.stdout.write({prints})", limit=3.0))
+    assert found["floods"]["status"] == "ended at its limit" and not alive("floods")
+    assert (tmp_path / "log.txt").stat().st_size < 2 * stages.LOGGED_BYTES
+
+
+def test_a_stage_that_throws_its_environment_away_is_ended(carried_out) -> None:
+    code = f"import os, sys; os.execve(sys.executable, [sys.executable, '-c', {SLEEPS!r}], {{}})"
+    result = carried_out(stage("hides", code, limit=2.0))["hides"]
+    assert result["status"] == "ended at its limit" and result["exit_code"] in (-6, -9)
+
+
 def test_numbers_and_log_are_kept_of_a_file_that_is_torn_and_a_line_that_has_no_end(carried_out, tmp_path: Path) -> None:
     result = carried_out(stage("writes", WRITES_NUMBERS))["writes"]
     assert result["numbers"] == {"a": 1, "b": 2} and result["sections"] == ["## A"] and result["last_line"] == "two"

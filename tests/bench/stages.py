@@ -17,6 +17,9 @@ from tests.children import REPOSITORY
 
 TO_END_S = 5.0  # seconds kept for ending what is still running, and for the last words
 TO_TELL_S = 1.0  # for a process to write where it hangs, once it is told to
+AT_ONCE = 2**16  # bytes that are read at once; a longer line is broken
+LOGGED_BYTES = 10**6
+PIPED = 32  # parts, more than a pipe holds
 MARK = "BYOL_STAGE"  # by this variable of their environment all processes of a stage are known
 PASSED, FAILED, LATE, LEFT_OUT, INTERRUPTED = "passed", "failed", "ended at its limit", "left out", "interrupted"
 Result = dict[str, Any]
@@ -42,17 +45,21 @@ class Stage:
 
 @dataclass
 class Log:
-    """What the stages print, line by line as it comes, each line with the name of its stage.
+    """What the stages print, line by line as it comes, each line with the name of its stage; of one LOGGED_BYTES at most.
 
-    rests: what was begun of a line. last: the last line that was not empty.
+    rests: what was begun of a line. last: the last line that was not empty. written: bytes, by stage.
     """
 
     path: Path
     rests: dict[str, bytes] = field(default_factory=dict)
     last: dict[str, str] = field(default_factory=dict)
+    written: dict[str, int] = field(default_factory=dict)
 
     def write(self, name: str, part: bytes) -> None:
-        *lines, self.rests[name] = (self.rests.get(name, b"") + part).split(b"\n")
+        *lines, rest = (self.rests.get(name, b"") + part).split(b"\n")
+        if len(rest) > AT_ONCE:
+            lines, rest = [*lines, rest], b""
+        self.rests[name] = rest
         self._append(name, lines)
 
     def end(self, name: str) -> None:
@@ -60,8 +67,14 @@ class Log:
         self._append(name, [rest] if rest else [])
 
     def _append(self, name: str, lines: list[bytes]) -> None:
-        with self.path.open("ab") as file:
-            file.writelines(f"[{name}] ".encode() + line + b"\n" for line in lines)
+        before = self.written.setdefault(name, 0)
+        if lines and before <= LOGGED_BYTES:
+            text = b"".join(f"[{name}] ".encode() + line + b"\n" for line in lines)
+            self.written[name] += len(text)
+            if self.written[name] > LOGGED_BYTES:
+                text += f"[{name}] ... what else it prints is left out\n".encode()
+            with self.path.open("ab") as file:
+                file.write(text)
         self.last |= {name: line.decode(errors="replace").strip() for line in lines if line.strip()}
 
 
@@ -85,12 +98,13 @@ class Running:
         os.set_blocking(self.output, False)
 
     def read(self) -> bool:
-        """Log what was printed; False at the end of it."""
-        with contextlib.suppress(BlockingIOError):
-            while part := os.read(self.output, 2**16):
-                self.log.write(self.stage.name, part)
-            return False
-        return True
+        """Log some of what was printed; False at the end of it."""
+        try:
+            part = os.read(self.output, AT_ONCE)
+        except BlockingIOError:  # nothing for now
+            return True
+        self.log.write(self.stage.name, part)
+        return part != b""
 
     @property
     def over(self) -> bool:
@@ -112,7 +126,9 @@ class Running:
             time.sleep(0.01)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(TO_TELL_S)
-        self.read()
+        for _ in range(PIPED):  # what was still on its way; no more, as one that cannot be ended may go on
+            if not self.read():
+                break
         self.log.end(self.stage.name)
         os.close(self.output)
         self.process.stdout = None
@@ -123,7 +139,9 @@ class Running:
 
     def _signal(self, number: int) -> int:
         """How many processes of the stage there are; each gets the signal."""
-        pids = list(marked(self.mark))
+        pids = set(marked(self.mark))
+        if self.process.poll() is None:
+            pids.add(self.process.pid)  # whatever it has made of its environment
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)

@@ -13,7 +13,9 @@ import contextlib
 import importlib
 import json
 import statistics
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,6 +35,7 @@ ACCURACIES = ("kNN 20, last", "kNN 20, best", "kNN 200, last", "kNN 200, best", 
 COLUMNS = ("commit", "epochs", "minutes", "images/s", *ACCURACIES, "log")
 OURS = ("--data", "--eval-data", "--out", "--seed", "--resume", "--eval-every", "--no-eval", "--check")  # set by this command
 MEASURED = 20  # times that kNN is measured on the way, for the best epoch
+Tell = Callable[[dict[str, float | None]], None]
 LOGS = Path("tests", "bench", "logs")  # the command is run from the root of the repository
 
 
@@ -77,10 +80,11 @@ def epochs_for(minutes: float, arguments: list[str], place: Path) -> int:
     return int(kept.read_text())
 
 
-def train_once(arguments: list[str], epochs: int, seed: int, out: Path, quick: bool) -> tuple[Result, Parts | None]:
+def train_once(arguments: list[str], epochs: int, seed: int, out: Path, quick: bool,
+               tell: Tell = lambda found: None) -> tuple[Result, Parts | None]:
     """Train, or go on, and measure the last network and the one whose kNN was best; (no accuracies, None) of a run that fails.
 
-    quick: measure the last network alone, and nothing on the way.
+    quick: measure the last network alone, and nothing on the way. tell: takes its accuracies as they are found.
     Raises: SystemExit for a run that is stopped, or cannot be begun.
     """
     options = [*arguments, "--epochs", str(epochs), "--seed", str(seed), "--out", str(out)]
@@ -98,7 +102,7 @@ def train_once(arguments: list[str], epochs: int, seed: int, out: Path, quick: b
                       log=str(out / "train.log"), commit=begun.read_text()), None
     with contextlib.ExitStack() as stack:
         parts = command.prepare(parse_config([*options, "--resume"]), ALONE, stack).parts
-    accuracies = measured(parts, parts.backbone, "last")
+    accuracies = measured(parts, parts.backbone, "last", tell)
     if not quick:
         best = parts.new_model().online.backbone
         best.load_state_dict(torch.load(out / "best.pt", weights_only=True))
@@ -107,14 +111,15 @@ def train_once(arguments: list[str], epochs: int, seed: int, out: Path, quick: b
                   str(out / "train.log"), begun.read_text()), parts
 
 
-def measured(parts: Parts, backbone: nn.Module, which: str) -> dict[str, float | None]:
-    """The accuracies of a backbone. which: "last" or "best"; few labels are left to the last."""
+def measured(parts: Parts, backbone: nn.Module, which: str, tell: Tell = lambda found: None) -> dict[str, float | None]:
+    """The accuracies of a backbone. which: "last" or "best"; few labels are left to the last. tell: takes them as found."""
     assert isinstance(parts.scorer, Scorer)
     fit, test = parts.scorer.features(backbone)
     found: dict[str, float | None] = {}
     for k in (20, 200):
         found[f"kNN {k}, {which}"] = knn_accuracy(fit.x, fit.y, test.x, test.y, k)
-        print(f"kNN {k}, {which}: {found[f'kNN {k}, {which}']:.4f}", flush=True)  # the probes below take longer
+        print(f"kNN {k}, {which}: {found[f'kNN {k}, {which}']:.4f}", flush=True)
+        tell(found)  # the probes below take longer
     scores = parts.scorer.measure(backbone)
     found[f"linear, {which}"] = scores["linear"]
     return found if which == "best" else found | {"1 label": scores.get("linear_1"), "5 labels": scores.get("linear_5")}
@@ -137,6 +142,10 @@ def baselines(parts: Parts) -> list[Result]:
     """The untrained network of this seed and bare pixels, measured alike."""
     return [Result(f"untrained, seed {parts.config.seed}", measured(parts, parts.new_model().online.backbone, "last")),
             Result("raw pixels", measured(parts, nn.Flatten(), "last"))]
+
+
+def tell(options: argparse.Namespace, seed: int, found: dict[str, float | None]) -> None:
+    append_json(options, **{f"seed {seed}": {"accuracies": found}})
 
 
 def main() -> None:
@@ -174,7 +183,7 @@ def main() -> None:
     results, parts = [], None
     for seed in range(options.seeds):
         name = f"{epochs}-epochs-seed-{seed}"
-        result, finished = train_once(arguments, epochs, seed, place / name, options.quick)
+        result, finished = train_once(arguments, epochs, seed, place / name, options.quick, partial(tell, options, seed))
         kept = LOGS / f"{place.name}-{name}.log" if options.write else None
         if kept is not None:
             LOGS.mkdir(exist_ok=True)

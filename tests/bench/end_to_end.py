@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=RECORD_EVERY,
                         help=f"batches per turn (default {RECORD_EVERY}, after which a run makes a record of its metrics)")
     parser.add_argument("--compile", action="store_true", help="a row with --compile, too")
+    parser.add_argument("--workers", type=int, help="data workers, ours and the peer's (default: as a run chooses)")
     parser.add_argument("--no-peers", action="store_true", help="leave other packages out")
     options = parse(parser, rounds=3)
     limits = rivals.machine_limits(options.device)
@@ -89,6 +90,7 @@ def compare(case: str, options: argparse.Namespace, limits: str) -> None:
     text = "\n\n".join((environment(options.device, "torchvision"), limits, *again, *notes, markdown(columns, table)))
     stem = ", small stem" if small_stem else ""
     show(f"End to end: {options.arch}{stem}, {size} pixels, batch {batch}", text, options, images_per_second=rates,
+         workers=turns[OURS].run.parts.workers, views=turns[OURS].run.parts.views_reason,
          gigabytes=memory, milliseconds_of_bare_step=milliseconds[LIMIT] / options.updates, **numbers)
 
 
@@ -101,7 +103,7 @@ def others(paths: list[Path], network: tuple[str, bool, int], batch: int, runtim
         RESIDENT: step.ours(network, batch, options.updates, runtime)}
     makers = {} if options.no_peers else {LIGHTLY: partial(rivals.lightly_transform, network[2], blur=network[2] >= 48)}
     for name, transform in rivals.present(makers):
-        workers = choose_workers(None)
+        workers = choose_workers(options.workers)
         loader = DataLoader(rivals.Photos(paths, transform), batch_size=batch, shuffle=True, drop_last=True,
                             num_workers=workers, persistent_workers=workers > 0)
         rows[name] = partial(rivals.lightly_loop(*network, options.device), loader)
@@ -192,7 +194,8 @@ def new_turns(folder: Path, case: str, options: argparse.Namespace, compile: boo
     size, small_stem, batch = CASES[case]
     config = TrainConfig(data=(str(folder / "images"),), epochs=options.rounds + 2, arch=options.arch, image_size=size,
                          small_stem=small_stem, hidden_dim=rivals.HIDDEN, projection_dim=rivals.OUT,
-                         batch_size=options.batch or batch, device=options.device, eval=False, compile=compile)
+                         batch_size=options.batch or batch, device=options.device, eval=False, compile=compile,
+                         workers=options.workers)
     place = folder / ("compiled" if compile else "run")
     place.mkdir()
     began = time.perf_counter()

@@ -11,6 +11,7 @@ Exit code 0: right; 1: wrong, with the reason in the last line; 2: cannot be tri
 
 import argparse
 import json
+import math
 import os
 import signal
 import subprocess
@@ -28,7 +29,7 @@ from torch.nn.modules._functions import SyncBatchNorm
 
 import train
 from byol_core import metrics, processes
-from byol_core.runtime import Runtime, choose_precision, prefers_channels_last
+from byol_core.runtime import Runtime, allow_tf32, choose_precision, prefers_channels_last
 from tests.bench import rivals
 from tests.bench.end_to_end import CASES
 from tests.bench.table import append_json, environment, parse
@@ -109,7 +110,7 @@ def resume(options: argparse.Namespace) -> str:
     append_json(options, environment=environment(options.device), resumed_differs_by=apart, repeated_differs_by=noise)
     if not apart <= NOISE * noise:  # also of NaN
         raise SystemExit(f"wrong: resumed differs by {apart:.2g} from never stopped, which repeated differs by {noise:.2g}")
-    return f"resumed differs by {apart:.2g}, repeated by {noise:.2g} (largest relative difference of a tensor; 0: no bit)"
+    return f"resumed differs by {apart:.2g} of the length of weights or optimizer, repeated by {noise:.2g} (0: in no bit)"
 
 
 def torchrun(options: argparse.Namespace) -> str:
@@ -141,18 +142,18 @@ def member(words: Sequence[str]) -> int:
         code = train.main(words)
     print(f"batch norm was taken over all processes by {backends or 'none of the backends'}")
     on_gpu = words[words.index("--device") + 1] != "cpu"
-    return code or int(on_gpu and not backends)
+    return code or int(on_gpu and backends != {"ProcessGroupNCCL"})
 
 
 def synchronised(norm: nn.SyncBatchNorm, images: Tensor, backends: set[str]) -> Tensor:
     """Its forward pass, which in a group of one would not exchange anything. Source: torch.nn.SyncBatchNorm.forward.
 
-    backends: takes the name of the one that was asked for.
+    backends: takes the name of the one that serves the images' device.
     """
     if not norm.training:
         return nn.functional.batch_norm(images, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
     assert norm.num_batches_tracked is not None and dist.group.WORLD is not None
-    backends.add(dist.get_backend())
+    backends.add(type(dist.group.WORLD._get_backend(images.device)).__name__)
     norm.num_batches_tracked.add_(1)
     return SyncBatchNorm.apply(images, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps, norm.momentum,
                                dist.group.WORLD, 1)
@@ -167,6 +168,7 @@ def compile(options: argparse.Namespace) -> str:
     device = torch.device(options.device)
     amp_dtype = choose_precision("auto", device, options.arch)[0]
     channels_last = prefers_channels_last(device, amp_dtype, options.arch)
+    before = torch.get_float32_matmul_precision()
     losses: list[float] = []
     gradients: list[Tensor] = []
     seconds: list[float] = []
@@ -175,12 +177,14 @@ def compile(options: argparse.Namespace) -> str:
         model = rivals.new_byol(options.arch, small_stem, size, runtime)
         (views,) = rivals.random_views(1, options.batch, size, runtime)
         if compiled:
+            allow_tf32(device)  # as a run does: what is compiled under other settings is not found again
             model.online.compile()
             model.target.compile()
         began = time.perf_counter()
         losses.append(float(rivals.forward_and_backward(model, runtime, *views)))
         seconds.append(time.perf_counter() - began)
         gradients.append(torch.cat([p.grad.flatten() for p in model.online.parameters() if p.grad is not None]))
+    torch.set_float32_matmul_precision(before)
     off, off_compiled = (float((some - gradients[0]).norm() / gradients[0].norm()) for some in gradients[1:])
     append_json(options, environment=environment(options.device), losses=losses, gradients_off_float32=off,
                 gradients_off_float32_compiled=off_compiled, seconds=seconds[1], seconds_compiled=seconds[2])
@@ -213,24 +217,25 @@ def losses_of(run: Path) -> list[float]:
     return [record["loss"] for record in records if "loss" in record]
 
 
-def state_of(run: Path) -> list[Tensor]:
-    """The tensors of a checkpoint that training changes."""
+def state_of(run: Path) -> dict[str, Tensor]:
+    """What training changes, as a checkpoint has it: all numbers of the networks, and all that the optimizer keeps."""
     state = torch.load(run / "last.pt", weights_only=True, map_location="cpu")
-    return list(_tensors([state["model"], state["optimizer"]]))
+    return {part: torch.cat([tensor.flatten().double() for tensor in _tensors(state[part])])
+            for part in ("model", "optimizer")}
 
 
 def _tensors(values: object) -> Iterator[Tensor]:
     if isinstance(values, Tensor):
-        yield values.double()
+        yield values
     elif isinstance(values, (dict, list)):
         for value in values.values() if isinstance(values, dict) else values:
             yield from _tensors(value)
 
 
-def furthest_apart(one: list[Tensor], other: list[Tensor]) -> float:
-    """The largest |a - b| / |a| of all tensors, by their Euclidean norms; 0 only where no bit differs."""
-    assert len(one) == len(other)
-    return max(0.0 if torch.equal(a, b) else float((a - b).norm() / a.norm().clamp_min(1e-30)) for a, b in zip(one, other))
+def furthest_apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """|a - b| / |a| by Euclidean norms, of the part in which it is larger; 0 only where no bit differs, NaN where one is."""
+    return max((0.0 if torch.equal(a, b) else float((a - b).norm() / a.norm()) for a, b in zip(one.values(), other.values())),
+               key=lambda apart: math.inf if math.isnan(apart) else apart)
 
 
 CHECKS = {check.__name__: check for check in (tests, digits, resume, torchrun, compile)}

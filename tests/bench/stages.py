@@ -196,15 +196,17 @@ def run(todo: Sequence[Stage], keep: Callable[[Stage, Result], None], log: Log, 
                 if some.process.poll() is None and some.over:
                     some.stop()
             for some in [some for some in running if some.process.poll() is not None or some.stopped is not None]:
-                running.remove(some)
                 with contextlib.suppress(KeyError):
                     selector.unregister(some.output)
-                keep(some.stage, some.end(LATE))
+                result = some.end(LATE)
+                running.remove(some)
+                keep(some.stage, result)
     finally:
         for some in running:
             some.stop()
         for some in running:
-            keep(some.stage, some.end(INTERRUPTED))
+            with contextlib.suppress(OSError):  # it was being ended already
+                keep(some.stage, some.end(INTERRUPTED))
 
 
 def may_start(stage: Stage, running: list[Stage], at_once: int) -> bool:

@@ -1,6 +1,6 @@
 """A short training on the embedded digits, as it is or with one part of the method broken."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -123,9 +123,9 @@ VARIATIONS: dict[str, Callable[[Setup], None]] = {
 }
 
 
-def outside_the_band(scores: Mapping[str, float | None]) -> list[str]:
-    """Which of the scores lie outside the band."""
-    return [name for name, (low, high) in BAND.items() if name in scores and not low <= (scores[name] or 0.0) <= high]
+def outside_the_band(scores: Mapping[str, float | None], names: Iterable[str] = tuple(BAND)) -> list[str]:
+    """Which of the scores of these names lie outside the band. Raises: KeyError for one that is missing."""
+    return [name for name in names if not BAND[name][0] <= (scores[name] or 0.0) <= BAND[name][1]]
 
 
 def train_digits(root: Path, seed: int = 0, epochs: int = BAND_EPOCHS, variation: str = "as it is") -> Scores:

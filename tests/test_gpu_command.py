@@ -94,8 +94,21 @@ def test_the_whole_command_at_small_scale_with_a_stage_that_fails_and_one_that_h
 def test_a_stage_that_hangs_is_ended_and_the_next_one_runs(carried_out, tmp_path: Path) -> None:
     found = carried_out(stage("hangs", SLEEPS, limit=2.0), stage("next", "print('here')"))
     assert {name: result["status"] for name, result in found.items()} == {"hangs": "ended at its limit", "next": "passed"}
-    assert not alive("hangs")
+    assert not alive("hangs") and found["hangs"]["last_line"] == "asleep"  # and not the last line of its stacks
     assert "[next] here\n" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_stage_gets_the_variables_of_its_own(carried_out) -> None:
+    code = "import os; print(os.environ['OMP_NUM_THREADS'], os.environ['BYOL_STAGE'])"
+    assert carried_out(stage("alone", code, environment={"OMP_NUM_THREADS": "7"}))["alone"]["last_line"].startswith("7 ")
+
+
+def test_stages_side_by_side_share_the_processors(images: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for processors, threads, at_once in ((16, "1", 10), (2, "2", 1), (1, "1", 1)):
+        monkeypatch.setattr(gpu, "usable_cpus", lambda: processors)
+        assert gpu.at_once() == at_once
+        assert {stage.environment.get("OMP_NUM_THREADS") for stage in full_list(images) if stage.beside} == {threads}
+        assert not any(stage.environment for stage in full_list(images) if not stage.beside)  # these are timed
 
 
 def test_what_a_stage_leaves_running_is_ended(carried_out) -> None:

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from byol_core.runtime import usable_cpus
 from tests.bench.stages import FAILED, LATE, LEFT_OUT, PASSED, TO_END_S, Log, Result, Stage, run
 from tests.bench.table import commit, markdown
 
@@ -77,7 +78,7 @@ def stages(options: argparse.Namespace) -> list[Stage]:
 
     def right(name: str, check: str, *words: object, missing: str = "") -> Stage:
         return Stage("right", name, lambda seconds: ["-m", "tests.bench.right", check, *on, *words], 90.0 * scale,
-                     beside=True, missing=missing)
+                     beside=True, missing=missing, environment=threads)
 
     def fast(name: str, bench: str, limit: float, *words: object, missing: str = "") -> Stage:
         rounds = [] if full else ["--rounds", 1]
@@ -85,6 +86,8 @@ def stages(options: argparse.Namespace) -> list[Stage]:
                                                     "--seconds", f"{TO_MEASURE * seconds:.1f}"], limit * scale,
                      missing=missing)
 
+    threads = {"OMP_NUM_THREADS": str(max(1, usable_cpus() // at_once())),  # or they keep each other from getting on
+               "TORCHINDUCTOR_COMPILE_THREADS": "4"}
     no_compiler = "" if full or shutil.which("g++") else "no C++ compiler, which --compile needs on a CPU"
     found = [
         *([right("compile-large", "compile", "--case", "224", "--arch", "resnet50", "--batch", 128)] if full else []),
@@ -115,6 +118,11 @@ def stages(options: argparse.Namespace) -> list[Stage]:
     return [*found, Stage("learns", "learns", accuracy, None, needed),
             Stage("learns", "lightly", lambda seconds: accuracy(seconds, "--lightly"), None, needed,
                   missing=no_lightly or no_minutes)]
+
+
+def at_once() -> int:
+    """How many stages that time nothing run side by side."""
+    return max(1, usable_cpus() * 5 // 8)
 
 
 class Results:
@@ -231,9 +239,8 @@ def main(arguments: Sequence[str] | None = None, first: Sequence[Stage] = (), go
         environment = {"BYOL_COMMIT": options.commit or commit()}
         results.write({"stage": "begun", "commit": environment["BYOL_COMMIT"], "torch": torch.__version__,
                        "device": options.device, "seconds": options.seconds, "stages": [stage.name for stage in todo]})
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         left = options.seconds - (time.monotonic() - began)
-        run(todo, results.keep, log, left, Path(work), max(1, cores * 5 // 8), environment)
+        run(todo, results.keep, log, left, Path(work), at_once(), environment)
     results.say()
     return 0 if results.well else 1
 

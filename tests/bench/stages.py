@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ class Stage:
 
     command: its words after "python", for so many seconds; --json and a file for its numbers are added. limit: seconds; None
     is the rest of the time. least: seconds below which it is not begun. beside: whether it may run beside others of that
-    kind, as it times nothing. missing: why it cannot be run here, if so.
+    kind, as it times nothing. missing: why it cannot be run here, if so. environment: variables that it gets.
     """
 
     group: str
@@ -41,6 +41,7 @@ class Stage:
     least: float = 10.0
     beside: bool = False
     missing: str = ""
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -89,10 +90,12 @@ class Running:
         log.write(stage.name, f"+ {' '.join(words[1:])}\n".encode())
         self.began = time.monotonic()
         self.stopped: float | None = None  # when, if it was
+        self.last_line: str | None = None  # before it was stopped
         self.process = subprocess.Popen(
             words, cwd=REPOSITORY, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             start_new_session=True,
-            env={**os.environ, **environment, MARK: self.mark, "PYTHONFAULTHANDLER": "1", "PYTHONUNBUFFERED": "1"})
+            env={**os.environ, **environment, **stage.environment, MARK: self.mark, "PYTHONFAULTHANDLER": "1",
+                 "PYTHONUNBUFFERED": "1"})
         assert self.process.stdout is not None
         self.output = self.process.stdout.fileno()
         os.set_blocking(self.output, False)
@@ -113,6 +116,7 @@ class Running:
     def stop(self) -> None:
         """Tell all of its processes to write where they are, and to end."""
         self.stopped = time.monotonic()
+        self.last_line = self.log.last.get(self.stage.name, "")  # what follows says where each thread is
         self._signal(signal.SIGABRT)
 
     def end(self, why: str) -> Result:
@@ -135,7 +139,8 @@ class Running:
         code = self.process.returncode
         status = why if self.stopped is not None else PASSED if code == 0 else FAILED
         return {"status": status, "seconds": round(seconds, 1), "limit": round(self.seconds, 1), "exit_code": code,
-                "last_line": self.log.last.get(self.stage.name, ""), **self.numbers()}
+                "last_line": self.log.last.get(self.stage.name, "") if self.last_line is None else self.last_line,
+                **self.numbers()}
 
     def _signal(self, number: int) -> int:
         """How many processes of the stage there are; each gets the signal."""

@@ -57,7 +57,8 @@ class Parts:
         device, self.device_reason = choose_device(config.device, processes)
         amp_dtype, self.amp_reason = choose_precision(config.amp, device, plan.arch)
         self.tf32 = allow_tf32(device)
-        self.runtime = Runtime(device, amp_dtype, prefers_channels_last(device, amp_dtype, plan.arch), processes)
+        self.runtime = Runtime(device, amp_dtype, prefers_channels_last(device, amp_dtype, plan.arch), processes,
+                               config.cuda_graph)
         self.classifier = load_classifier(config.classifier)
         if config.tensorboard:
             check_tensorboard()

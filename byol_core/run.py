@@ -87,6 +87,7 @@ class Run:
             say(f"  {choice.name} {shown} ({choice.reason})")
         say(f"device: {parts.runtime.device} ({parts.device_reason}); precision: {parts.precision} ({parts.amp_reason})"
             f"{', TF32 where float32 remains' if parts.tf32 else ''}{', compiled' if parts.config.compile else ''}"
+            f"{', CUDA graph' if parts.runtime.cuda_graph else ''}"
             f"{', channels_last' if parts.runtime.channels_last else ''}; views: {parts.views_reason}")
         if self.processes.several:
             alike = "all of them" if parts.runtime.device.type == "cuda" else "each alone, as on this device it must be"

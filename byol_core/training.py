@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from byol_core.buffers import Statistics
+from byol_core.cuda_graph import MicroBatch
 from byol_core.ema import ema_update
 from byol_core.losses import byol_loss
 from byol_core.networks import BYOL
@@ -115,7 +116,7 @@ def train(model: BYOL, batches: SeekableBatches | PlainBatches, epochs: int, *, 
     for owner in (model, optimizer):
         owner.zero_grad(set_to_none=True)  # what the caller has left there is none of the first update's
     forward = runtime.distribute(model)  # model itself, or a wrapper that averages gradients over processes
-
+    compute = runtime.recorded(_micro_batch(forward, criterion, runtime, accum_steps), model.online.parameters())
     with Statistics(model, runtime) as statistics:
         for epoch in range(progress.epoch, epochs):
             views = _views_of_epoch(batches, epoch, progress.batch)
@@ -123,15 +124,12 @@ def train(model: BYOL, batches: SeekableBatches | PlainBatches, epochs: int, *, 
                 tau = tau_base if tau_schedule == "constant" else cosine_tau(progress.updates, updates, tau_base)
                 lr = optimizer.param_groups[0]["lr"]
                 loss = torch.zeros((), device=runtime.device)
-                for micro_batch in range(1, accum_steps + 1):
+                for number in range(1, accum_steps + 1):
                     view1, view2 = map(runtime.place, next(views))
                     seeded = _seeded(seed_from(seed, "step", progress.updates, progress.batch, runtime.processes.rank))
-                    with seeded, runtime.accumulating(forward, last=micro_batch == accum_steps):
-                        with runtime.autocast():
-                            p1, p2, z1, z2 = forward(view1, view2)
-                            both_directions = (criterion(p1, z2) + criterion(p2, z1)) / accum_steps
-                        runtime.backward(both_directions)
-                    loss += both_directions.detach()
+                    with seeded, runtime.accumulating(forward, last=number == accum_steps):
+                        share, z1, z2 = compute(view1, view2)
+                    loss += share
                     progress.batch += 1
 
                 loss = runtime.processes.mean(loss)
@@ -152,6 +150,20 @@ def train(model: BYOL, batches: SeekableBatches | PlainBatches, epochs: int, *, 
                     after_step(progress, Step(loss, z1, z2, tau, lr, applied))
         runtime.confirm()
     return progress
+
+
+def _micro_batch(forward: Callable[..., Any], criterion: Callable[[Tensor, Tensor], Tensor], runtime: Runtime,
+                 accum_steps: int) -> MicroBatch:
+    """(view1, view2) -> this micro-batch's share of the loss, whose gradients are added, and the target's projections."""
+
+    def compute(view1: Tensor, view2: Tensor) -> tuple[Tensor, ...]:
+        with runtime.autocast():
+            p1, p2, z1, z2 = forward(view1, view2)
+            both_directions = (criterion(p1, z2) + criterion(p2, z1)) / accum_steps
+        runtime.backward(both_directions)
+        return both_directions.detach(), z1, z2
+
+    return compute
 
 
 @contextlib.contextmanager

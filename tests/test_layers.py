@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "byol_core"
-GROUND = {"ema", "schedules", "losses", "lars", "image_ops", "seeds"}
+GROUND = {"cuda_graph", "ema", "schedules", "losses", "lars", "image_ops", "seeds"}
 # Each module and what it may import from the package; layer by layer, from the ground up.
 MAY_IMPORT: dict[str, set[str]] = {
     **{name: set() for name in GROUND},
@@ -17,7 +17,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "listing": {"failures"}, "shards": {"checkpoint", "listing"}, "decoding": {"shards"},
     "folder": {"checkpoint", "decoding", "listing", "shards"},
     "copies": {"checkpoint", "folder", "listing"},
-    "processes": {"signals", "watch"}, "runtime": {"lars", "processes", "watch"},
+    "processes": {"signals", "watch"}, "runtime": {"cuda_graph", "lars", "processes", "watch"},
     "sample": {"config"},
     "run_folder": {"checkpoint", "config", "run_facts"}, "failures": set(), "workers": {"signals"},
     "networks": {"ema"},
@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "batches": {"data", "decoding", "device_views", "seeds", "views", "workers"},
     "crops": {"batches", "data", "decoding", "device_views", "views"},
     "buffers": {"runtime"},
-    "training": {"buffers", "ema", "losses", "networks", "optim", "runtime", "schedules", "seeds"},
+    "training": {"buffers", "cuda_graph", "ema", "losses", "networks", "optim", "runtime", "schedules", "seeds"},
     "tensorboard": set(),
     "metrics": {"checkpoint", "failures", "health", "processes", "schedules", "tensorboard", "training"},
     "evaluate": {"data", "folder", "runtime", "views"},

@@ -1,0 +1,109 @@
+"""A computation recorded as a CUDA graph: its kernels, a thousand or more, are then launched at once."""
+
+import warnings
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+WARM_UP = 3  # calls before the recording: libraries set themselves up, and torch.compile compiles
+Views = tuple[Tensor, Tensor]
+MicroBatch = Callable[[Tensor, Tensor], tuple[Tensor, ...]]  # two views -> what was computed, detached
+Recorder = Callable[[Callable[[], None], torch.device], Callable[[], object]]  # (work, device) -> what repeats it
+
+
+class Recorded:
+    """`compute(view1, view2)`, which is recorded at its fourth call and replayed from then on. Values are the same.
+
+    Right for computations that launch the same kernels on the same memory each time: code in Python that runs beside them,
+    such as a hook, runs in the first calls alone. Views of another shape are computed without the graph.
+
+    compute: returns tensors without a gradient function. parameters: those whose gradients it adds to. record: records work
+    without doing it.
+    Raises: RuntimeError when it cannot be recorded. Where it can be known before, a warning is given, and all is computed
+    without the graph.
+    """
+
+    def __init__(self, compute: MicroBatch, parameters: Iterable[Tensor], device: torch.device,
+                 record: "Recorder | None" = None) -> None:
+        self.compute, self.parameters, self.device = compute, list(parameters), device
+        self.record = record or record_on_cuda
+        self.calls = 0
+        self.refused = False  # as the host must wait for the device in it
+        self._replay: Callable[[], object] | None = None
+        self._views: Views
+        self._gradients: list[Tensor | None]  # the graph adds to them
+        self._outputs: tuple[Tensor, ...]
+
+    def __call__(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, ...]:
+        self.calls += 1
+        if self.refused or self.calls < WARM_UP:
+            return self.compute(view1, view2)
+        if self.calls == WARM_UP:
+            outputs, self.refused = watched(lambda: self.compute(view1, view2), self.device)
+            if self.refused:
+                warnings.warn("no CUDA graph is made, as the network or the loss makes the host wait for the device",
+                              stacklevel=2)
+            self._gradients = [parameter.grad for parameter in self.parameters]
+            return outputs
+        if self._replay is None:
+            self._replay = self._recorded(view1, view2)
+        if any(given.shape != taken.shape or given.dtype != taken.dtype
+               for given, taken in zip((view1, view2), self._views)):
+            return self.compute(view1, view2)
+        for taken, given in zip(self._views, (view1, view2)):
+            taken.copy_(given)
+        self._put_gradients_back()
+        self._replay()
+        return tuple(output.clone() for output in self._outputs)  # the next replay writes over them
+
+    def _recorded(self, view1: Tensor, view2: Tensor) -> Callable[[], object]:
+        self._views = torch.empty_like(view1), torch.empty_like(view2)
+        self._put_gradients_back()
+
+        def work() -> None:
+            self._outputs = self.compute(*self._views)
+
+        try:
+            return self.record(work, self.device)
+        except RuntimeError as error:
+            raise RuntimeError(f"the training step cannot be recorded as a CUDA graph - leave --cuda-graph out, or "
+                               f"cuda_graph=False; torch says: {error}") from error
+
+    def _put_gradients_back(self) -> None:
+        """Where the graph adds to them, as they are set to None between updates."""
+        away = [(parameter, gradient) for parameter, gradient in zip(self.parameters, self._gradients)
+                if gradient is not None and parameter.grad is not gradient]
+        if away:
+            torch._foreach_zero_([gradient for _, gradient in away])
+        for parameter, gradient in away:
+            if parameter.grad is not None:  # put there by someone
+                gradient.add_(parameter.grad)
+            parameter.grad = gradient
+
+
+def record_on_cuda(work: Callable[[], None], device: torch.device) -> Callable[[], object]:
+    graph = torch.cuda.CUDAGraph()
+    # Threads of data workers' batches may use the device meanwhile: only what this one does is to be recordable.
+    with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        work()
+    return graph.replay
+
+
+def watched(call: Callable[[], tuple[Tensor, ...]], device: torch.device) -> tuple[tuple[Tensor, ...], bool]:
+    """(its outputs, whether the host waited for the device, as for a number that Python looks at)."""
+    if device.type != "cuda":
+        return call(), False
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            outputs = call()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    waits = [warning for warning in said if "synchronizing CUDA operation" in str(warning.message)]
+    for warning in said:
+        if warning not in waits and "Synchronization debug mode" not in str(warning.message):
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    return outputs, bool(waits)

@@ -1,0 +1,274 @@
+"""Forward and backward as a CUDA graph: on a CPU with what stands in for one, on a GPU with the real thing."""
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from byol_core import cuda_graph
+from byol_core.cuda_graph import WARM_UP, Recorded
+from byol_core.networks import BYOL
+from byol_core.runtime import NonFiniteError, Runtime
+from byol_core.training import Progress, Step, train
+from tests.conftest import small_backbone
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+CPU = torch.device("cpu")
+
+
+class OnCpu:
+    """Stands in for a graph: recording changes nothing, and each replay writes into the outputs of the recording."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.recordings = self.replays = 0
+
+    def __call__(self, work: Callable[[], None], device: torch.device) -> Callable[[], None]:
+        self.recordings += 1
+        recorded: Any = work.__closure__[0].cell_contents  # type: ignore[index]
+        assert isinstance(recorded, Recorded)
+        changed = [*self.model.buffers(), *(p.grad for p in self.model.parameters() if p.grad is not None)]
+        before = [tensor.clone() for tensor in changed]
+        generator = torch.get_rng_state()
+        work()
+        torch.set_rng_state(generator)
+        outputs = recorded._outputs
+        for tensor, value in zip(changed, before):
+            tensor.copy_(value)
+        for output in outputs:
+            output.fill_(torch.nan)  # nothing was computed
+
+        def replay() -> None:
+            self.replays += 1
+            work()
+            for output, value in zip(outputs, recorded._outputs):
+                output.copy_(value)
+            recorded._outputs = outputs
+
+        return replay
+
+
+def new_model(device: torch.device = CPU) -> BYOL:
+    """With batch norm, and dropout, which draws at each step."""
+    torch.manual_seed(0)
+    model = BYOL(nn.Sequential(small_backbone(), nn.Dropout(0.2)), 4, hidden_dim=8, out_dim=6)
+    return model.to(device)
+
+
+def batches_of(number: int, device: torch.device = CPU) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [tuple(torch.rand(2, 4, 3, 8, 8, generator=generator).to(device).unbind(0)) for _ in range(number)]  # type: ignore
+
+
+def trained(graph: bool, *, amp: torch.dtype | None = None, accum_steps: int = 1, device: torch.device = CPU,
+            optimizer: str = "sgd", batches: list[tuple[Tensor, Tensor]] | None = None, **options: Any
+            ) -> tuple[BYOL, list[Step], OnCpu | None]:
+    """(the model after an epoch of eight batches, all steps, what stood in for a graph on a CPU)."""
+    model = new_model(device)
+    runtime = Runtime(device, amp, cuda_graph=graph)
+    stand_in = None
+    if graph and device.type == "cpu":
+        runtime.cuda_graph, runtime.recorder = True, (stand_in := OnCpu(model))
+    if graph:
+        assert runtime.cuda_graph
+    makers = {"sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.1),
+              "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.01)}
+    chosen = makers[optimizer]([p for p in model.online.parameters()])
+    steps: list[Step] = []
+    then = options.pop("after_step", None)
+
+    def after_step(progress: Progress, step: Step) -> None:
+        steps.append(step)
+        if then:
+            then(model)
+
+    train(model, batches or batches_of(8, device), 1, optimizer=chosen, runtime=runtime, accum_steps=accum_steps, tau_base=0.9,
+          lr_scheduler=torch.optim.lr_scheduler.LinearLR(chosen, 1.0, 0.1, 8), lr_scheduler_interval="step",
+          after_step=after_step, **options)
+    return model, steps, stand_in
+
+
+def differ(one: BYOL, other: BYOL) -> list[str]:
+    theirs = other.state_dict()
+    return [name for name, tensor in one.state_dict().items() if not torch.equal(tensor, theirs[name])]
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"optimizer": "adamw"}, {"accum_steps": 2}, {"amp": torch.bfloat16}, {"amp": torch.bfloat16, "accum_steps": 2}],
+    ids=str)
+def test_training_is_the_same_with_a_graph_and_without(options: dict[str, Any]) -> None:
+    plain, steps, _ = trained(False, **options)
+    model, with_graph, stand_in = trained(True, **options)
+    assert stand_in and stand_in.recordings == 1 and stand_in.replays == 8 - WARM_UP
+    assert differ(plain, model) == []
+    for one, other in zip(steps, with_graph, strict=True):  # also those of steps long ago
+        for name in ("loss", "projection1", "projection2"):
+            assert torch.equal(getattr(one, name), getattr(other, name)), name
+
+
+def test_gradients_set_to_none_after_each_step_change_nothing() -> None:
+    model = trained(True, after_step=lambda model: model.zero_grad(set_to_none=True))[0]
+    assert differ(trained(False)[0], model) == []
+
+
+def test_gradients_set_to_none_are_put_back_where_the_graph_adds_to_them() -> None:
+    weight = nn.Parameter(torch.ones(3))
+    seen: list[Tensor] = []
+
+    def compute(view1: Tensor, view2: Tensor) -> tuple[Tensor, ...]:
+        (weight * view1 * view2).sum().backward()
+        return (view1.sum(),)
+
+    def record(work: Callable[[], None], device: torch.device) -> Callable[[], object]:
+        work()
+        static = weight.grad
+        assert static is not None
+        static.zero_()
+        return lambda: (static.add_(1.0), seen.append(static))
+
+    recorded = Recorded(compute, [weight], CPU, record)
+    view = torch.ones(3)
+    for _ in range(WARM_UP + 1):
+        recorded(view, view)
+        assert weight.grad is not None
+        weight.grad.zero_()
+    for left_there, expected in ((None, 1.0), (torch.full((3,), 5.0), 6.0)):
+        weight.grad = left_there
+        recorded(view, view)
+        assert weight.grad is seen[0] and torch.equal(weight.grad, torch.full((3,), expected))
+
+
+def test_python_runs_in_the_first_calls_alone() -> None:
+    calls: list[int] = []
+
+    def compute(view1: Tensor, view2: Tensor) -> tuple[Tensor, ...]:
+        calls.append(len(view1))
+        return (view1 + view2,)
+
+    def record(work: Callable[[], None], device: torch.device) -> Callable[[], object]:
+        work()
+        return lambda: None
+
+    recorded = Recorded(compute, [], CPU, record)
+    for _ in range(WARM_UP + 4):
+        recorded(torch.ones(3), torch.ones(3))
+    assert calls == [3] * (WARM_UP + 1)
+    (other,) = recorded(torch.ones(2), torch.ones(2))  # of another shape
+    assert torch.equal(other, torch.full((2,), 2.0)) and calls[-1] == 2
+    (other,) = recorded(torch.ones(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64))
+    assert other.dtype == torch.float64
+
+
+def test_a_last_batch_that_is_smaller_is_trained_on() -> None:
+    batches = batches_of(8)
+    batches[-1] = batches[-1][0][:3], batches[-1][1][:3]
+    plain, (*_, last), _ = trained(False, batches=batches)
+    model, (*_, same), _ = trained(True, batches=batches)
+    assert differ(plain, model) == [] and same.projection1.shape == (3, 6) and torch.equal(last.loss, same.loss)
+
+
+def test_a_loss_that_is_not_finite_leaves_weights_and_statistics_as_they_were() -> None:
+    batches = batches_of(8)
+    batches[6] = batches[6][0] * torch.inf, batches[6][1]
+    states: list[dict[str, Tensor]] = []
+    model = new_model()
+    runtime = Runtime()
+    runtime.cuda_graph, runtime.recorder = True, OnCpu(model)
+    optimizer = torch.optim.SGD(model.online.parameters(), lr=0.1)
+    with pytest.raises(NonFiniteError):
+        train(model, batches, 1, optimizer=optimizer, runtime=runtime,
+              after_step=lambda progress, step: states.append(copy.deepcopy(model.state_dict())))
+    assert len(states) == 6 and all(torch.equal(tensor, states[-1][name]) for name, tensor in model.state_dict().items())
+
+
+def test_what_makes_the_host_wait_is_computed_without_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_graph, "watched", lambda call, device: (call(), True))
+    with pytest.warns(UserWarning, match="no CUDA graph is made, as the network or the loss makes the host wait"):
+        model, _, stand_in = trained(True)
+    assert stand_in and stand_in.recordings == 0 and differ(model, trained(False)[0]) == []
+
+
+def test_what_cannot_be_recorded_is_refused_with_the_way_out() -> None:
+    def record(work: Callable[[], None], device: torch.device) -> Callable[[], object]:
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+    recorded = Recorded(lambda view1, view2: (view1,), [], CPU, record)
+    for _ in range(WARM_UP):
+        recorded(torch.ones(1), torch.ones(1))
+    with pytest.raises(RuntimeError, match="cannot be recorded as a CUDA graph - leave --cuda-graph out, or cuda_graph=False; "
+                                           "torch says: CUDA error: operation not permitted"):
+        recorded(torch.ones(1), torch.ones(1))
+
+
+def test_a_graph_is_for_one_gpu_alone() -> None:
+    compute = new_model().forward
+    assert not Runtime("cpu", cuda_graph=True).cuda_graph
+    assert Runtime("cpu", cuda_graph=True).recorded(compute, []) is compute
+
+
+# On a GPU
+
+
+@pytest.fixture
+def exact() -> Iterator[None]:
+    """cuDNN's algorithms that repeat their results, so that two trainings can be compared."""
+    before = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True
+    yield
+    torch.backends.cudnn.deterministic = before
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("options", [{}, {"accum_steps": 2}, {"amp": torch.bfloat16}, {"amp": torch.float16},
+                                     {"amp": torch.bfloat16, "accum_steps": 2, "optimizer": "adamw"}], ids=str)
+def test_a_gpu_trains_the_same_with_a_graph_and_without(options: dict[str, Any], exact: None) -> None:
+    gpu = torch.device("cuda")
+    plain, steps, _ = trained(False, device=gpu, **options)
+    model, with_graph, _ = trained(True, device=gpu, **options)
+    assert differ(plain, model) == []  # dropout included
+    for one, other in zip(steps, with_graph, strict=True):
+        assert torch.equal(one.loss, other.loss) and torch.equal(one.projection2, other.projection2)
+    assert len({float(step.loss) for step in with_graph}) > 4  # each replay computes anew
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_gradients_set_to_none_between_replays_change_nothing(exact: None) -> None:
+    gpu = torch.device("cuda")
+    plain = trained(False, device=gpu)[0]
+    assert differ(plain, trained(True, device=gpu, after_step=lambda model: model.zero_grad(set_to_none=True))[0]) == []
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_network_that_looks_at_a_number_is_trained_without_a_graph() -> None:
+    gpu = torch.device("cuda")
+
+    def criterion(prediction: Tensor, projection: Tensor) -> Tensor:
+        loss = (prediction - projection.detach()).square().mean()
+        return loss / max(1.0, loss.item())
+
+    with pytest.warns(UserWarning, match="no CUDA graph is made"):
+        model, _, _ = trained(True, device=gpu, criterion=criterion)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_what_cannot_be_recorded_says_so_on_a_gpu() -> None:
+    """It looks at a number from the fourth call on, which was not seen before; torch's own message comes along."""
+    calls = [0]
+
+    def criterion(prediction: Tensor, projection: Tensor) -> Tensor:
+        calls[0] += 1
+        loss = (prediction - projection.detach()).square().mean()
+        return loss / (loss.item() if calls[0] > 2 * WARM_UP else 1.0)
+
+    with warnings.catch_warnings(), pytest.raises(RuntimeError, match="cannot be recorded as a CUDA graph"):
+        warnings.simplefilter("ignore")
+        trained(True, device=torch.device("cuda"), criterion=criterion)

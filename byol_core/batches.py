@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -214,12 +215,16 @@ def made_ahead(views: Iterator[Views], aside: "torch.cuda.Stream | None") -> Ite
 
 
 class TimedBatches:
-    """Batches whose consumer's waiting time is added up; made ahead where `device`, the consumer's, is a CUDA device."""
+    """Batches, and the time that their consumer waits for them; made ahead where `device`, the consumer's, is a CUDA device.
+
+    A CUDA device waits while it has none of the consumer's work to do, by its own clock: what the host spends on the next
+    batch meanwhile costs nothing.
+    """
 
     def __init__(self, batches: DeviceBatches | WorkerBatches, device: torch.device = torch.device("cpu")) -> None:
         self.batches = batches
         self.aside = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.waited = 0.0
+        self._waits: deque[tuple[Any, Any]] = deque()  # from when to when
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -227,14 +232,29 @@ class TimedBatches:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Views]:
         views = made_ahead(self.batches.epoch(epoch, start), self.aside)
         while True:
-            began = time.monotonic()
+            asked = self._now()
             try:
                 batch = next(views)
             except StopIteration:
                 return
             finally:
-                self.waited += time.monotonic() - began
+                self._waits.append((asked, self._now()))
             yield batch
+
+    def take_waited(self) -> float:
+        """Seconds waited since the last call; on a CUDA device, those that it has got to by now."""
+        seconds = 0.0
+        while self._waits and (self.aside is None or self._waits[0][1].query()):
+            asked, came = self._waits.popleft()
+            seconds += came - asked if self.aside is None else asked.elapsed_time(came) / 1000
+        return seconds
 
     def close(self) -> None:
         self.batches.close()
+
+    def _now(self) -> "float | torch.cuda.Event":
+        if self.aside is None:
+            return time.monotonic()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.aside.device))
+        return event

@@ -163,9 +163,8 @@ class Run:
               after_step=after_step)
 
     def _after_step(self, progress: Progress, step: Step) -> None:
-        config, epochs, batches = self.parts.config, self.parts.plan.epochs, self.parts.batches
-        self.log.step(progress, step, batches.waited)
-        batches.waited = 0.0
+        config, epochs = self.parts.config, self.parts.plan.epochs
+        self.log.step(progress, step, self.parts.batches.take_waited())
         ended_epoch = progress.batch == 0
         if ended_epoch:
             self._share_bad_files()

@@ -359,6 +359,62 @@ def test_on_a_cpu_nothing_is_made_ahead() -> None:
     assert made == [0]
 
 
+class Source:
+    """Two batches, each of which the host makes in 3 s of `clock`."""
+
+    device = CPU
+
+    def __init__(self, clock: list[float]) -> None:
+        self.clock = clock
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Any]:
+        for _ in range(2):
+            self.clock[0] += 3
+            yield torch.zeros(1), torch.zeros(1)
+
+
+def test_the_time_that_a_cpu_waits_for_views_is_theirs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, waited = [0.0], []
+    monkeypatch.setattr(batches.time, "monotonic", lambda: clock[0])
+    timed = TimedBatches(Source(clock))  # type: ignore[arg-type]
+    for _ in timed.epoch(0):
+        clock[0] += 10  # the step
+        waited.append(timed.take_waited())
+    assert waited == [3, 3] and timed.take_waited() == 0
+
+
+def test_a_cuda_device_waits_by_its_own_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device works 7 s behind the host on a step's work, and waits for views in what is left of the host's time."""
+    host, waited = [0.0], []
+    device = {"idle from": 0.0, "knows": 0.0}
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self, stream: Any) -> None:
+            device["idle from"] = self.at = max(device["idle from"], host[0])
+
+        def query(self) -> bool:
+            return self.at <= device["knows"]
+
+        def elapsed_time(self, end: "Event") -> float:
+            return 1000 * (end.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(batches, "made_ahead", lambda views, aside: views)
+    timed = TimedBatches(Source(host))  # type: ignore[arg-type]
+    timed.aside = Fake([], "aside")  # type: ignore[assignment]
+    for _ in timed.epoch(0):
+        host[0] += 1
+        device["idle from"] += 8  # its step begins at 3 and ends at 11, while the host makes the next views from 4 to 7
+        waited.append(timed.take_waited())
+    assert waited == [0, 0]  # not there yet
+    device["knows"] = 100
+    assert timed.take_waited() == 3 and timed.take_waited() == 0
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_views_made_ahead_on_a_gpu_are_those_of_the_cpu(mixed: Path) -> None:

@@ -155,25 +155,31 @@ class Turns:
     later_waited: list[float] = field(default_factory=list)
 
     def __call__(self) -> None:
-        run, parts, before = self.run, self.run.parts, self.run.parts.batches.waited
+        run, parts = self.run, self.run.parts
         began = time.perf_counter()
+        waited = 0.0
         first: list[float] = []  # when the first update was made, and the seconds waited by then
 
         def log(progress: Progress, done: Step) -> None:
-            run.log.step(progress, done, parts.batches.waited)
+            nonlocal waited
             if not first:
                 wait_for(parts.runtime.device)
-                first.extend((time.perf_counter(), parts.batches.waited))
+            just_waited = parts.batches.take_waited()
+            run.log.step(progress, done, just_waited)
+            waited += just_waited
+            if not first:
+                first.extend((time.perf_counter(), waited))
 
         train(parts.model, parts.batches, run.progress.epoch + 1, optimizer=parts.optimizer, lr_scheduler=parts.scheduler,
               lr_scheduler_interval=parts.plan.scheduler_interval, tau_base=parts.plan.tau_base, runtime=parts.runtime,
               progress=run.progress, after_step=log)
         wait_for(parts.runtime.device)
         ended = time.perf_counter()
+        waited += parts.batches.take_waited()
         self.seconds.append(ended - began)
-        self.waited.append(parts.batches.waited - before)
+        self.waited.append(waited)
         self.later_seconds.append(ended - first[0])
-        self.later_waited.append(parts.batches.waited - first[1])
+        self.later_waited.append(waited - first[1])
 
     @property
     def waits(self) -> float:

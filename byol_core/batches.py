@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from byol_core.data import Failure, ImageData, TooManyBadFilesError
-from byol_core.device_views import draw, render
+from byol_core.device_views import draw, render_all
 from byol_core.decoding import BadImageError
 from byol_core.seeds import seed_from
 from byol_core.views import ViewRecipe, cpu_view
@@ -85,8 +85,9 @@ class DeviceBatches:
         height, width = self.pixels.shape[2:]
         for indices in self.order.epoch(epoch)[start:]:
             images = self.pixels[self._readable(epoch, indices).to(self.pixels.device, non_blocking=True)]
-            view1, view2 = (render(images, draw(recipe, self.order.seed, epoch, indices, view, height, width), recipe)
-                            for view, recipe in enumerate(self.recipes))
+            params = [draw(recipe, self.order.seed, epoch, indices, view, height, width)
+                      for view, recipe in enumerate(self.recipes)]
+            view1, view2 = render_all((images, images), params, self.recipes)
             yield view1, view2
 
     def close(self) -> None:

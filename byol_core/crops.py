@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as F
 
 from byol_core.batches import Order, Views, WorkerBatches, first_readable
 from byol_core.data import Failure, ImageData
-from byol_core.device_views import draw, draw_boxes, render
+from byol_core.device_views import draw, draw_boxes, render_all
 from byol_core.decoding import BadImageError, upright_size
 from byol_core.views import ViewRecipe
 
@@ -43,14 +43,11 @@ class CropBatches(WorkerBatches):
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Views]:
         for crops, indices in zip(super().epoch(epoch, start), self.order.epoch(epoch)[start:]):
-            view1, view2 = (self._finish(crop.to(self.device, non_blocking=True), epoch, indices, view)
-                            for view, crop in enumerate(crops))
+            on_device = [crop.to(self.device, non_blocking=True) for crop in crops]
+            params = [replace(draw(recipe, self.order.seed, epoch, indices, view, recipe.size, recipe.size), boxes=None)
+                      for view, recipe in enumerate(self.recipes)]
+            view1, view2 = render_all(on_device, params, self.recipes)
             yield view1, view2
-
-    def _finish(self, crops: Tensor, epoch: int, indices: Tensor, view: int) -> Tensor:
-        recipe = self.recipes[view]
-        params = draw(recipe, self.order.seed, epoch, indices, view, recipe.size, recipe.size)
-        return render(crops, replace(params, boxes=None), recipe)
 
     def _dataset(self, data: ImageData, recipes: tuple[ViewRecipe, ViewRecipe], seed: int) -> Dataset[Any]:
         return _CropDataset(data, recipes, seed)

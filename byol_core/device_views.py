@@ -3,8 +3,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -127,6 +127,31 @@ def render(images: Tensor, params: ViewParams, recipe: ViewRecipe) -> Tensor:
             part = slice(start, start + rows)
             views[part] = _render(images[part], _rows_of(params, part), recipe)
         return views
+
+
+def render_all(images: Sequence[Tensor], params: Sequence[ViewParams], recipes: Sequence[ViewRecipe]) -> list[Tensor]:
+    """`render` for each batch of images with its own parameters and recipe.
+
+    On an accelerator all are rendered at once, as small images cost the number of operations there and not their size;
+    but only where the recipes differ in nothing but how often things happen, as those of the BYOL paper do.
+    """
+    alike = all(_as_often(recipe, recipes[0]) == recipes[0] for recipe in recipes)
+    if images[0].device.type == "cpu" or not alike:
+        return [render(*one) for one in zip(images, params, recipes)]
+    return list(_render_at_once(images, params, recipes[0]))
+
+
+def _as_often(recipe: ViewRecipe, other: ViewRecipe) -> ViewRecipe:
+    """The recipe with the chances of the other one, which only `draw` looks at."""
+    return replace(recipe, flip=other.flip, jitter=other.jitter, grey=other.grey, blur=other.blur, solarize=other.solarize)
+
+
+def _render_at_once(images: Sequence[Tensor], params: Sequence[ViewParams], recipe: ViewRecipe) -> tuple[Tensor, ...]:
+    joined: list[Any] = []
+    for field in fields(ViewParams):
+        values = [getattr(one, field.name) for one in params]
+        joined.append(None if values[0] is None else torch.cat(values))
+    return render(torch.cat(list(images)), ViewParams(*joined), recipe).split([len(one) for one in images])
 
 
 @contextlib.contextmanager

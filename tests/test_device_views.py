@@ -15,8 +15,8 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from byol_core import image_ops
-from byol_core.device_views import ViewParams, draw, draw_boxes, render
+from byol_core import device_views, image_ops
+from byol_core.device_views import ViewParams, draw, draw_boxes, render, render_all
 from byol_core.views import ViewRecipe, cpu_view, digits_recipes, inverse_normalise, normalise, paper_recipes
 
 BUSY = dataclasses.replace(paper_recipes(32)[1], rotate=20.0, zoom=(0.8, 1.2), shear=10.0, shift=0.2, noise=0.05,
@@ -386,6 +386,49 @@ def test_render_refuses_images_of_another_size_without_boxes() -> None:
         render(torch.rand(2, 3, 40, 32), draw(recipe, 0, 0, torch.arange(2), 0, 32, 32), recipe)
 
 
+def pair(recipes: tuple[ViewRecipe, ViewRecipe], size: int) -> tuple[list[Tensor], list[ViewParams]]:
+    """Images and parameters of two views, of 24 images and of 16."""
+    generator = torch.Generator().manual_seed(3)
+    images = [torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=generator) for count in (24, 16)]
+    return images, [draw(recipe, 7, 1, torch.arange(len(batch)), view, size, size)
+                    for view, (recipe, batch) in enumerate(zip(recipes, images))]
+
+
+BENT = dataclasses.replace(BUSY, elastic=0.05)
+PAIRS = {"paper": paper_recipes(16), "every operation": (BENT, dataclasses.replace(BENT, flip=0.2, jitter=0.3, grey=0.9,
+                                                                                   blur=0.9, solarize=0.9))}
+
+
+@pytest.mark.parametrize("recipes", PAIRS.values(), ids=PAIRS)
+def test_views_rendered_at_once_are_those_rendered_one_by_one(
+        recipes: tuple[ViewRecipe, ViewRecipe]) -> None:
+    images, params = pair(recipes, 40)
+    expected = [render(*one) for one in zip(images, params, recipes)]
+    for got in render_all(images, params, recipes), device_views._render_at_once(images, params, recipes[0]):
+        for view, wanted in zip(got, expected, strict=True):
+            torch.testing.assert_close(view, wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(ViewRecipe)])
+def test_only_recipes_that_differ_in_how_often_things_happen_are_rendered_at_once(
+        field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked of the "meta" device, an accelerator that every machine has."""
+    value = getattr(BENT, field)
+    if isinstance(value, str):
+        changed: Any = "bilinear"
+    elif isinstance(value, tuple):
+        changed = tuple(0.9 * number for number in value)
+    else:
+        changed = value + 2 if isinstance(value, int) else 0.9 * value
+    recipes = BENT, dataclasses.replace(BENT, **{field: changed})
+    images, params = pair(recipes, 40)
+    calls: list[int] = []
+    monkeypatch.setattr(device_views, "render", lambda images, params, recipe: calls.append(len(images)) or images)
+    render_all([batch.to("meta") for batch in images], params, recipes)
+    assert recipes[0] != recipes[1]
+    assert calls == ([40] if field in ("flip", "jitter", "grey", "blur", "solarize") else [24, 16])
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("recipe", [*paper_recipes(32), BUSY])
@@ -394,6 +437,16 @@ def test_a_gpu_renders_what_the_cpu_renders(recipe: ViewRecipe) -> None:
     params = draw(recipe, 0, 0, torch.arange(64), 0, 48, 40)
     apart = (render(images.cuda(), params, recipe).cpu() - render(images, params, recipe)).abs()
     assert apart.quantile(0.999) < 1e-2 and apart.mean() < 1e-4
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("recipes", PAIRS.values(), ids=PAIRS)
+def test_a_gpu_renders_both_views_as_it_renders_each(recipes: tuple[ViewRecipe, ViewRecipe]) -> None:
+    images, params = pair(recipes, 40)
+    images = [batch.cuda() for batch in images]
+    for view, *one in zip(render_all(images, params, recipes), images, params, recipes, strict=True):
+        torch.testing.assert_close(view, render(*one), rtol=0, atol=1e-4)
 
 
 def test_bending_agrees_with_torchvisions_elastic_on_the_same_displacements() -> None:

@@ -89,6 +89,8 @@ class Run:
             f"{', TF32 where float32 remains' if parts.tf32 else ''}{', compiled' if parts.config.compile else ''}"
             f"{', CUDA graph' if parts.runtime.cuda_graph else ''}"
             f"{', channels_last' if parts.runtime.channels_last else ''}; views: {parts.views_reason}")
+        if parts.config.cuda_graph and not parts.runtime.cuda_graph:
+            say("note: --cuda-graph is left out, as it is for one process on a CUDA device")
         if self.processes.several:
             alike = "all of them" if parts.runtime.device.type == "cuda" else "each alone, as on this device it must be"
             say(f"processes: {self.processes.world_size}, each with {plan.micro_batch} images at a time; batch statistics "

@@ -430,25 +430,30 @@ def test_views_made_ahead_on_a_gpu_are_those_of_the_cpu(mixed: Path) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("graph", [False, True])
 @pytest.mark.parametrize("path", ["device", "crops"])
-def test_training_on_cuda_does_not_wait_for_the_device(path: str, mixed: Path, image_folder: Callable[..., Path]) -> None:
-    """The whole loop, views included, but for the first step and the end of an epoch."""
+def test_training_on_cuda_does_not_wait_for_the_device(path: str, graph: bool, mixed: Path,
+                                                       image_folder: Callable[..., Path]) -> None:
+    """The whole loop, views included, but for the first step and the end of an epoch, and the epoch that records a graph."""
     gpu, recipes = torch.device("cuda"), paper_recipes(16)
     data = load_images(scan(image_folder() if path == "device" else mixed), "auto", gpu, lambda line: None)[0]
     assert (data.pixels is not None) == (path == "device")
     order = Order(len(data), 2)
     source = DeviceBatches(data, recipes, order) if path == "device" else CropBatches(data, recipes, order, 0, gpu)
     torch.manual_seed(0)
-    model, runtime = BYOL(small_backbone(), 4, hidden_dim=8, out_dim=6), Runtime(gpu, torch.bfloat16, channels_last=True)
+    model = BYOL(small_backbone(), 4, hidden_dim=8, out_dim=6)
+    runtime = Runtime(gpu, torch.bfloat16, channels_last=True, cuda_graph=graph)
     runtime.place_model(model)
     optimizer = torch.optim.AdamW(model.online.parameters(), fused=True)
+    epochs = 1 + graph
+    watched = range((epochs - 1) * len(order) + 1, epochs * len(order) - 1)
 
     def after_step(progress: Progress, step: Step) -> None:
-        torch.cuda.set_sync_debug_mode("error" if progress.updates < len(order) - 1 else "default")
+        torch.cuda.set_sync_debug_mode("error" if progress.updates in watched else "default")
 
     try:
-        done = train(model, TimedBatches(source, gpu), 1, optimizer=optimizer, runtime=runtime, after_step=after_step,
+        done = train(model, TimedBatches(source, gpu), epochs, optimizer=optimizer, runtime=runtime, after_step=after_step,
                      lr_scheduler=torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0), lr_scheduler_interval="step")
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert done.updates == len(order) > 2
+    assert done.updates == epochs * len(order) and len(watched) > 1

@@ -17,8 +17,9 @@ import pytest
 import torch
 from torch import nn
 
+from byol_core.cuda_graph import WARM_UP
 from byol_core.run import Run
-from tests.bench import gpu, right, stages, table
+from tests.bench import end_to_end, gpu, right, stages, table
 from tests.bench.stages import Log, Stage
 
 SLEEPS = "import time; print('asleep', flush=True); time.sleep(1000)"
@@ -194,6 +195,18 @@ def test_every_command_for_a_gpu_is_understood_and_lacks_but_the_gpu(
             importlib.import_module(module).main()
         said = f"{ended.value} {capsys.readouterr().err}"
         assert "no CUDA device found" in said or "0 CUDA devices found" in said, (each.name, said)
+
+
+def test_end_to_end_has_a_row_for_each_combination_that_is_asked_for() -> None:
+    chosen = end_to_end.variants(Namespace(compile=True, cuda_graph=True))
+    assert list(chosen.values()) == [{}, {"compile": True}, {"cuda_graph": True}, {"compile": True, "cuda_graph": True}]
+    ends = "--compile", "--cuda-graph", "--compile --cuda-graph"
+    assert list(chosen) == [end_to_end.OURS, *(f"byol_core's train, {end}" for end in ends)]
+    assert list(end_to_end.variants(Namespace(compile=False, cuda_graph=False)).values()) == [{}]
+
+
+def test_end_to_end_is_under_way_when_a_graph_is_recorded_but_never_without_an_update() -> None:
+    assert [end_to_end.settling(updates) for updates in (2, 4, 8, 24, 50)] == [1, 1, 2, WARM_UP + 1, WARM_UP + 1]
 
 
 def test_stages_are_chosen_by_name_and_group(images: list[str]) -> None:

@@ -99,6 +99,13 @@ def test_a_flat_folder_trains_without_labels(image_folder: Callable[..., Path]) 
     assert Path("out/neighbours.png").exists()
 
 
+def test_a_cuda_graph_that_cannot_be_is_said_to_be_left_out(image_folder: Callable[..., Path]) -> None:
+    for number, (words, said) in enumerate((([], 0), (["--cuda-graph"], 1))):
+        assert run("--data", image_folder(), "--epochs", 1, "--out", f"out{number}", "--no-eval", *words, *SMALL) == 0
+        log = Path(f"out{number}/train.log").read_text()
+        assert log.count("note: --cuda-graph is left out, as it is for one process on a CUDA device") == said
+
+
 def test_a_run_under_way_says_so_in_its_summary(image_folder: Callable[..., Path], monkeypatch) -> None:
     seen = []
     original = Run._after_step

@@ -3,12 +3,13 @@
     python -m tests.bench.end_to_end --images cifar/train                            32, 64, and 32 pixels with the small stem
     python -m tests.bench.end_to_end --images cifar/train --case 32 --batch 512 --updates 50 --device cuda
     python -m tests.bench.end_to_end --images DIR --case 224 --arch resnet50 --batch 256 --updates 50 --device cuda --compile
+    python -m tests.bench.end_to_end ... --compile --cuda-graph      rows with either, and with both
 
 Same network, heads, batch and images; each in its own defaults for everything else. A turn is an epoch of --updates batches;
 workers are started before, and ours has decoded small images before, as it does once in a run; that time is given apart.
 Of a folder with fewer images than a turn needs, they are used again.
-"Once under way" leaves out the first update of each turn: workers need a moment for the first batch of an epoch, which is
-long beside these short turns and short beside an epoch of a run.
+"Once under way" leaves out the first updates of each turn, four or a quarter: workers need a moment for the first batch of an
+epoch, and a CUDA graph is recorded anew. Both are long beside these short turns and short beside a run.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from pathlib import Path
 from torch.utils.data import DataLoader
 
 from byol_core.config import TrainConfig
+from byol_core.cuda_graph import WARM_UP
 from byol_core.data import choose_workers, look_at
 from byol_core.folder import scan
 from byol_core.metrics import RECORD_EVERY
@@ -37,7 +39,7 @@ from tests.bench.table import environment, markdown, parse, show, side_by_side, 
 from tests.bench.views import find
 
 CASES = {"32": (32, False, 128), "64": (64, False, 64), "32s": (32, True, 64), "224": (224, False, 64)}  # size, stem, batch
-OURS, COMPILED = "**byol_core's train** with its defaults", "byol_core's train, compiled"
+OURS = "**byol_core's train** with its defaults"
 LIMIT, RESIDENT = "bare forward and backward on resident views", "byol_core's train on resident views"
 LIGHTLY = "the loop that lightly documents"
 
@@ -52,9 +54,12 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=RECORD_EVERY,
                         help=f"batches per turn (default {RECORD_EVERY}, after which a run makes a record of its metrics)")
     parser.add_argument("--compile", action="store_true", help="a row with --compile, too")
+    parser.add_argument("--cuda-graph", action="store_true", help="a row with --cuda-graph, too")
     parser.add_argument("--workers", type=int, help="data workers, ours and the peer's (default: as a run chooses)")
     parser.add_argument("--no-peers", action="store_true", help="leave other packages out")
     options = parse(parser, rounds=3)
+    if options.cuda_graph and not options.device.startswith("cuda"):
+        parser.error(f"--cuda-graph needs a CUDA device, and --device is {options.device}")
     limits = rivals.machine_limits(options.device)
     for case in options.case or ("32", "64", "32s"):
         compare(case, options, limits)
@@ -71,8 +76,7 @@ def compare(case: str, options: argparse.Namespace, limits: str) -> None:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
         link(paths, folder / "images")
-        turns = {name: new_turns(folder, case, options, compile)
-                 for name, compile in ((OURS, False), (COMPILED, True))[:1 + options.compile]}
+        turns = {name: new_turns(folder, case, options, **chosen) for name, chosen in variants(options).items()}
         for some in turns.values():
             stack.callback(some.run.parts.batches.close)
         rows: dict[str, Callable[[], object]] = {**turns}
@@ -86,12 +90,21 @@ def compare(case: str, options: argparse.Namespace, limits: str) -> None:
              for name, rate in sorted(rates.items(), key=lambda item: -item[1])]
     columns = ("training", "images/s", "share of the bare step", "times lightly's", *(["GB at work"] if memory else []))
     again = [] if len(found) == needed else [f"{len(found)} images, used again to make {needed}"]
-    notes, numbers = compared(turns, rates, (options.updates - 1) * batch)
+    notes, numbers = compared(turns, rates, (options.updates - settling(options.updates)) * batch)
     text = "\n\n".join((environment(options.device, "torchvision"), limits, *again, *notes, markdown(columns, table)))
     stem = ", small stem" if small_stem else ""
     show(f"End to end: {options.arch}{stem}, {size} pixels, batch {batch}", text, options, images_per_second=rates,
          workers=turns[OURS].run.parts.workers, views=turns[OURS].run.parts.views_reason,
          gigabytes=memory, milliseconds_of_bare_step=milliseconds[LIMIT] / options.updates, **numbers)
+
+
+def variants(options: argparse.Namespace) -> dict[str, dict[str, bool]]:
+    """By the row's name: the fields of a run of ours, each combination of what was asked for."""
+    found: list[dict[str, bool]] = [{}]
+    for name in ("compile", "cuda_graph"):
+        if getattr(options, name):
+            found += [{**chosen, name: True} for chosen in found]
+    return {f"byol_core's train, --{' --'.join(chosen).replace('_', '-')}" if chosen else OURS: chosen for chosen in found}
 
 
 def others(paths: list[Path], network: tuple[str, bool, int], batch: int, runtime: Runtime, options: argparse.Namespace
@@ -111,7 +124,7 @@ def others(paths: list[Path], network: tuple[str, bool, int], batch: int, runtim
 
 
 def compared(turns: "dict[str, Turns]", rates: dict[str, float], later_images: int) -> tuple[list[str], dict[str, float]]:
-    """(what is to be said beside the table, numbers). later_images: of a turn but for its first update."""
+    """(what is to be said beside the table, numbers). later_images: of a turn once under way."""
     ours = turns[OURS]
     notes = [f"Ours: {ours.run.parts.precision}, views: {ours.run.parts.views_reason}; {ours.started:.2f} s to start"]
     numbers: dict[str, float] = {}
@@ -119,7 +132,7 @@ def compared(turns: "dict[str, Turns]", rates: dict[str, float], later_images: i
         notes.append(f"An update on real data takes {rates[RESIDENT] / rates[OURS]:.3f} times as long as on resident views")
     for name, some in turns.items():
         if name in rates and later_images:
-            rate, end = later_images / some.seconds_under_way, "_compiled" if some.run.parts.config.compile else ""
+            rate, end = later_images / some.seconds_under_way, some.ending
             numbers |= {f"images_per_second_under_way{end}": rate, f"share_of_bare_step{end}": rate / rates[LIMIT],
                         f"waits{end}": some.waits_under_way, f"waits_with_first_batches{end}": some.waits}
             notes.append(f"{name.replace('*', '')}: waits for views {some.waits:.1%} of the time; once under way "
@@ -127,9 +140,15 @@ def compared(turns: "dict[str, Turns]", rates: dict[str, float], later_images: i
                          f"its first turn took {some.seconds[0]:.1f} s")
     if LIGHTLY in rates:
         numbers["times_lightly"] = rates[OURS] / rates[LIGHTLY]
-    if COMPILED in rates:
-        numbers["times_uncompiled"] = rates[COMPILED] / rates[OURS]
+    for name, some in turns.items():
+        if name in rates and name != OURS:
+            numbers[f"times_default{some.ending}"] = rates[name] / rates[OURS]
     return notes, numbers
+
+
+def settling(updates: int) -> int:
+    """The updates of a turn before it is under way."""
+    return max(1, min(WARM_UP + 1, updates // 4))
 
 
 def link(paths: list[Path], images: Path) -> None:
@@ -143,8 +162,8 @@ class Turns:
     """A run of ours that goes on by an epoch at each call, logging included; what comes once in a run or an epoch, such as
     saving, is left out.
 
-    started: seconds that it took to be built. seconds, waited: of each turn, and of each but for its first update. The first
-    turn warms up, and is in no mean.
+    started: seconds that it took to be built. seconds, waited: of each turn, and of each once under way. The first turn warms
+    up, and is in no mean.
     """
 
     run: Run
@@ -158,16 +177,19 @@ class Turns:
         run, parts = self.run, self.run.parts
         began = time.perf_counter()
         waited = 0.0
-        first: list[float] = []  # when the first update was made, and the seconds waited by then
+        updates = 0
+        first: list[float] = []  # when the first updates were made, and the seconds waited by then
 
         def log(progress: Progress, done: Step) -> None:
-            nonlocal waited
-            if not first:
+            nonlocal waited, updates
+            updates += 1
+            settled = updates == settling(len(parts.batches))
+            if settled:
                 wait_for(parts.runtime.device)
             just_waited = parts.batches.take_waited()
             run.log.step(progress, done, just_waited)
             waited += just_waited
-            if not first:
+            if settled:
                 first.extend((time.perf_counter(), waited))
 
         train(parts.model, parts.batches, run.progress.epoch + 1, optimizer=parts.optimizer, lr_scheduler=parts.scheduler,
@@ -182,6 +204,12 @@ class Turns:
         self.later_waited.append(waited - first[1])
 
     @property
+    def ending(self) -> str:
+        """Of the names of its numbers: what it was run with, but for the defaults."""
+        config = self.run.parts.config
+        return "_compile" * config.compile + "_cuda_graph" * config.cuda_graph
+
+    @property
     def waits(self) -> float:
         """The share of the time that goes into waiting for views."""
         return sum(self.waited[1:]) / sum(self.seconds[1:])
@@ -192,17 +220,18 @@ class Turns:
 
     @property
     def seconds_under_way(self) -> float:
-        """Of a turn but for its first update; the median."""
+        """Of a turn but for its first updates; the median."""
         return statistics.median(self.later_seconds[1:])
 
 
-def new_turns(folder: Path, case: str, options: argparse.Namespace, compile: bool) -> Turns:
+def new_turns(folder: Path, case: str, options: argparse.Namespace, compile: bool = False,
+              cuda_graph: bool = False) -> Turns:
     size, small_stem, batch = CASES[case]
     config = TrainConfig(data=(str(folder / "images"),), epochs=options.rounds + 2, arch=options.arch, image_size=size,
                          small_stem=small_stem, hidden_dim=rivals.HIDDEN, projection_dim=rivals.OUT,
-                         batch_size=options.batch or batch, device=options.device, eval=False, compile=compile,
-                         workers=options.workers)
-    place = folder / ("compiled" if compile else "run")
+                         batch_size=options.batch or batch, device=options.device, eval=False, workers=options.workers,
+                         compile=compile, cuda_graph=cuda_graph)
+    place = folder / f"run{'-compiled' * compile}{'-graph' * cuda_graph}"
     place.mkdir()
     began = time.perf_counter()
     files = scan(folder / "images")

@@ -88,6 +88,7 @@ def stages(options: argparse.Namespace) -> list[Stage]:
 
     threads = {"OMP_NUM_THREADS": str(max(1, usable_cpus() // at_once())),  # or they keep each other from getting on
                "TORCHINDUCTOR_COMPILE_THREADS": "4"}
+    both = ["--compile", "--cuda-graph"] if full else ["--compile"]
     no_compiler = "" if full or shutil.which("g++") else "no C++ compiler, which --compile needs on a CPU"
     found = [
         *([right("compile-large", "compile", "--case", "224", "--arch", "resnet50", "--batch", 128)] if full else []),
@@ -102,8 +103,9 @@ def stages(options: argparse.Namespace) -> list[Stage]:
         fast("lars", "lars", 20.0),
         fast("cifar", "end_to_end", 50.0, *cifar),
         fast("photos", "end_to_end", 65.0, *large),
-        fast("cifar-compiled", "end_to_end", 40.0, *cifar, "--compile", "--no-peers", missing=no_compiler),
-        fast("photos-compiled", "end_to_end", 55.0, *large, "--compile", "--no-peers", missing=no_compiler),
+        *([fast("cifar-graph", "end_to_end", 30.0, *cifar, "--cuda-graph", "--no-peers")] if full else []),
+        fast("cifar-compiled", "end_to_end", 60.0, *cifar, *both, "--no-peers", missing=no_compiler),
+        fast("photos-compiled", "end_to_end", 75.0, *large, *both, "--no-peers", missing=no_compiler),
     ]
     minutes = options.minutes or (None if full else 0.01)
 

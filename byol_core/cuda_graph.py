@@ -13,22 +13,22 @@ Recorder = Callable[[Callable[[], None], torch.device], Callable[[], object]]  #
 
 
 class Recorded:
-    """`compute(view1, view2)`, which is recorded at its fourth call and replayed from then on. Values are the same.
+    """`compute(view1, view2)`, recorded after its third call and replayed from then on. Values are the same.
 
     Right for computations that launch the same kernels on the same memory each time: code in Python that runs beside them,
-    such as a hook, runs in the first calls alone. Views of another shape are computed without the graph.
+    such as a hook, runs in the first calls alone. Views of another shape than the first are computed without the graph.
 
     compute: returns tensors without a gradient function. parameters: those whose gradients it adds to. record: records work
     without doing it.
-    Raises: RuntimeError when it cannot be recorded. Where it can be known before, a warning is given, and all is computed
-    without the graph.
+    Raises: RuntimeError when it cannot be recorded; torch cannot be relied upon in that process any more. Where it can be
+    known before, a warning is given, and all is computed without the graph.
     """
 
     def __init__(self, compute: MicroBatch, parameters: Iterable[Tensor], device: torch.device,
                  record: "Recorder | None" = None) -> None:
         self.compute, self.parameters, self.device = compute, list(parameters), device
         self.record = record or record_on_cuda
-        self.calls = 0
+        self.calls = 0  # with views of the first shape
         self.refused = False  # as the host must wait for the device in it
         self._replay: Callable[[], object] | None = None
         self._views: Views
@@ -36,29 +36,31 @@ class Recorded:
         self._outputs: tuple[Tensor, ...]
 
     def __call__(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, ...]:
+        if self.calls == 0:
+            self._views = torch.empty_like(view1), torch.empty_like(view2)
+        if self.refused or any(given.shape != taken.shape or given.dtype != taken.dtype
+                               for given, taken in zip((view1, view2), self._views)):
+            return self.compute(view1, view2)
         self.calls += 1
-        if self.refused or self.calls < WARM_UP:
+        if self.calls < WARM_UP:
             return self.compute(view1, view2)
         if self.calls == WARM_UP:
             outputs, self.refused = watched(lambda: self.compute(view1, view2), self.device)
             if self.refused:
                 warnings.warn("no CUDA graph is made, as the network or the loss makes the host wait for the device",
                               stacklevel=2)
-            self._gradients = [parameter.grad for parameter in self.parameters]
+            # Copies, as two parameters may have been given one tensor, to which each of them would add.
+            self._gradients = [None if parameter.grad is None else parameter.grad.clone() for parameter in self.parameters]
             return outputs
         if self._replay is None:
-            self._replay = self._recorded(view1, view2)
-        if any(given.shape != taken.shape or given.dtype != taken.dtype
-               for given, taken in zip((view1, view2), self._views)):
-            return self.compute(view1, view2)
+            self._replay = self._recorded()
         for taken, given in zip(self._views, (view1, view2)):
             taken.copy_(given)
         self._put_gradients_back()
         self._replay()
         return tuple(output.clone() for output in self._outputs)  # the next replay writes over them
 
-    def _recorded(self, view1: Tensor, view2: Tensor) -> Callable[[], object]:
-        self._views = torch.empty_like(view1), torch.empty_like(view2)
+    def _recorded(self) -> Callable[[], object]:
         self._put_gradients_back()
 
         def work() -> None:
@@ -66,6 +68,8 @@ class Recorded:
 
         try:
             return self.record(work, self.device)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise RuntimeError(f"the training step cannot be recorded as a CUDA graph - leave --cuda-graph out, or "
                                f"cuda_graph=False; torch says: {error}") from error
@@ -85,7 +89,10 @@ class Recorded:
 def record_on_cuda(work: Callable[[], None], device: torch.device) -> Callable[[], object]:
     graph = torch.cuda.CUDAGraph()
     # Threads of data workers' batches may use the device meanwhile: only what this one does is to be recordable.
-    with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    # The outer stream is the one that is put back, also where torch leaves its own behind after an error.
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(torch.cuda.current_stream(device)), \
+            torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         work()
     return graph.replay
 

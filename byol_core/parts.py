@@ -80,6 +80,8 @@ class Parts:
         """`new_model` where and as the run computes."""
         if self.config.grad_checkpoint and self.config.compile:
             raise ValueError("--compile: torch cannot compile what --grad-checkpoint computes again - leave one of them out")
+        if self.config.grad_checkpoint and self.config.cuda_graph:
+            raise ValueError("--cuda-graph: a graph cannot hold what --grad-checkpoint computes again - leave one of them out")
         model = new_model(self.config, self.plan)
         self.runtime.place_model(model)
         if self.config.grad_checkpoint and not recompute_blocks(model.online.backbone):

@@ -15,6 +15,7 @@ from byol_core import __version__
 from byol_core.checkpoint import LAST, State, replace_damaged, save_checkpoint, write_json, write_text
 from byol_core.config import TrainConfig
 from byol_core.copies import find_copies
+from byol_core.cuda_graph import WARM_UP
 from byol_core.data import BAD_LIMIT
 from byol_core.folder import ImageSet, printable, with_several_frames
 from byol_core.memory import peak_memory
@@ -270,14 +271,16 @@ class Run:
 
     def seconds_per_update(self) -> float:
         """Measured on a few updates, which change the networks: for a run that will not be trained."""
-        times: list[float] = []
+        times: list[float] = []  # at the end of each update
+        first = WARM_UP if self.parts.runtime.cuda_graph else 0  # from here on they are as they will be
 
         def stop_early(progress: Progress, step: Step) -> None:
             self.parts.runtime.confirm()  # waits for the device
             times.append(time.monotonic())
-            if len(times) > CHECK_STEPS:
+            if len(times) > first + CHECK_STEPS:
                 raise _EnoughMeasured
 
         with contextlib.suppress(_EnoughMeasured):
             self._train(Progress(), stop_early)
+        times = times[first:] if len(times) > first + 1 else times
         return (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 0.0

@@ -1,8 +1,12 @@
 """Forward and backward as a CUDA graph: on a CPU with what stands in for one, on a GPU with the real thing."""
 
 import copy
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +15,7 @@ from torch import Tensor, nn
 
 from byol_core import cuda_graph
 from byol_core.cuda_graph import WARM_UP, Recorded
+from byol_core.lars import LARS
 from byol_core.networks import BYOL
 from byol_core.runtime import NonFiniteError, Runtime
 from byol_core.training import Progress, Step, train
@@ -18,6 +23,7 @@ from tests.conftest import small_backbone
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 CPU = torch.device("cpu")
+REPOSITORY = Path(__file__).parents[1]
 
 
 class OnCpu:
@@ -65,18 +71,23 @@ def batches_of(number: int, device: torch.device = CPU) -> list[tuple[Tensor, Te
 
 
 def trained(graph: bool, *, amp: torch.dtype | None = None, accum_steps: int = 1, device: torch.device = CPU,
-            optimizer: str = "sgd", batches: list[tuple[Tensor, Tensor]] | None = None, **options: Any
-            ) -> tuple[BYOL, list[Step], OnCpu | None]:
-    """(the model after an epoch of eight batches, all steps, what stood in for a graph on a CPU)."""
+            optimizer: str = "sgd", batches: list[tuple[Tensor, Tensor]] | None = None, channels_last: bool = False,
+            then_evaluated: bool = False, **options: Any) -> tuple[BYOL, list[Step], OnCpu | None]:
+    """(the model after an epoch of eight batches, all steps, what stood in for a graph on a CPU).
+
+    then_evaluated: after each step, on images of another shape.
+    """
     model = new_model(device)
-    runtime = Runtime(device, amp, cuda_graph=graph)
+    runtime = Runtime(device, amp, channels_last=channels_last, cuda_graph=graph)
+    runtime.place_model(model)
     stand_in = None
     if graph and device.type == "cpu":
         runtime.cuda_graph, runtime.recorder = True, (stand_in := OnCpu(model))
     if graph:
         assert runtime.cuda_graph
     makers = {"sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.1),
-              "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.01)}
+              "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.01),
+              "lars": lambda parameters: LARS(parameters, lr=0.1)}
     chosen = makers[optimizer]([p for p in model.online.parameters()])
     steps: list[Step] = []
     then = options.pop("after_step", None)
@@ -85,11 +96,20 @@ def trained(graph: bool, *, amp: torch.dtype | None = None, accum_steps: int = 1
         steps.append(step)
         if then:
             then(model)
+        if then_evaluated:
+            evaluate(model, device)
 
     train(model, batches or batches_of(8, device), 1, optimizer=chosen, runtime=runtime, accum_steps=accum_steps, tau_base=0.9,
           lr_scheduler=torch.optim.lr_scheduler.LinearLR(chosen, 1.0, 0.1, 8), lr_scheduler_interval="step",
           after_step=after_step, **options)
     return model, steps, stand_in
+
+
+def evaluate(model: BYOL, device: torch.device) -> None:
+    model.eval()
+    with torch.no_grad():
+        assert torch.isfinite(model.online.backbone(torch.ones(2, 3, 12, 12, device=device))).all()
+    model.train()
 
 
 def differ(one: BYOL, other: BYOL) -> list[str]:
@@ -98,8 +118,8 @@ def differ(one: BYOL, other: BYOL) -> list[str]:
 
 
 @pytest.mark.parametrize("options", [
-    {}, {"optimizer": "adamw"}, {"accum_steps": 2}, {"amp": torch.bfloat16}, {"amp": torch.bfloat16, "accum_steps": 2}],
-    ids=str)
+    {}, {"optimizer": "adamw"}, {"optimizer": "lars", "channels_last": True}, {"then_evaluated": True},
+    {"accum_steps": 2}, {"amp": torch.bfloat16}, {"amp": torch.bfloat16, "accum_steps": 2}], ids=str)
 def test_training_is_the_same_with_a_graph_and_without(options: dict[str, Any]) -> None:
     plain, steps, _ = trained(False, **options)
     model, with_graph, stand_in = trained(True, **options)
@@ -157,18 +177,54 @@ def test_python_runs_in_the_first_calls_alone() -> None:
     for _ in range(WARM_UP + 4):
         recorded(torch.ones(3), torch.ones(3))
     assert calls == [3] * (WARM_UP + 1)
-    (other,) = recorded(torch.ones(2), torch.ones(2))  # of another shape
+    (other,) = recorded(torch.ones(2), torch.ones(2))  # of another shape than the first
     assert torch.equal(other, torch.full((2,), 2.0)) and calls[-1] == 2
     (other,) = recorded(torch.ones(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64))
     assert other.dtype == torch.float64
 
 
-def test_a_last_batch_that_is_smaller_is_trained_on() -> None:
+@pytest.mark.parametrize("place", range(1, 8))
+def test_a_batch_that_is_smaller_is_trained_on_and_the_graph_is_that_of_the_others(place: int) -> None:
     batches = batches_of(8)
-    batches[-1] = batches[-1][0][:3], batches[-1][1][:3]
-    plain, (*_, last), _ = trained(False, batches=batches)
-    model, (*_, same), _ = trained(True, batches=batches)
-    assert differ(plain, model) == [] and same.projection1.shape == (3, 6) and torch.equal(last.loss, same.loss)
+    batches[place] = batches[place][0][:3], batches[place][1][:3]
+    plain, steps, _ = trained(False, batches=batches)
+    model, with_graph, stand_in = trained(True, batches=batches)
+    assert stand_in and stand_in.recordings == 1 and stand_in.replays == 7 - WARM_UP
+    assert differ(plain, model) == [] and with_graph[place].projection1.shape == (3, 6)
+    assert all(torch.equal(one.loss, other.loss) for one, other in zip(steps, with_graph, strict=True))
+
+
+def test_parameters_that_were_given_one_gradient_get_one_each() -> None:
+    weights = [nn.Parameter(torch.full((3,), float(value))) for value in (1, 2)]
+    for recorded in False, True:
+        compute: Any = partial(both_in_one, weights)
+        if recorded:
+            compute = Recorded(compute, weights, CPU, lambda work, device: work)
+        for _ in range(WARM_UP + 2):
+            for weight in weights:
+                weight.grad = None
+            compute(torch.ones(3), torch.ones(3))
+            if not recorded:
+                assert weights[0].grad is not None and weights[1].grad is not None
+                assert weights[0].grad.data_ptr() == weights[1].grad.data_ptr()
+            for weight in weights:
+                assert weight.grad is not None and torch.equal(weight.grad, torch.full((3,), 5.0))
+
+
+def both_in_one(weights: list[nn.Parameter], view1: Tensor, view2: Tensor) -> tuple[Tensor, ...]:
+    (weights[0].view(3) + weights[1].view(3)).backward(5 * view1)
+    return (view1 + view2,)
+
+
+def test_too_little_memory_for_a_recording_is_said_by_the_error_that_torch_has_for_it() -> None:
+    def record(work: Callable[[], None], device: torch.device) -> Callable[[], object]:
+        raise torch.OutOfMemoryError("2 GiB")
+
+    recorded = Recorded(lambda view1, view2: (view1,), [], CPU, record)
+    for _ in range(WARM_UP):
+        recorded(torch.ones(1), torch.ones(1))
+    with pytest.raises(torch.OutOfMemoryError, match="2 GiB"):
+        recorded(torch.ones(1), torch.ones(1))
 
 
 def test_a_loss_that_is_not_finite_leaves_weights_and_statistics_as_they_were() -> None:
@@ -225,7 +281,8 @@ def exact() -> Iterator[None]:
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("options", [{}, {"accum_steps": 2}, {"amp": torch.bfloat16}, {"amp": torch.float16},
-                                     {"amp": torch.bfloat16, "accum_steps": 2, "optimizer": "adamw"}], ids=str)
+                                     {"amp": torch.bfloat16, "accum_steps": 2, "optimizer": "adamw"},
+                                     {"channels_last": True, "optimizer": "lars"}, {"then_evaluated": True}], ids=str)
 def test_a_gpu_trains_the_same_with_a_graph_and_without(options: dict[str, Any], exact: None) -> None:
     gpu = torch.device("cuda")
     plain, steps, _ = trained(False, device=gpu, **options)
@@ -261,7 +318,14 @@ def test_a_network_that_looks_at_a_number_is_trained_without_a_graph() -> None:
 @pytest.mark.gpu
 @needs_gpu
 def test_what_cannot_be_recorded_says_so_on_a_gpu() -> None:
-    """It looks at a number from the fourth call on, which was not seen before; torch's own message comes along."""
+    """In a process of its own, as a recording that failed leaves torch unfit for further work."""
+    code = "from tests.test_cuda_graph import look_at_a_number_late; look_at_a_number_late()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stderr
+
+
+def look_at_a_number_late() -> None:
+    """From the fourth call on, which was not seen before."""
     calls = [0]
 
     def criterion(prediction: Tensor, projection: Tensor) -> Tensor:

@@ -51,8 +51,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "outcome": {"checkpoint", "evaluate", "failures", "losses", "memory", "parts", "pictures", "report", "run_facts",
                 "sample", "scoring"},
     "snapshot": {"checkpoint", "data", "outcome", "parts", "training"},
-    "run": {"checkpoint", "config", "copies", "data", "folder", "memory", "outcome", "parts", "plan", "processes",
-            "run_folder", "runtime", "signals", "snapshot", "tensorboard", "training", "workers"},
+    "run": {"checkpoint", "config", "copies", "cuda_graph", "data", "folder", "memory", "outcome", "parts", "plan",
+            "processes", "run_folder", "runtime", "signals", "snapshot", "tensorboard", "training", "workers"},
 }
 STANDARD_LIBRARY_ONLY = {"schedules", "seeds", "config", "command", "failures", "signals"}
 TORCH_ONLY = {"ema", "losses", "lars", "image_ops", "networks"}

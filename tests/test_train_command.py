@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -685,6 +686,28 @@ def test_recomputing_activations_changes_no_weight(image_folder: Callable[..., P
     assert run("--data", data, "--out", "again", *small, "--grad-checkpoint") == 0
     kept, again = (torch.load(f"{name}/last.pt", weights_only=True)["model"] for name in ("kept", "again"))
     assert all(torch.equal(tensor, again[name]) for name, tensor in kept.items())
+
+
+def test_a_graph_with_activations_computed_again_is_refused(image_folder: Callable[..., Path], capsys) -> None:
+    assert run("--data", image_folder(), "--epochs", 1, "--out", "out", "--grad-checkpoint", "--cuda-graph", *SMALL) == 2
+    assert "--cuda-graph: a graph cannot hold what --grad-checkpoint computes again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("graph, expected", [(False, (90 + 80 + 70 + 10 + 10) / 5), (True, 10)])
+def test_a_check_times_updates_once_they_are_as_they_will_be(
+        graph: bool, expected: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the first; with a CUDA graph those after it was recorded."""
+    clock = [0.0]
+
+    def train(progress: Any, after_step: Any) -> None:
+        for seconds in [100, 90, 80, 70, *[10] * 20]:
+            clock[0] += seconds
+            after_step(progress, None)
+
+    monkeypatch.setattr("byol_core.run.time.monotonic", lambda: clock[0])
+    runtime = SimpleNamespace(cuda_graph=graph, confirm=lambda: None)
+    run: Any = SimpleNamespace(parts=SimpleNamespace(runtime=runtime), _train=train)
+    assert Run.seconds_per_update(run) == expected
 
 
 def test_a_network_without_blocks_to_compute_again_is_named(image_folder: Callable[..., Path], capsys) -> None:

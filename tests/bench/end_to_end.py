@@ -3,7 +3,7 @@
     python -m tests.bench.end_to_end --images cifar/train                            32, 64, and 32 pixels with the small stem
     python -m tests.bench.end_to_end --images cifar/train --case 32 --batch 512 --updates 50 --device cuda
     python -m tests.bench.end_to_end --images DIR --case 224 --arch resnet50 --batch 256 --updates 50 --device cuda --compile
-    python -m tests.bench.end_to_end ... --compile --cuda-graph      rows with either, and with both
+    python -m tests.bench.end_to_end ... --compile --cuda-graph      a row with --compile, and one with both
 
 Same network, heads, batch and images; each in its own defaults for everything else. A turn is an epoch of --updates batches;
 workers are started before, and ours has decoded small images before, as it does once in a run; that time is given apart.
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=RECORD_EVERY,
                         help=f"batches per turn (default {RECORD_EVERY}, after which a run makes a record of its metrics)")
     parser.add_argument("--compile", action="store_true", help="a row with --compile, too")
-    parser.add_argument("--cuda-graph", action="store_true", help="a row with --cuda-graph, too")
+    parser.add_argument("--cuda-graph", action="store_true", help="a row with --cuda-graph, and --compile where given, too")
     parser.add_argument("--workers", type=int, help="data workers, ours and the peer's (default: as a run chooses)")
     parser.add_argument("--no-peers", action="store_true", help="leave other packages out")
     options = parse(parser, rounds=3)
@@ -99,11 +99,11 @@ def compare(case: str, options: argparse.Namespace, limits: str) -> None:
 
 
 def variants(options: argparse.Namespace) -> dict[str, dict[str, bool]]:
-    """By the row's name: the fields of a run of ours, each combination of what was asked for."""
+    """By the row's name: the fields of a run of ours: the defaults, and what was asked for on top, one after the other."""
     found: list[dict[str, bool]] = [{}]
     for name in ("compile", "cuda_graph"):
         if getattr(options, name):
-            found += [{**chosen, name: True} for chosen in found]
+            found.append({**found[-1], name: True})
     return {f"byol_core's train, --{' --'.join(chosen).replace('_', '-')}" if chosen else OURS: chosen for chosen in found}
 
 

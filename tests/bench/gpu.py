@@ -97,6 +97,7 @@ def stages(options: argparse.Namespace) -> list[Stage]:
           for amp in ("bf16", "fp16", "off") if full or amp != "fp16"),
         right("resume", "resume", *images, *small, *batch),
         right("resume-crops", "resume", *photos, *network, "--case", "64", *batch),
+        *([right("resume-graph", "resume", *images, *small, *batch, "--cuda-graph")] if full else []),
         right("torchrun", "torchrun", *images, *small, *batch),
         right("compile-small", "compile", *small, "--batch", 512 if full else 8, missing=no_compiler),
         fast("ema", "ema", 30.0),
@@ -105,7 +106,7 @@ def stages(options: argparse.Namespace) -> list[Stage]:
         fast("photos", "end_to_end", 65.0, *large),
         *([fast("cifar-graph", "end_to_end", 30.0, *cifar, "--cuda-graph", "--no-peers")] if full else []),
         fast("cifar-compiled", "end_to_end", 60.0, *cifar, *both, "--no-peers", missing=no_compiler),
-        fast("photos-compiled", "end_to_end", 75.0, *large, *both, "--no-peers", missing=no_compiler),
+        *([fast("photos-compiled", "end_to_end", 75.0, *large, *both, "--no-peers")] if full else []),
     ]
     minutes = options.minutes or (None if full else 0.01)
 

@@ -209,7 +209,8 @@ def short_run(options: argparse.Namespace) -> list[str]:
     listing = Path("images.txt").resolve()
     listing.write_text("".join(f"{path}\n" for path in found[:PER_EPOCH * batch]))
     return ["--data", str(listing), "--epochs", str(EPOCHS), "--batch-size", str(batch), "--arch", options.arch,
-            "--image-size", str(CASES[options.case][0]), "--device", options.device, "--workers", "2", "--no-eval"]
+            "--image-size", str(CASES[options.case][0]), "--device", options.device, "--workers", "2", "--no-eval",
+            *(["--cuda-graph"] if options.cuda_graph else [])]
 
 
 def run_of(*words: object, code: int = 0) -> None:
@@ -257,6 +258,7 @@ def main() -> int:
     parser.add_argument("--case", choices=tuple(CASES), default="32s", help="view size, s for the small stem (default 32s)")
     parser.add_argument("--arch", default="resnet18")
     parser.add_argument("--batch", type=int, default=64, help="images (default 64)")
+    parser.add_argument("--cuda-graph", action="store_true", help="train with --cuda-graph, for resume and torchrun")
     parser.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off", help="precision of the digits (default off)")
     parser.add_argument("--epochs", type=int, default=BAND_EPOCHS,
                         help=f"of the digits (default {BAND_EPOCHS}: only after so many are accuracies held against the band)")

@@ -95,7 +95,7 @@ class TrainConfig:
                                       choices=("cosine", "constant"))
     accum_steps: int = option(1, "training", "micro-batches per optimizer update", type=count, metavar="N")
     grad_checkpoint: bool = option(False, "training", "keep fewer activations and compute them again: less memory, a third "
-                                   "more time; not with --compile", action="store_true")
+                                   "more time; not with --compile or --cuda-graph", action="store_true")
     classifier: str = option("logistic", "evaluation", "probe on frozen embeddings: logistic, knn, or the dotted name of "
                              "any scikit-learn classifier", metavar="NAME")
     eval_every: int = option(0, "evaluation", "epochs between measurements while training (kNN, or without labels "

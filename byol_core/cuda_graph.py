@@ -1,6 +1,7 @@
 """A computation recorded as a CUDA graph: its kernels, a thousand or more, are then launched at once."""
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 WARM_UP = 3  # calls before the recording: libraries set themselves up, and torch.compile compiles
 Views = tuple[Tensor, Tensor]
+Kind = tuple[torch.Size, torch.dtype, torch.Size, torch.dtype]
 MicroBatch = Callable[[Tensor, Tensor], tuple[Tensor, ...]]  # two views -> what was computed, detached
 Recorder = Callable[[Callable[[], None], torch.device], Callable[[], object]]  # (work, device) -> what repeats it
 
@@ -16,7 +18,8 @@ class Recorded:
     """`compute(view1, view2)`, recorded after its third call and replayed from then on. Values are the same.
 
     Right for computations that launch the same kernels on the same memory each time: code in Python that runs beside them,
-    such as a hook, runs in the first calls alone. Views of another shape than the first are computed without the graph.
+    such as a hook, runs in the first calls alone. What they compute may not be kept with its gradient function. Recorded
+    are the views of a shape that came three times first; others are computed without the graph.
 
     compute: returns tensors without a gradient function. parameters: those whose gradients it adds to. record: records work
     without doing it.
@@ -28,30 +31,24 @@ class Recorded:
                  record: "Recorder | None" = None) -> None:
         self.compute, self.parameters, self.device = compute, list(parameters), device
         self.record = record or record_on_cuda
-        self.calls = 0  # with views of the first shape
         self.refused = False  # as the host must wait for the device in it
+        self._calls: Counter[Kind] = Counter()
+        self._kind: Kind | None = None  # of views that are recorded
         self._replay: Callable[[], object] | None = None
         self._views: Views
         self._gradients: list[Tensor | None]  # the graph adds to them
         self._outputs: tuple[Tensor, ...]
 
     def __call__(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, ...]:
-        if self.calls == 0:
-            self._views = torch.empty_like(view1), torch.empty_like(view2)
-        if self.refused or any(given.shape != taken.shape or given.dtype != taken.dtype
-                               for given, taken in zip((view1, view2), self._views)):
+        kind = view1.shape, view1.dtype, view2.shape, view2.dtype
+        if self.refused or self._kind not in (None, kind):
             return self.compute(view1, view2)
-        self.calls += 1
-        if self.calls < WARM_UP:
+        self._calls[kind] += 1
+        if self._calls[kind] < WARM_UP:
             return self.compute(view1, view2)
-        if self.calls == WARM_UP:
-            outputs, self.refused = watched(lambda: self.compute(view1, view2), self.device)
-            if self.refused:
-                warnings.warn("no CUDA graph is made, as the network or the loss makes the host wait for the device",
-                              stacklevel=2)
-            # Copies, as two parameters may have been given one tensor, to which each of them would add.
-            self._gradients = [None if parameter.grad is None else parameter.grad.clone() for parameter in self.parameters]
-            return outputs
+        if self._kind is None:
+            self._kind = kind
+            return self._computed_last(view1, view2)
         if self._replay is None:
             self._replay = self._recorded()
         for taken, given in zip(self._views, (view1, view2)):
@@ -60,19 +57,36 @@ class Recorded:
         self._replay()
         return tuple(output.clone() for output in self._outputs)  # the next replay writes over them
 
+    def _computed_last(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, ...]:
+        """Without the graph; what it needs is got ready."""
+        outputs, self.refused = watched(lambda: self.compute(view1, view2), self.device)
+        if self.refused:
+            warnings.warn("no CUDA graph is made, as the network or the loss makes the host wait for the device", stacklevel=3)
+            return outputs
+        self._views = torch.empty_like(view1), torch.empty_like(view2)
+        # Copies, as two parameters may have been given one tensor, to which each of them would add.
+        self._gradients = [None if parameter.grad is None else parameter.grad.clone() for parameter in self.parameters]
+        return outputs
+
     def _recorded(self) -> Callable[[], object]:
         self._put_gradients_back()
+        cause: list[RuntimeError] = []
 
         def work() -> None:
-            self._outputs = self.compute(*self._views)
+            try:
+                self._outputs = self.compute(*self._views)
+            except RuntimeError as error:  # what torch then says of the recording that was cut off tells less
+                cause.append(error)
+                raise
 
         try:
             return self.record(work, self.device)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            first = cause[0] if cause else error
+            if isinstance(first, torch.OutOfMemoryError):
+                raise first from None
             raise RuntimeError(f"the training step cannot be recorded as a CUDA graph - leave --cuda-graph out, or "
-                               f"cuda_graph=False; torch says: {error}") from error
+                               f"cuda_graph=False; torch says: {first}") from first
 
     def _put_gradients_back(self) -> None:
         """Where the graph adds to them, as they are set to None between updates."""

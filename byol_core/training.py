@@ -116,7 +116,7 @@ def train(model: BYOL, batches: SeekableBatches | PlainBatches, epochs: int, *, 
     for owner in (model, optimizer):
         owner.zero_grad(set_to_none=True)  # what the caller has left there is none of the first update's
     forward = runtime.distribute(model)  # model itself, or a wrapper that averages gradients over processes
-    compute = runtime.recorded(_micro_batch(forward, criterion, runtime, accum_steps), model.online.parameters())
+    compute = runtime.recorded(_micro_batch(forward, criterion, runtime, accum_steps), _with_gradients(model, optimizer))
     with Statistics(model, runtime) as statistics:
         for epoch in range(progress.epoch, epochs):
             views = _views_of_epoch(batches, epoch, progress.batch)
@@ -150,6 +150,12 @@ def train(model: BYOL, batches: SeekableBatches | PlainBatches, epochs: int, *, 
                     after_step(progress, Step(loss, z1, z2, tau, lr, applied))
         runtime.confirm()
     return progress
+
+
+def _with_gradients(model: BYOL, optimizer: Optimizer) -> list[Tensor]:
+    """The online network's parameters and those of a criterion that has some, each once."""
+    trained = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    return list(dict.fromkeys([*model.online.parameters(), *trained]))
 
 
 def _micro_batch(forward: Callable[..., Any], criterion: Callable[[Tensor, Tensor], Tensor], runtime: Runtime,

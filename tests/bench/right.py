@@ -39,7 +39,7 @@ from tests.digits import BAND, BAND_EPOCHS, outside_the_band
 
 IN_SUMMARY = ("linear_5", "knn", "spread")  # of the band, what summary.json has; its rank is of other images
 ON_CPU = 0.02  # by which accuracies of the same weights may differ on another device: some 7 of the 360 digits measured on
-STOPPED_AFTER, EPOCHS, PER_EPOCH = 5, 2, 4  # updates before the stop; of a run that is stopped
+STOPPED_AFTER, EPOCHS, PER_EPOCH = 5, 3, 4  # updates before the stop; of a run that is stopped
 NOISE = 10.0  # times as far as two runs alike lie apart, where they do, a resumed one may lie
 # Shares by which losses may differ: of the first update, by rounding alone; some updates on, as differences grow.
 FIRST_LOSS, LATER_LOSS = 0.01, 0.1

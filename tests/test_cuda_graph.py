@@ -211,12 +211,8 @@ def both_in_one(weights: list[nn.Parameter], view1: Tensor, view2: Tensor) -> tu
     return (view1 + view2,)
 
 
-def test_too_little_memory_for_a_recording_is_said_by_the_error_that_torch_has_for_it() -> None:
-    def compute(view1: Tensor, view2: Tensor) -> tuple[Tensor, ...]:
-        if recording:
-            raise torch.OutOfMemoryError("2 GiB")
-        return (view1,)
-
+def about_to_fail(compute: Callable[[Tensor, Tensor], tuple[Tensor, ...]], recording: list[bool]) -> Recorded:
+    """It records at the next call, which fills `recording` before it computes, and fails at the end as torch does."""
     def record(work: Callable[[], None], device: torch.device) -> Callable[[], object]:
         recording.append(True)
         try:
@@ -224,10 +220,20 @@ def test_too_little_memory_for_a_recording_is_said_by_the_error_that_torch_has_f
         finally:
             raise RuntimeError("operation failed due to a previous error during capture")
 
-    recording: list[bool] = []
     recorded = Recorded(compute, [], CPU, record)
     for _ in range(WARM_UP):
         recorded(torch.ones(1), torch.ones(1))
+    return recorded
+
+
+def test_too_little_memory_for_a_recording_is_said_by_the_error_that_torch_has_for_it() -> None:
+    def compute(view1: Tensor, view2: Tensor) -> tuple[Tensor, ...]:
+        if recording:
+            raise torch.OutOfMemoryError("2 GiB")
+        return (view1,)
+
+    recording: list[bool] = []
+    recorded = about_to_fail(compute, recording)
     with pytest.raises(torch.OutOfMemoryError, match="2 GiB"):
         recorded(torch.ones(1), torch.ones(1))
 
@@ -275,17 +281,8 @@ def test_what_cannot_be_recorded_is_refused_with_the_cause_and_the_way_out(while
             raise RuntimeError("cannot look at a number")
         return (view1,)
 
-    def record(work: Callable[[], None], device: torch.device) -> Callable[[], object]:
-        recording.append(True)
-        try:
-            work()
-        finally:
-            raise RuntimeError("operation failed due to a previous error during capture")
-
     recording: list[bool] = []
-    recorded = Recorded(compute, [], CPU, record)
-    for _ in range(WARM_UP):
-        recorded(torch.ones(1), torch.ones(1))
+    recorded = about_to_fail(compute, recording)
     cause = "cannot look at a number" if while_computing else "operation failed"
     with pytest.raises(RuntimeError, match="cannot be recorded as a CUDA graph - leave --cuda-graph out, or cuda_graph=False; "
                                            f"torch says: {cause}"):

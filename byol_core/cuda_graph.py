@@ -18,8 +18,8 @@ class Recorded:
     """`compute(view1, view2)`, recorded after its third call and replayed from then on. Values are the same.
 
     Right for computations that launch the same kernels on the same memory each time: code in Python that runs beside them,
-    such as a hook, runs in the first calls alone. What they compute may not be kept with its gradient function. Recorded
-    are the views of a shape that came three times first; others are computed without the graph.
+    such as a hook, runs in the first calls alone, and must not keep a tensor with its gradient function. The graph is for
+    views of one shape, the first to have come three times; views of other shapes are computed without it.
 
     compute: returns tensors without a gradient function. parameters: those whose gradients it adds to. record: records work
     without doing it.
@@ -33,7 +33,7 @@ class Recorded:
         self.record = record or record_on_cuda
         self.refused = False  # as the host must wait for the device in it
         self._calls: Counter[Kind] = Counter()
-        self._kind: Kind | None = None  # of views that are recorded
+        self._kind: Kind | None = None  # of the views that the graph is for
         self._replay: Callable[[], object] | None = None
         self._views: Views
         self._gradients: list[Tensor | None]  # the graph adds to them
@@ -48,7 +48,7 @@ class Recorded:
             return self.compute(view1, view2)
         if self._kind is None:
             self._kind = kind
-            return self._computed_last(view1, view2)
+            return self._computed_before_recording(view1, view2)
         if self._replay is None:
             self._replay = self._recorded()
         for taken, given in zip(self._views, (view1, view2)):
@@ -57,8 +57,8 @@ class Recorded:
         self._replay()
         return tuple(output.clone() for output in self._outputs)  # the next replay writes over them
 
-    def _computed_last(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, ...]:
-        """Without the graph; what it needs is got ready."""
+    def _computed_before_recording(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, ...]:
+        """Computed without the graph for the last time: finds out if it can be recorded, and makes the memory for that."""
         outputs, self.refused = watched(lambda: self.compute(view1, view2), self.device)
         if self.refused:
             warnings.warn("no CUDA graph is made, as the network or the loss makes the host wait for the device", stacklevel=3)

@@ -90,12 +90,9 @@ def trained(graph: bool, *, amp: torch.dtype | None = None, accum_steps: int = 1
               "lars": lambda parameters: LARS(parameters, lr=0.1)}
     chosen = makers[optimizer]([p for p in model.online.parameters()])
     steps: list[Step] = []
-    then = options.pop("after_step", None)
 
     def after_step(progress: Progress, step: Step) -> None:
         steps.append(step)
-        if then:
-            then(model)
         if then_evaluated:
             evaluate(model, device)
 

@@ -400,8 +400,7 @@ PAIRS = {"paper": paper_recipes(16), "every operation": (BENT, dataclasses.repla
 
 
 @pytest.mark.parametrize("recipes", PAIRS.values(), ids=PAIRS)
-def test_views_rendered_at_once_are_those_rendered_one_by_one(
-        recipes: tuple[ViewRecipe, ViewRecipe]) -> None:
+def test_views_rendered_at_once_are_those_rendered_one_by_one(recipes: tuple[ViewRecipe, ViewRecipe]) -> None:
     images, params = pair(recipes, 40)
     expected = [render(*one) for one in zip(images, params, recipes)]
     for got in render_all(images, params, recipes), device_views._render_at_once(images, params, recipes[0]):

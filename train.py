@@ -72,11 +72,12 @@ def prepare(config: TrainConfig, processes: "Processes", stack: contextlib.ExitS
     check_torchvision()
     from byol_core.data import look_at
     from byol_core.folder import scan
-    from byol_core.plan import make_plan
+    from byol_core.plan import length_of, make_plan
     from byol_core.processes import restarted
     from byol_core.run import Run
     from byol_core.run_folder import RUNS, choose_out, goes_on_in_its_folder, open_run_folder
     from byol_core.sample import with_sample
+    from byol_core.snapshot import begun_as, go_on
 
     if any(processes.gather(restarted())) and config.resume is None:  # torchrun --max-restarts runs the same command again
         config = replace(config, resume="")
@@ -89,8 +90,16 @@ def prepare(config: TrainConfig, processes: "Processes", stack: contextlib.ExitS
         return scan(config.data, leave_out=(folder, RUNS), keep_in=folder)
 
     files = processes.on_first(look) or look()  # the others find what the first one has kept
-    plan = make_plan(config, look_at(files), processes.world_size)
-    run = Run(config, plan, files, folder, processes)
+    facts, world_size = look_at(files), processes.world_size
+    begun = processes.from_first(lambda: begun_as(config, folder)) if config.resume is not None else None
+    plan = make_plan(config, facts, world_size) if begun is None else go_on(begun, config, facts, world_size)
+    loaded = None
+    if config.minutes is not None and begun is None:
+        trial = Run(replace(config, eval=False, tensorboard=False), plan, files, folder, processes)
+        plan = make_plan(config, facts, world_size, length_of(trial.updates_in(config.minutes), plan))
+        trial.parts.batches.close()
+        loaded = trial.parts.data, trial.parts.views_reason
+    run = Run(config, plan, files, folder, processes, loaded)
     if config.resume is not None:
         run.resume()
     run.stop.listen()

@@ -26,7 +26,10 @@ Read = TypeVar("Read")
 
 @dataclass(frozen=True)
 class Order:
-    """Which images form which batch: a pure function of (seed, epoch). Images that do not fill a batch sit that epoch out."""
+    """Which images form which batch: a pure function of (seed, epoch). Images that do not fill a batch sit that epoch out.
+
+    updates: of an epoch, fewer than the images allow; None is as many as they do.
+    """
 
     images: int
     batch_size: int
@@ -34,15 +37,21 @@ class Order:
     seed: int = 0
     rank: int = 0
     world_size: int = 1
+    updates: int | None = None
 
     def __len__(self) -> int:
         """Micro-batches per epoch and process."""
-        return self.images // self.batch_size * self.accum_steps
+        return self._updates * self.accum_steps
+
+    @property
+    def _updates(self) -> int:
+        filled = self.images // self.batch_size
+        return filled if self.updates is None else min(self.updates, filled)
 
     def epoch(self, epoch: int) -> Tensor:
         """(micro-batches, micro-batch size) int64: the images of this process, in order."""
         generator = torch.Generator().manual_seed(seed_from(self.seed, "order", epoch))
-        chosen = torch.randperm(self.images, generator=generator)[:self.images // self.batch_size * self.batch_size]
+        chosen = torch.randperm(self.images, generator=generator)[:self._updates * self.batch_size]
         micro_batch = self.batch_size // (self.accum_steps * self.world_size)
         return chosen.view(-1, self.world_size, micro_batch)[:, self.rank]
 

@@ -60,7 +60,10 @@ class TrainConfig:
     data: tuple[str, ...] = option(("digits",), "data", "folders of images, flat or nested; class sub-folders are labels, "
                                    "used only for evaluation; or a .txt list of paths, or .tar shards; 'digits' is the "
                                    "embedded sample", nargs="+", action=AppendPaths, metavar="PATH")
-    epochs: int = option(100, "training", "passes over the images", type=passes, metavar="N")
+    epochs: int = option(100, "training", "passes over the images", type=passes, metavar="N", instead="minutes")
+    minutes: float | None = option(None, "training", "train for about so long instead: as many updates as fit, by the time "
+                                   "that a few of them take; a resumed run keeps their number", type=positive, metavar="F",
+                                   instead="minutes")
     out: str | None = option(None, "run folder", "run folder (default: runs/<name of the data>)", metavar="DIR")
     eval_data: str | None = option(None, "data", "labelled folder to measure on (default: a fifth of --data, stratified)",
                                    metavar="DIR")
@@ -148,6 +151,7 @@ def _flag(option_field: "Field[Any]") -> tuple[str, dict[str, Any]]:
     """The flag and the argparse keywords that a field of `TrainConfig` describes."""
     described = dict(option_field.metadata)
     del described["group"]
+    described.pop("instead", None)
     flag = described.pop("flag", "--" + option_field.name.replace("_", "-"))
     if isinstance(option_field.default, tuple):
         described["help"] += f" (default: {' '.join(option_field.default)})"
@@ -161,12 +165,15 @@ def build_parser() -> argparse.ArgumentParser:
                     description="Train BYOL on a folder of images, without labels.",
                     epilog="example: python train.py --data ./imgs --epochs 100")
     groups: dict[str, argparse._ArgumentGroup] = {}
+    either: dict[str, argparse._MutuallyExclusiveGroup] = {}  # of options of which one alone may be given
     for option_field in fields(TrainConfig):
-        title = option_field.metadata["group"]
+        title, instead = option_field.metadata["group"], option_field.metadata.get("instead")
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
+        if instead is not None and instead not in either:
+            either[instead] = groups[title].add_mutually_exclusive_group()
         flag, described = _flag(option_field)
-        groups[title].add_argument(flag, **described)
+        (groups[title] if instead is None else either[instead]).add_argument(flag, **described)
     return parser
 
 

@@ -50,9 +50,13 @@ def new_model(config: TrainConfig, plan: Plan) -> BYOL:
 
 
 class Parts:
-    """The data, the networks and all that works on them, in one run; Raises: ValueError for what cannot be trained with."""
+    """The data, the networks and all that works on them, in one run; Raises: ValueError for what cannot be trained with.
 
-    def __init__(self, config: TrainConfig, plan: Plan, files: ImageSet, folder: Path, processes: Processes) -> None:
+    loaded: the images of `files` and where their views are made, if another run of these options has loaded them already.
+    """
+
+    def __init__(self, config: TrainConfig, plan: Plan, files: ImageSet, folder: Path, processes: Processes,
+                 loaded: tuple[ImageData, str] | None = None) -> None:
         self.config, self.plan, self.folder, self.processes = config, plan, folder, processes
         device, self.device_reason = choose_device(config.device, processes)
         amp_dtype, self.amp_reason = choose_precision(config.amp, device, plan.arch)
@@ -68,11 +72,11 @@ class Parts:
         self.scheduler = build_scheduler(self.optimizer, plan)
         self.progress = Progress()
         self.workers = choose_workers(config.workers, processes.local_world_size)
-        self.data, self.views_reason = self._load(files, config.views)
+        self.data, self.views_reason = loaded or self._load(files, config.views)
         self._compare_processes()
         self.bad_eval_files: BadFiles | None = None
         self.order = Order(len(self.data), plan.batch_size, plan.accum_steps, config.seed, processes.rank,
-                           processes.world_size)
+                           processes.world_size, plan.updates_per_epoch)
         self.scorer = self._new_scorer() if processes.first and config.eval else None
         self.batches = TimedBatches(self._new_batches(self.order), device)
 

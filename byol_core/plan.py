@@ -75,9 +75,19 @@ def half_life_tau(updates: int) -> float:
     return 0.5 ** (1 / min(max(0.03 * updates, 2.0), 173.0))
 
 
-def make_plan(config: TrainConfig, facts: Facts, world_size: int = 1) -> Plan:
+def length_of(updates: int, plan: Plan) -> tuple[int, int]:
+    """(epochs, updates of each) of a run like `plan`'s that ends after about so many updates, at least 1.
+
+    An epoch is then a little shorter than a pass over the images, so that a whole number of them comes close.
+    """
+    epochs = math.ceil(updates / plan.updates_per_epoch)
+    return epochs, updates // epochs
+
+
+def make_plan(config: TrainConfig, facts: Facts, world_size: int = 1, length: tuple[int, int] | None = None) -> Plan:
     """The plan for these options and this data; flags win over the recipe.
 
+    length: (epochs, updates of each), in place of the epochs that the options name and of whole passes over the images.
     Raises: ValueError when the batch does not fit the images, the processes or the accumulation.
     """
     digits = config.recipe == "digits"
@@ -86,7 +96,7 @@ def make_plan(config: TrainConfig, facts: Facts, world_size: int = 1) -> Plan:
     _check_batch(batch_size, config.accum_steps, world_size, facts.images)
     size = config.image_size or _image_size(facts)
     small = size < SMALL_STEM_BELOW
-    updates = facts.images // batch_size
+    epochs, updates = length or (config.epochs, facts.images // batch_size)
 
     arch = config.arch or ("conv6" if digits else "resnet18")
     chosen = {
@@ -98,16 +108,16 @@ def make_plan(config: TrainConfig, facts: Facts, world_size: int = 1) -> Plan:
                              f"3x3 stem for ResNets below {SMALL_STEM_BELOW} px"),
     }
     recipe = {"auto": _auto, "paper": _paper, "quadra": _quadra, "digits": _digits}[config.recipe]
-    chosen |= {choice.name: choice for choice in recipe(facts, config.epochs, updates * config.epochs, batch_size)}
+    chosen |= {choice.name: choice for choice in recipe(facts, epochs, updates * epochs, batch_size)}
     asked = {name: getattr(config, name) for name in chosen if getattr(config, name, None) is not None}
     if asked.get("optimizer", chosen["optimizer"].value) != chosen["optimizer"].value:
-        chosen |= {choice.name: choice for choice in _rates(str(asked["optimizer"]), config.epochs, batch_size)}
+        chosen |= {choice.name: choice for choice in _rates(str(asked["optimizer"]), epochs, batch_size)}
         chosen["predictor_lr"] = Choice("predictor_lr", 1.0, "as the rest")
     if asked.get("scheduler") == "plateau":
         chosen |= {"scheduler_interval": Choice("scheduler_interval", "epoch", "a plateau is of the epoch's loss"),
                    "warmup_epochs": Choice("warmup_epochs", 0.0, "a plateau schedule has none")}
     chosen |= {name: Choice(name, value, "as asked") for name, value in asked.items()}
-    _check_rates(chosen, config.epochs)
+    _check_rates(chosen, epochs)
 
     values = {name: choice.value for name, choice in chosen.items()}
     values["lr"] = scaled_lr(float(values["lr"]), batch_size)
@@ -115,7 +125,7 @@ def make_plan(config: TrainConfig, facts: Facts, world_size: int = 1) -> Plan:
     return Plan(
         **values,  # type: ignore[arg-type]
         micro_batch=batch_size // (config.accum_steps * world_size), accum_steps=config.accum_steps,
-        epochs=config.epochs, updates_per_epoch=updates,
+        epochs=epochs, updates_per_epoch=updates,
         views=views, choices=(*chosen.values(), *_choices_of_views(config.recipe, *views)),
     )
 

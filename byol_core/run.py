@@ -16,7 +16,7 @@ from byol_core.checkpoint import LAST, State, replace_damaged, save_checkpoint, 
 from byol_core.config import TrainConfig
 from byol_core.copies import find_copies
 from byol_core.cuda_graph import WARM_UP
-from byol_core.data import BAD_LIMIT
+from byol_core.data import BAD_LIMIT, ImageData
 from byol_core.folder import ImageSet, printable, with_several_frames
 from byol_core.memory import peak_memory
 from byol_core.outcome import Outcome
@@ -32,6 +32,7 @@ from byol_core.training import Progress, Step, train
 from byol_core.workers import WorkerError
 
 CHECK_STEPS, CHECK_IMAGES = 5, 1_000  # of a check: updates that are timed, images that are decoded
+TIMED_S = 5.0  # seconds of updates by which the length of a run of given minutes is found
 
 
 class _EnoughMeasured(Exception):
@@ -41,8 +42,9 @@ class _EnoughMeasured(Exception):
 class Run:
     """What happens to the parts of a run, and when. Raises: ValueError for what cannot be trained with."""
 
-    def __init__(self, config: TrainConfig, plan: Plan, files: ImageSet, folder: Path, processes: Processes = ALONE) -> None:
-        self.parts = Parts(config, plan, files, folder, processes)
+    def __init__(self, config: TrainConfig, plan: Plan, files: ImageSet, folder: Path, processes: Processes = ALONE,
+                 loaded: tuple[ImageData, str] | None = None) -> None:
+        self.parts = Parts(config, plan, files, folder, processes, loaded)
         self.outcome = Outcome(self.parts)
         self.processes, self.log = processes, self.parts.log
         self.saved_updates = 0
@@ -81,6 +83,9 @@ class Run:
         weights = sum(p.numel() for p in parts.model.online.parameters())
         say(f"network: {weights / 1e6:.1f} M parameters; {plan.updates_per_epoch} updates of {plan.batch_size} images per "
             f"epoch, {plan.total_updates} in all")
+        if parts.config.minutes is not None:
+            say(f"length: {plan.epochs} epochs of {plan.updates_per_epoch} updates take about "
+                f"{parts.config.minutes:g} minutes of training here")
         for choice in plan.choices:
             shown = f"{choice.value:.6g}" if isinstance(choice.value, float) else str(choice.value)
             if choice.name == "lr":
@@ -269,15 +274,23 @@ class Run:
         if bad > BAD_LIMIT * tried:
             data.bad.give_up(tried)
 
-    def seconds_per_update(self) -> float:
-        """Measured on a few updates, which change the networks: for a run that will not be trained."""
+    def updates_in(self, minutes: float) -> int:
+        """As many updates as fit into so many minutes, at least 1; for a run that will not be trained."""
+        seconds = self.seconds_per_update(TIMED_S)
+        return max(1, self.processes.from_first(lambda: int(60 * minutes / max(seconds, 1e-6))))
+
+    def seconds_per_update(self, at_least: float = 0.0) -> float:
+        """Measured on a few updates, which change the networks: for a run that will not be trained.
+
+        at_least: seconds that they take together.
+        """
         times: list[float] = []  # at the end of each update
         first = WARM_UP if self.parts.runtime.cuda_graph else 0  # from here on they are as they will be
 
         def stop_early(progress: Progress, step: Step) -> None:
             self.parts.runtime.confirm()  # waits for the device
             times.append(time.monotonic())
-            if len(times) > first + CHECK_STEPS:
+            if len(times) > first + CHECK_STEPS and times[-1] - times[first] >= at_least:
                 raise _EnoughMeasured
 
         with contextlib.suppress(_EnoughMeasured):

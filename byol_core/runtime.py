@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from byol_core.cuda_graph import MicroBatch, Recorded, Recorder
 from byol_core.lars import LARS
 from byol_core.processes import ALONE, Processes
+from byol_core.small_maps import use_products_for_small_maps
 from byol_core.watch import WAITING, WORKING
 
 # By the beginnings of torchvision's names. On a CPU, depthwise convolutions are faster in float32 than in bf16, and these
@@ -146,6 +147,8 @@ class Runtime:
         model.to(self.device)
         if self.channels_last:
             model.to(memory_format=torch.channels_last)
+        if self.device.type == "cpu":
+            use_products_for_small_maps(model)
 
     def place(self, view: Tensor) -> Tensor:
         memory_format = torch.channels_last if self.channels_last and view.dim() == 4 else torch.preserve_format

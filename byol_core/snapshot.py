@@ -3,20 +3,26 @@
 import contextlib
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from byol_core import __version__
 from byol_core.checkpoint import LAST, CheckpointError, State, check_tensors, newest_checkpoint, read_checkpoint
+from byol_core.config import TrainConfig
 from byol_core.data import BAD_LIMIT
 from byol_core.outcome import Outcome
 from byol_core.parts import IN_WORDS, Parts
+from byol_core.plan import Facts, Plan, make_plan
 from byol_core.training import Progress
+from byol_core.views import ViewRecipe
 
+# Options that are chosen where nothing is asked for.
+RECIPE = ("arch", "image_size", "small_stem", "hidden_dim", "projection_dim", "batch_size", "optimizer", "lr",
+          "weight_decay", "warmup_epochs", "scheduler", "scheduler_interval", "tau_base", "tau_schedule")
 NOT_LISTED = {"resume", "debug", "amp", "device", "compile"}  # options; of the last ones it is told what came of them
 
 
@@ -48,6 +54,44 @@ def find_snapshot(parts: Parts) -> tuple[State | None, bool]:
     if state is None:
         parts.log.say(f"nothing to resume in {asked}: starting afresh")
     return state, bool(damaged) and asked.resolve() == parts.folder.resolve()
+
+
+def begun_as(config: TrainConfig, folder: Path) -> dict[str, object] | None:
+    """The identity of the run that --resume asks for, in the words of its checkpoint; None where there is none to be read."""
+    asked = Path(config.resume or folder)
+    try:
+        state = newest_checkpoint(asked)[0] if asked.is_dir() else read_checkpoint(asked)
+        identity = json.loads(str(state["identity"])) if state is not None else None
+    except (CheckpointError, ValueError, KeyError):  # which `restore` will meet again, and tell
+        return None
+    return identity if isinstance(identity, dict) else None
+
+
+def go_on(begun: dict[str, object], config: TrainConfig, facts: Facts, world_size: int) -> Plan:
+    """The plan for these options where they ask for something, and else that of the run that is gone on with.
+
+    So a run keeps the recipe that it began with, whatever today's would be; `restore` compares what was asked for.
+    Raises: ValueError as `make_plan` does.
+    """
+    if config.recipe not in ("auto", "digits"):  # which is asked for
+        return make_plan(config, facts, world_size)
+    try:
+        return _go_on(begun, config, facts, world_size)
+    except (KeyError, TypeError, AttributeError):  # of no run like this one: `restore` says what differs
+        return make_plan(config, facts, world_size)
+
+
+def _go_on(begun: dict[str, Any], config: TrainConfig, facts: Facts, world_size: int) -> Plan:
+    chosen: dict[str, Any] = {name: begun[name] for name in RECIPE if getattr(config, name) is None and name in begun}
+    if "lr" in chosen:
+        chosen["lr"] = begun["lr"] * 256 / begun["batch_size"]
+    length = None if config.minutes is None else (begun["epochs"], begun["updates_per_epoch"])
+    plan = make_plan(replace(config, **chosen), facts, world_size, length)
+    views: list[dict[str, Any]] = [{key: tuple(value) if isinstance(value, list) else value for key, value in view.items()}
+                                   for view in begun["views"]]
+    choices = [replace(choice, reason="as this run began") if choice.name in chosen else choice for choice in plan.choices]
+    kept = {"lr": begun["lr"]} if "lr" in chosen else {}  # not by way of the batch, which may round
+    return replace(plan, **kept, views=(ViewRecipe(**views[0]), ViewRecipe(**views[1])), choices=tuple(choices))
 
 
 def restore(parts: Parts, outcome: Outcome, state: State) -> None:

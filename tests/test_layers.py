@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "byol_core"
-GROUND = {"cuda_graph", "ema", "schedules", "losses", "lars", "image_ops", "seeds"}
+GROUND = {"cuda_graph", "ema", "schedules", "losses", "lars", "image_ops", "seeds", "small_maps"}
 # Each module and what it may import from the package; layer by layer, from the ground up.
 MAY_IMPORT: dict[str, set[str]] = {
     **{name: set() for name in GROUND},
@@ -17,7 +17,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "listing": {"failures"}, "shards": {"checkpoint", "listing"}, "decoding": {"shards"},
     "folder": {"checkpoint", "decoding", "listing", "shards"},
     "copies": {"checkpoint", "folder", "listing"},
-    "processes": {"signals", "watch"}, "runtime": {"cuda_graph", "lars", "processes", "watch"},
+    "processes": {"signals", "watch"}, "runtime": {"cuda_graph", "lars", "processes", "small_maps", "watch"},
     "sample": {"config"},
     "run_folder": {"checkpoint", "config", "run_facts"}, "failures": set(), "workers": {"signals"},
     "networks": {"ema"},
@@ -50,12 +50,12 @@ MAY_IMPORT: dict[str, set[str]] = {
               "networks", "optim", "plan", "processes", "runtime", "scoring", "separation", "tensorboard", "training"},
     "outcome": {"checkpoint", "evaluate", "failures", "losses", "memory", "parts", "pictures", "report", "run_facts",
                 "sample", "scoring"},
-    "snapshot": {"checkpoint", "data", "outcome", "parts", "training"},
+    "snapshot": {"checkpoint", "config", "data", "outcome", "parts", "plan", "training", "views"},
     "run": {"checkpoint", "config", "copies", "cuda_graph", "data", "folder", "memory", "outcome", "parts", "plan",
             "processes", "run_folder", "runtime", "signals", "snapshot", "tensorboard", "training", "workers"},
 }
 STANDARD_LIBRARY_ONLY = {"schedules", "seeds", "config", "command", "failures", "signals"}
-TORCH_ONLY = {"ema", "losses", "lars", "image_ops", "networks"}
+TORCH_ONLY = {"ema", "losses", "lars", "image_ops", "networks", "small_maps"}
 
 
 def imports(path: Path) -> set[str]:

@@ -17,16 +17,23 @@ FLAT_CHANGE = 0.05  # less than this share of change in loss, spread and rank si
 FLAT_RECORDS, FLAT_SHARE = 10, 0.1  # records, and share of the run, before it may be called flat
 SCORES = ("linear", "knn", "linear_5", "linear_1")  # accuracies that decide together, where they were measured
 FEW_MEASURED = 50  # images; on fewer, one deviation of an accuracy near 50 % is seven points and more
-RISEN = 0.01  # an accuracy that rose by less may have done so by chance: on a few hundred images that is one deviation
+UNKNOWN_MEASURED = 500  # images, where a summary does not say on how many it rests
+CERTAIN = 1.96  # standard deviations of a difference that chance exceeds once in twenty times
+LEARNED = 0.1  # share of the untrained network's errors that are gone, on average, where much was learned
+LONGER, ENOUGH_UPDATES, SMALL_BATCH = 4, 5_000, 64  # what is advised where little was learned
+RATES = ("optimizer", "lr", "weight_decay", "tau_base", "tau_schedule", "scheduler", "warmup_epochs")
 SMALL_TAU = 0.9  # the smallest of the paper's that came close to the best
 REMEMBERED = 0.5  # share of its random start that a target may still hold when half the run is over
+
+POOR = ("nothing learned", "worse than untrained")
 
 Record = Mapping[str, float]  # a line of metrics.jsonl
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """word: "starting", "learning", "flat", "collapsing", "collapsed", "finished well" or "undecided".
+    """word: "starting", "learning", "flat", "collapsing" or "collapsed"; of a finished run "learned", "learned little so far",
+    "nothing learned", "worse than untrained" or "undecided".
 
     why: the numbers that say so. advice: what to do next, empty where nothing is wrong.
     """
@@ -108,7 +115,8 @@ def judge(records: Sequence[Record], epochs: int, status: str = "running", score
     """The verdict on a run from its records, in the order they were made.
 
     epochs: of the whole run. status: "running", "stopped", "failed" or "finished". scores: the summary, of which the
-    accuracies before and after are used. plan: the run's resolved numbers, for advice that fits them.
+    accuracies before and after, the number of images that they rest on and the seconds are used. plan: the run's resolved
+    numbers, for advice that fits them.
     """
     records = [record for record in records if record.keys() >= {"loss", "spread", "tau"}]
     if not records:
@@ -118,8 +126,8 @@ def judge(records: Sequence[Record], epochs: int, status: str = "running", score
         return Verdict("collapsed", collapse.why, collapse.advice) if status == "finished" else collapse
     verdict = _unmoved(records, epochs) or _remembering(records, epochs)
     if verdict is None:
-        verdict = _finished(records, scores or {}) if status == "finished" else _learning(records)
-    if verdict.word == "flat" and (plan or {}).get("tau_schedule") == "constant":
+        verdict = _finished(records, scores or {}, plan or {}) if status == "finished" else _learning(records)
+    if verdict.word in ("flat", *POOR) and (plan or {}).get("tau_schedule") == "constant":
         return replace(verdict, advice="; ".join([*_raise_tau(plan or {}), verdict.advice]))
     return verdict
 
@@ -150,33 +158,77 @@ def _remembering(records: Sequence[Record], epochs: int) -> Verdict | None:
                    "target that never moves reaches 18.8 instead of 72.5)")
 
 
-def _finished(records: Sequence[Record], scores: Mapping[str, object]) -> Verdict:
-    pairs = [(name, _number(scores.get(name)), _number(scores.get(f"{name}_untrained"))) for name in SCORES]
-    pairs = [(name, after, before) for name, after, before in pairs if math.isfinite(after) and math.isfinite(before)]
-    told = ", ".join(f"{name} {after:.1%} (untrained {before:.1%})" for name, after, before in pairs)
-    if pairs and (measured := _number(scores.get("measured_images"))) < FEW_MEASURED:
-        return Verdict("undecided", f"{measured:.0f} images are too few to measure on: {told}; {_state(records)}",
-                       "give a larger labelled folder as --eval-data")
-    if sum(after - before for _, after, before in pairs) > 0:
-        return Verdict("finished well", f"{told}; {_state(records)}")
-    if any(after - before >= RISEN for _, after, before in pairs):
-        return Verdict("undecided", f"some accuracies rose, others fell: {told}", "train for more epochs")
-    separated, before = (_number(scores.get(name)) for name in ("separation", "separation_untrained"))
-    if separated < (1 - FLAT_CHANGE) * before and len(records) >= FLAT_RECORDS:
-        return Verdict("flat", f"separation {separated:.2f} (untrained {before:.2f}): an untrained network tells images apart "
-                       "better", "train for more epochs; where that does not help, lower --lr by 3 to 10 times")
-    if pairs:
-        return Verdict("flat", f"on the whole no better than untrained: {told}", "train for more epochs; look at views.png: "
-                       "what the views do not keep is not learned (the paper: crops alone 59.4, all views 72.5)")
-    if separated > before:
-        return Verdict("finished well", f"separation {separated:.2f} (untrained {before:.2f}); {_state(records)}")
-    if separated <= before:
-        return Verdict("undecided", f"separation {separated:.2f} (untrained {before:.2f}); {_state(records)}",
-                       "train for more epochs")
-    if len(records) < FLAT_RECORDS:
-        return Verdict("undecided", f"{len(records)} records are too few to judge by; {_state(records)}",
-                       "train for more epochs")
-    return Verdict("finished well", _state(records))
+@dataclass(frozen=True)
+class _Gain:
+    """An accuracy before and after. chance: by how much two such accuracies on so many images may differ for no reason."""
+
+    name: str
+    before: float
+    after: float
+    chance: float
+
+    @property
+    def points(self) -> float:
+        return self.after - self.before
+
+    @property
+    def share(self) -> float:
+        """Of the errors made before, those that are gone."""
+        return self.points / max(1 - self.before, 0.01)
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.after:.1%} (untrained {self.before:.1%})"
+
+
+def _gains(scores: Mapping[str, object], names: Sequence[str]) -> list[_Gain]:
+    """Those of the accuracies that were measured before and after."""
+    images = _number(scores.get("measured_images"))
+    images = images if images > 0 else UNKNOWN_MEASURED
+    pairs = [(name, _number(scores.get(f"{name}_untrained")), _number(scores.get(name))) for name in names]
+    return [_Gain(name, before, after, CERTAIN * math.sqrt((before * (1 - before) + after * (1 - after)) / images))
+            for name, before, after in pairs if 0 <= before <= 1 and 0 <= after <= 1]
+
+
+def _finished(records: Sequence[Record], scores: Mapping[str, object], plan: Mapping[str, object]) -> Verdict:
+    gains = _gains(scores, SCORES) or _gains(scores, ["retrieval"])
+    if not gains:
+        return Verdict("undecided", f"nothing was measured before and after training; {_state(records)}",
+                       "leave out --no-eval, or look at neighbours.png")
+    told, images = ", ".join(map(str, gains)), _number(scores.get("measured_images"))
+    if images < FEW_MEASURED:
+        return Verdict("undecided", f"{images:.0f} images are too few to measure on: {told}; {_state(records)}",
+                       "give more labelled images as --eval-data" if gains[0].name in SCORES else "train on more images")
+    higher = [gain for gain in gains if gain.points > gain.chance]
+    lower = [gain for gain in gains if -gain.points > gain.chance]
+    allowed = max(gain.chance for gain in gains)
+    on = f"on {images:,.0f} images" if math.isfinite(images) else "on so many images"
+    why = f"{told}; chance alone changes them by up to {100 * allowed:.1f} points {on}; {_state(records)}"
+    if lower and not higher:
+        return Verdict("worse than untrained", why, "; ".join([*_back_to_the_recipe(plan), *_more(records, scores, plan)]))
+    if not higher:
+        return Verdict("nothing learned", why, "; ".join([*_back_to_the_recipe(plan), *_more(records, scores, plan)]))
+    if lower or sum(gain.share for gain in gains) < LEARNED * len(gains):
+        return Verdict("learned little so far", why, "; ".join(_more(records, scores, plan)))
+    return Verdict("learned", why)
+
+
+def _back_to_the_recipe(plan: Mapping[str, object]) -> list[str]:
+    asked = [name for name in RATES if _asked_for(name, plan)]
+    return [f"leave {' and '.join('--' + name.replace('_', '-') for name in asked)} to the recipe"] if asked else []
+
+
+def _more(records: Sequence[Record], scores: Mapping[str, object], plan: Mapping[str, object]) -> list[str]:
+    """What gives more in a run that did not go wrong: updates, and better weights to begin with."""
+    updates, seconds = records[-1]["update"], _number(scores.get("seconds"))
+    wanted = max(LONGER * updates, ENOUGH_UPDATES)
+    minutes = wanted / max(updates, 1) * seconds / 60
+    long = f", about {minutes:.0f} minutes here: --minutes {minutes:.0f}" if minutes >= 1 else ""
+    advice = [f"train longer: {updates:,.0f} updates were made, {wanted:,.0f} would do more{long}"]
+    batch = _number(plan.get("batch_size"))
+    if batch > SMALL_BATCH:
+        advice.append(f"--batch-size {SMALL_BATCH} makes {batch / SMALL_BATCH:.1f} times as many updates of the same images, "
+                      "and while updates are few their number counts for more than the size of the batch")
+    return [*advice, "or begin with weights that exist: --init-from a file of torchvision's for the same --arch"]
 
 
 def _learning(records: Sequence[Record]) -> Verdict:

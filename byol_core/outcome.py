@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import time
+from dataclasses import asdict
 from typing import cast
 
 import torch
@@ -12,12 +13,13 @@ from torch import nn
 from byol_core.checkpoint import State, export_backbone, write_json, write_text
 from byol_core.evaluate import embed_data
 from byol_core.failures import own_words
+from byol_core.health import judge
 from byol_core.losses import effective_rank
 from byol_core.memory import peak_memory
 from byol_core.parts import Parts
 from byol_core.pictures import save_embedding, save_neighbours, save_views
 from byol_core.report import how_to_load, write_report
-from byol_core.run_facts import read_run
+from byol_core.run_facts import VERDICT, read_run
 from byol_core.sample import without_sample
 from byol_core.scoring import Scorer, Scores, some_indices
 
@@ -52,7 +54,10 @@ class Outcome:
     def load_state_dict(self, state: State) -> None:
         if state["measured"] == self.how_measured:
             self.scores = cast(dict[str, Scores], state["scores"])
-            if "separation" in self.scores.get("untrained", {}):  # the labels allowed no accuracy
+            untrained = self.scores.get("untrained", {})
+            if "separation" in untrained and "retrieval" not in untrained:  # of a run from before there was that score
+                del self.scores["untrained"]
+            if "separation" in untrained:  # the labels allowed no accuracy
                 self.parts.scorer = self.parts.without_labels()
             if (self.parts.folder / "best.pt").exists():
                 self.best = cast(dict[str, float], state.get("best", {}))
@@ -179,7 +184,10 @@ class Outcome:
 
     def _write_facts(self, status: str, reason: str | None = None) -> None:
         """summary.json and bad_files.txt."""
-        write_json(self.parts.folder / "summary.json", self._summary(status, reason))
+        summary = self._summary(status, reason)
+        verdict = judge(read_run(self.parts.folder).records, self.parts.plan.epochs, status, summary, asdict(self.parts.plan))
+        write_json(self.parts.folder / "summary.json",
+                   {**summary, **dict(zip(VERDICT, (verdict.word, verdict.why, verdict.advice)))})
         self.write_bad_files()
 
     def write_bad_files(self) -> None:
@@ -208,7 +216,7 @@ class Outcome:
             "best_knn": self.best.get("knn"), "best_separation": self.best.get("separation"),
             "best_epoch": self.best.get("epoch"),
             "measured_on": parts.scorer.measured_on if parts.scorer else None,
-            "measured_images": parts.scorer.measured_images if isinstance(parts.scorer, Scorer) else None,
+            "measured_images": parts.scorer.measured_images if parts.scorer else None,
             "world_size": parts.processes.world_size, "device": str(parts.runtime.device),
             "amp": AMP_FLAGS[parts.runtime.amp_dtype], "peak_memory_mb": round(peak_memory(parts.runtime.device) / 1e6)}
 

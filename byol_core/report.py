@@ -25,7 +25,7 @@ from byol_core.checkpoint import LAST, PREVIOUS, write_text
 from byol_core.config import TrainConfig, command_line, one_line
 from byol_core.failures import show
 from byol_core.report_style import STYLE
-from byol_core.run_facts import RunFacts, parse_object, read_run, read_text
+from byol_core.run_facts import VERDICT, RunFacts, parse_object, read_run, read_text
 from byol_core.sample import without_sample
 
 PICTURES_AT_MOST = 4_500_000  # bytes of the page that pictures may take
@@ -56,7 +56,7 @@ CURVES: tuple[tuple[str, str, str, Callable[..., Curve]], ...] = (
     ("wait", "Waiting for data", "share of the time; high means: more --workers",
      partial(Curve, low=0.0, percent=True, smooth=True)),
 )
-GOOD, BAD = ("learning", "finished well"), ("collapsing", "collapsed")
+GOOD, BAD = ("learning", "learned"), ("collapsing", "collapsed", "worse than untrained")
 
 
 def write_report(folder: Path, under_way: bool = False) -> None:
@@ -96,7 +96,8 @@ def compare(folders: Sequence[Path], out: Path) -> None:
     verdicts = [{"status": run.status, "verdict": run.verdict.word, "why": run.verdict.why} for run in runs]
     options = [flatten({**run.config["config"], **run.plan, "data": " ".join(_data(run.config["config"])),
                         **run.config["versions"], "images": run.config["data"].get("images")}) for run in runs]
-    results = [{key: value for key, value in run.summary.items() if key not in ("status", "images")} for run in runs]
+    results = [{key: value for key, value in run.summary.items() if key not in ("status", "images", *VERDICT)}
+               for run in runs]
     sections = [
         ("", f'<p class="legend">{legend}</p>'),
         ("Results", _side_by_side(names, verdicts, results)),
@@ -149,8 +150,8 @@ def _verdict(run: RunFacts) -> str:
     place = f"after {done} of {epochs} epochs" if epochs is not None else f"after {done} epochs"
     by = f" by {run.summary['reason']}" if run.summary.get("reason") else ""
     headline, tone = {
-        "finished": (verdict.word if verdict.word in ("finished well", "collapsed") else f"finished, but {verdict.word}",
-                     "good" if verdict.word in GOOD else "warn" if verdict.word == "undecided" else "bad"),
+        "finished": (f"finished, but {verdict.word}" if verdict.word in ("flat", "undecided") else verdict.word,
+                     "good" if verdict.word in GOOD else "bad" if verdict.word == "flat" else "warn"),
         "stopped": (f"stopped {place}{by}", "warn"), "failed": (f"failed {place}", "bad"),
         "running": (f"{verdict.word}, {place}", "good" if verdict.word in GOOD else "warn"),
     }.get(run.status, (f"has not ended, or was cut off, {place}", "warn"))
@@ -249,6 +250,10 @@ def _health(run: RunFacts) -> str:
         found = run.recorded("separation")
         last = run.summary.get("separation", found[-1][1] if found else None)
         rows.append([_named("separation", meaning), _plain(run.summary["separation_untrained"], 3), _plain(last, 3)])
+    if run.summary.get("retrieval_untrained") is not None:
+        meaning = "how often a view's nearest one is of the same image; healthy: rising"
+        rows.append([_named("retrieval", meaning), *(_percent(run.summary.get(key))
+                                                     for key in ("retrieval_untrained", "retrieval"))])
     if run.summary.get("rank_features") is not None:
         meaning = "of the backbone, over whole images; much lower than in a like run: dimensions were lost. High is no proof"
         rows.append([_named("effective rank of the features", meaning),

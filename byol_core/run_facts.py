@@ -10,7 +10,8 @@ from typing import Any
 from byol_core.health import Verdict, judge
 
 SECTIONS = ("config", "plan", "data", "versions")  # of config.json
-TEXTS = ("status", "reason", "measured_on", "device", "amp")  # of summary.json; all else in it are numbers
+VERDICT = ("verdict", "verdict_why", "verdict_advice")  # of summary.json, as it was when that was written
+TEXTS = ("status", "reason", "measured_on", "device", "amp", *VERDICT)  # of summary.json; all else in it are numbers
 MEASURED = ("knn", "separation")  # before training, on the way, and after it
 RESUMED = re.compile(r"^\S+ resuming at epoch \d+, update (\d+)(?:$|; changed)", re.MULTILINE)  # a line of train.log
 LARGEST = 1e300  # beyond it a number is damage, and overflows in a drawing

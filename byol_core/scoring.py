@@ -14,7 +14,8 @@ from byol_core.linear_probe import LinearProbe, too_large_for_sklearn
 from byol_core.runtime import Runtime
 from byol_core.views import ViewRecipe
 
-# Accuracies in [0, 1]: knn, linear (None where it failed), linear_N: N labels per class; without labels, separation.
+# Accuracies in [0, 1]: knn, linear (None where it failed), linear_N: N labels per class; without labels, separation and the
+# accuracy of retrieval.
 Scores = dict[str, float | None]
 MEASURED_AT_MOST = 50_000  # images per set; probes on more take longer than they tell
 FEW_LABELS, FEW_LABELS_CLASSES = (1, 5), 100  # labels per class for which a probe is measured too; classes at most

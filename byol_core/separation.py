@@ -1,4 +1,4 @@
-"""How well features tell images apart, without labels: the score by which the best network of an unlabelled run is kept."""
+"""How well features tell images apart, without labels: the scores by which an unlabelled run is judged."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,9 +27,7 @@ def separation(features: Tensor, ridge: float = RIDGE) -> Tensor:
     images are alike.
     Raises: ValueError when features is not such a tensor.
     """
-    if features.ndim != 3 or features.shape[0] < 2 or features.shape[1] < 2 or not features.is_floating_point():
-        raise ValueError(f"separation: features must be floating (images, views, D) with 2 images and 2 views at least, got "
-                         f"{tuple(features.shape)} of {features.dtype}")
+    _check("separation", features)
     images, views, dimensions = features.shape
     rows = nn.functional.normalize(features.double(), dim=2)
     means = rows.mean(1)
@@ -38,6 +36,30 @@ def separation(features: Tensor, ridge: float = RIDGE) -> Tensor:
     within = inside.T @ inside / (images * (views - 1))
     within += ridge * torch.eye(dimensions, dtype=within.dtype, device=within.device)
     return torch.logdet(within + between.T @ between / (images - 1)) - torch.logdet(within)
+
+
+def retrieval(features: Tensor) -> Tensor:
+    """The share of views whose nearest one among another view of every image is of the same image, by cosine.
+
+    Features are centred first: those of a random network all point the same way. An accuracy in [0, 1]; by chance it would be
+    one in as many as there are images.
+
+    features: (images, views, D) floating, 2 of each at least; views 1 and 2 are matched, 3 and 4, and so on, an odd one is
+    left out. Returns: () float64.
+    Raises: ValueError when features is not such a tensor.
+    """
+    _check("retrieval", features)
+    rows = features.double()
+    rows = nn.functional.normalize(rows - rows.mean((0, 1)), dim=2)
+    own = torch.arange(len(rows), device=rows.device)
+    found = [(rows[:, view] @ rows[:, view + 1].T).argmax(1) == own for view in range(0, rows.shape[1] - 1, 2)]
+    return torch.stack(found).double().mean()
+
+
+def _check(function: str, features: Tensor) -> None:
+    if features.ndim != 3 or features.shape[0] < 2 or features.shape[1] < 2 or not features.is_floating_point():
+        raise ValueError(f"{function}: features must be floating (images, views, D) with 2 images and 2 views at least, got "
+                         f"{tuple(features.shape)} of {features.dtype}")
 
 
 @dataclass(frozen=True)
@@ -63,17 +85,25 @@ class SeparationScorer:
 
     def __init__(self, new_batches: Callable[[Order], DeviceBatches | WorkerBatches], order: Order, runtime: Runtime) -> None:
         self.new_batches, self.runtime = new_batches, runtime
+        self.measured_images: int | None = None  # on how many the scores rest, once there are any
         self.order = SampleOrder(order.images, min(order.batch_size, AT_ONCE), seed=seed_from(order.seed, "separation"))
 
     def quick(self, backbone: nn.Module) -> float:
         """`separation` of the backbone's features. Raises: ValueError when one is not finite."""
+        return float(separation(self._features(backbone)))
+
+    def measure(self, backbone: nn.Module) -> Scores:
+        """Both scores. Raises: ValueError when a feature is not finite."""
+        features = self._features(backbone)
+        self.measured_images = len(features)
+        return {"separation": float(separation(features)), "retrieval": float(retrieval(features))}
+
+    def _features(self, backbone: nn.Module) -> Tensor:
+        """(images, views, D) of the sample."""
         batches = self.new_batches(self.order)
         try:
             pairs = [embed(backbone, map(torch.cat, batches.epoch(pair)), self.runtime) for pair in range(PAIRS)]
         finally:
             batches.close()
         views = [rows.unflatten(0, (-1, 2, self.order.batch_size)).transpose(1, 2).flatten(0, 1) for rows in pairs]
-        return float(separation(torch.cat(views, dim=1)))
-
-    def measure(self, backbone: nn.Module) -> Scores:
-        return {"separation": self.quick(backbone)}
+        return torch.cat(views, dim=1)

@@ -48,7 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "signals": set(),
     "parts": {"backbones", "batches", "checkpoint", "config", "crops", "data", "evaluate", "folder", "memory", "metrics",
               "networks", "optim", "plan", "processes", "runtime", "scoring", "separation", "tensorboard", "training"},
-    "outcome": {"checkpoint", "evaluate", "failures", "losses", "memory", "parts", "pictures", "report", "run_facts",
+    "outcome": {"checkpoint", "evaluate", "failures", "health", "losses", "memory", "parts", "pictures", "report", "run_facts",
                 "sample", "scoring"},
     "snapshot": {"checkpoint", "config", "data", "outcome", "parts", "plan", "training", "views"},
     "run": {"checkpoint", "config", "copies", "cuda_graph", "data", "folder", "memory", "outcome", "parts", "plan",

@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sklearn.neighbors import KNeighborsClassifier
 
 from byol_core.batches import DeviceBatches, Order
 from byol_core.data import load_images
 from byol_core.folder import scan
 from byol_core.runtime import Runtime
-from byol_core.separation import PAIRS, SAMPLE, SeparationScorer, separation
+from byol_core.separation import PAIRS, SAMPLE, SeparationScorer, retrieval, separation
 from byol_core.views import paper_recipes
 
 
@@ -64,9 +65,39 @@ def test_separation_grows_with_closer_views_and_with_the_directions_in_which_ima
 
 @pytest.mark.parametrize("features", [torch.rand(4, 3), torch.rand(1, 4, 3), torch.rand(4, 1, 3),
                                       torch.ones(4, 4, 3, dtype=torch.int64)])
-def test_separation_refuses_what_has_no_images_and_views(features: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match="separation: features must be floating"):
-        separation(features)
+@pytest.mark.parametrize("score", [separation, retrieval])
+def test_what_has_no_images_and_views_is_refused(score: Callable[[torch.Tensor], torch.Tensor],
+                                                 features: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=f"{score.__name__}: features must be floating"):
+        score(features)
+
+
+def test_retrieval_by_hand() -> None:
+    """Three images whose centre is 0, two of which have changed places in the second view: one of three is found."""
+    first = torch.tensor([[-3.0, 1.0], [-1.0, -1.0], [4.0, 0.0]])
+    second = first[[1, 0, 2]]
+    assert retrieval(torch.stack([first, second], dim=1)).item() == pytest.approx(1 / 3)
+    assert retrieval(torch.stack([first, first], dim=1)).item() == 1
+    three_and_a_half = torch.stack([first, second, first, first, second], dim=1)  # the last view has no partner
+    assert retrieval(three_and_a_half).item() == pytest.approx((1 / 3 + 1) / 2)
+
+
+def test_retrieval_is_scikit_learns_nearest_neighbour() -> None:
+    generator = np.random.default_rng(0)
+    features = 5 + generator.normal(size=(40, 1, 6)) + generator.normal(size=(40, 4, 6))
+    rows = features - features.reshape(-1, 6).mean(0)
+    expected = []
+    for view in (0, 2):
+        neighbours = KNeighborsClassifier(1, metric="cosine", algorithm="brute").fit(rows[:, view + 1], np.arange(40))
+        expected.append(neighbours.score(rows[:, view], np.arange(40)))
+    found = retrieval(torch.from_numpy(features)).item()
+    assert found == pytest.approx(np.mean(expected)) and 0.1 < found < 0.9
+
+
+def test_retrieval_does_not_see_what_all_images_share() -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(50, 1, 8, generator=generator) + torch.randn(50, 4, 8, generator=generator)
+    assert retrieval(features + 100).item() == pytest.approx(retrieval(features).item())
 
 
 @pytest.mark.parametrize("images, batch, measured", [(40, 8, 40), (41, 4, 40), (9, 9, 9), (300, 256, SAMPLE)])

@@ -1,5 +1,6 @@
 """The command itself: files and keys of a run, exact resume, wrong input, exit codes."""
 
+import html
 import json
 import os
 import platform
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +20,7 @@ import torchvision
 from PIL import Image
 
 import train as command
-from byol_core import report
+from byol_core import plan, report
 from byol_core.outcome import Outcome
 from byol_core.pretrained import load_pretrained
 from byol_core.run import Run
@@ -715,3 +717,114 @@ def test_a_network_without_blocks_to_compute_again_is_named(image_folder: Callab
     assert "--grad-checkpoint: conv6 has no repeated blocks" in capsys.readouterr().err
     assert run("--data", image_folder(), "--epochs", 1, "--out", "out", "--grad-checkpoint", "--compile", *SMALL) == 2
     assert "--compile: torch cannot compile what --grad-checkpoint computes again" in capsys.readouterr().err
+
+
+RECIPE = ("lr", "tau_base", "warmup_epochs", "optimizer", "hidden_dim")
+
+
+def another_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `auto` chooses, and the views, as a later version might."""
+    values = {"lr": 0.4, "tau_base": 0.5, "warmup_epochs": 0.0, "optimizer": "adamw", "weight_decay": 0.1, "hidden_dim": 24}
+    auto, views = plan._auto, plan._views
+    monkeypatch.setattr(plan, "_auto", lambda *about: [
+        replace(choice, value=values.get(choice.name, choice.value)) for choice in auto(*about)])
+    monkeypatch.setattr(plan, "_views", lambda *about: tuple(
+        replace(view, crop_scale=(0.5, 1.0), hue=0.3) for view in views(*about)))
+    monkeypatch.setattr(plan, "_batch", lambda *about: plan.Choice("batch_size", 2, "for a test"))
+
+
+def test_a_run_goes_on_with_the_recipe_that_it_began_with(
+        image_folder: Callable[..., Path], stopped_after: Callable[..., None], monkeypatch: pytest.MonkeyPatch,
+        capsys) -> None:
+    data = image_folder()
+    always = ["--data", data, "--epochs", 3, "--no-eval", "--workers", 0, "--device", "cpu"]
+    begun = ["--arch", "conv6", "--image-size", 16, "--projection-dim", 8, "--lr", 0.3]
+    assert run(*always, *begun, "--out", "whole") == 0
+    stopped_after(2, *always, *begun, "--out", "out")
+    another_recipe(monkeypatch)
+    capsys.readouterr()
+    assert run(*always, "--out", "out", "--resume") == 0
+    said = capsys.readouterr().out
+    assert_same_state(checkpoint("whole"), checkpoint("out"))
+    assert "batch_size 8 (as this run began)" in said and "lr 0.3 x 8/256 = 0.009375 (as this run began)" in said
+    whole, out = (json.loads(Path(name, "config.json").read_text())["plan"] for name in ("whole", "out"))
+    assert whole == out
+    assert run(*always, "--out", "new") == 0  # a new run has the new recipe
+    assert json.loads(Path("new/config.json").read_text())["plan"]["optimizer"] == "adamw"
+
+
+@pytest.mark.parametrize("asked, said", [
+    (["--lr", 0.5], "lr 0.009375 -> 0.015625"), (["--recipe", "paper"], "optimizer sgd -> lars"),
+    (["--image-size", 24], "image_size 16 -> 24"), (["--batch-size", 4], "batch_size 8 -> 4"),
+    (["--optimizer", "adamw"], "optimizer sgd -> adamw")])
+def test_what_is_asked_for_must_be_as_the_run_began(image_folder: Callable[..., Path], stopped_after: Callable[..., None],
+                                                    asked: list[object], said: str, capsys) -> None:
+    always = ["--data", image_folder(), "--epochs", 3, "--no-eval", "--workers", 0, "--device", "cpu", "--out", "out"]
+    stopped_after(2, *always, "--arch", "conv6", "--image-size", 16, "--projection-dim", 8, "--lr", 0.3)
+    assert run(*always, *asked, "--resume") == 2
+    assert said in capsys.readouterr().err
+
+
+def timed(seconds: float, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Every update takes so long, by what a run measures; how often that was asked for."""
+    asked: list[float] = []
+    monkeypatch.setattr(Run, "seconds_per_update", lambda self, at_least=0.0: asked.append(at_least) or seconds)
+    return asked
+
+
+@pytest.mark.parametrize("seconds, epochs, updates", [(60.0, 1, 1), (7.5, 4, 2), (6.0, 4, 2), (2.0, 10, 3), (100.0, 1, 1)])
+def test_minutes_become_a_number_of_updates(image_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys,
+                                            seconds: float, epochs: int, updates: int) -> None:
+    """Of 12 images, 3 updates fill an epoch: one minute holds 8 updates of 7.5 seconds, which are 4 epochs of 2."""
+    asked = timed(seconds, monkeypatch)
+    data = image_folder(classes=2, per_class=6)
+    assert run("--data", data, "--minutes", 1, "--out", "out", "--no-eval", *SMALL) == 0
+    assert len(asked) == 1 and asked[0] >= 5
+    told = json.loads(Path("out/config.json").read_text())["plan"]
+    assert (told["epochs"], told["updates_per_epoch"]) == (epochs, updates)
+    assert summary("out")["updates"] == epochs * updates and summary("out")["status"] == "finished"
+    assert f"length: {epochs} epochs of {updates} updates take about 1 minutes of training here" in capsys.readouterr().out
+    assert checkpoint("out")["scheduler"]["_last_lr"][0] == pytest.approx(0, abs=1e-12)  # the schedule has come to its end
+
+
+def test_a_run_of_minutes_that_was_stopped_is_as_long_as_it_was_to_be(
+        image_folder: Callable[..., Path], stopped_after: Callable[..., None], monkeypatch: pytest.MonkeyPatch,
+        capsys) -> None:
+    arguments = ["--data", image_folder(classes=2, per_class=6), "--minutes", 1, "--no-eval", *SMALL]
+    timed(7.5, monkeypatch)
+    assert run(*arguments, "--out", "whole") == 0
+    stopped_after(3, *arguments, "--out", "out")
+    asked = timed(1.0, monkeypatch)  # the machine has become faster
+    assert run(*arguments, "--out", "out", "--resume") == 0
+    assert not asked
+    assert_same_state(checkpoint("whole"), checkpoint("out"))
+    assert run(*arguments, "--out", "out", "--resume") == 0
+    assert "already complete (4/4 epochs)" in capsys.readouterr().out
+
+
+def test_minutes_and_epochs_are_one_too_many(capsys) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run("--minutes", 1, "--epochs", 2)
+    assert stopped.value.code == 2 and "argument --epochs: not allowed with argument --minutes" in capsys.readouterr().err
+
+
+def test_nothing_of_the_timing_is_left_in_a_run_of_minutes(image_folder: Callable[..., Path],
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    """The updates that are timed train networks that are thrown away."""
+    data = image_folder(classes=2, per_class=6)
+    monkeypatch.setattr(Run, "updates_in", lambda self, minutes: (self.seconds_per_update(), 6)[1])
+    assert run("--data", data, "--minutes", 1, "--out", "minutes", "--no-eval", *SMALL) == 0
+    assert run("--data", data, "--epochs", 2, "--out", "epochs", "--no-eval", *SMALL) == 0
+    assert_same_state(checkpoint("minutes"), checkpoint("epochs"))
+    one, other = (Path(name, "metrics.jsonl").read_text().splitlines() for name in ("minutes", "epochs"))
+    assert len(one) == len(other)
+
+
+def test_console_summary_and_report_give_the_same_verdict(image_folder: Callable[..., Path], capsys) -> None:
+    assert run("--data", image_folder(classes=2, per_class=130), "--epochs", 1, "--out", "out", *SMALL) == 0
+    told = summary("out")
+    assert told["verdict"] in ("learned", "learned little so far", "nothing learned", "worse than untrained", "flat")
+    line = f"{told['verdict']}: {told['verdict_why']}" + f" - {told['verdict_advice']}" * bool(told["verdict_advice"])
+    assert line in capsys.readouterr().out
+    page = html.unescape(Path("out/report.html").read_text())
+    assert told["verdict"].capitalize() in page and told["verdict_why"] in page and told["verdict_advice"] in page

@@ -72,7 +72,7 @@ def prepare(config: TrainConfig, processes: "Processes", stack: contextlib.ExitS
     check_torchvision()
     from byol_core.data import look_at
     from byol_core.folder import scan
-    from byol_core.plan import length_of, make_plan
+    from byol_core.plan import make_plan
     from byol_core.processes import restarted
     from byol_core.run import Run
     from byol_core.run_folder import RUNS, choose_out, goes_on_in_its_folder, open_run_folder
@@ -92,13 +92,20 @@ def prepare(config: TrainConfig, processes: "Processes", stack: contextlib.ExitS
     files = processes.on_first(look) or look()  # the others find what the first one has kept
     facts, world_size = look_at(files), processes.world_size
     begun = processes.from_first(lambda: begun_as(config, folder)) if config.resume is not None else None
-    plan = make_plan(config, facts, world_size) if begun is None else go_on(begun, config, facts, world_size)
     loaded = None
-    if config.minutes is not None and begun is None:
-        trial = Run(replace(config, eval=False, tensorboard=False), plan, files, folder, processes)
-        plan = make_plan(config, facts, world_size, length_of(trial.updates_in(config.minutes), plan))
-        trial.parts.batches.close()
-        loaded = trial.parts.data, trial.parts.views_reason
+    if begun is not None:
+        plan = go_on(begun, config, facts, world_size)
+    elif config.minutes is None:
+        plan = make_plan(config, facts, world_size)
+    else:
+        plan = make_plan(config, facts, world_size, facts.images)
+        for _ in range(2):  # the time of an update tells how many fit, and that may tell another size of the batch
+            trial = Run(replace(config, eval=False, tensorboard=False), plan, files, folder, processes, loaded)
+            before, plan = plan, make_plan(config, facts, world_size, trial.images_in(config.minutes))
+            trial.parts.batches.close()
+            loaded = trial.parts.data, trial.parts.views_reason
+            if plan.batch_size == before.batch_size:
+                break
     run = Run(config, plan, files, folder, processes, loaded)
     if config.resume is not None:
         run.resume()

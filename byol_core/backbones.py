@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from byol_core.failures import is_out_of_memory
 from byol_core.seeds import seed_from
 
+OWN = ("conv4", "conv6")  # networks that torchvision does not have
+
 
 def check_torchvision() -> None:
     """Raises: ValueError when torchvision was built for another torch, of which its own message says nothing."""
@@ -34,24 +36,24 @@ def weights_of_seed(seed: int) -> Iterator[None]:
 def build_backbone(name: str, small_images: bool = False, image_size: int | None = None) -> tuple[nn.Module, int]:
     """(feature extractor with random weights, feature dimension) of the torchvision classification model `name`.
 
-    The model's last nn.Linear becomes an identity, so that the other tensors keep torchvision's own names. `conv6` is
-    ours: six 3x3 convolutions for images of about 8 to 32 pixels.
+    The model's last nn.Linear becomes an identity, so that the other tensors keep torchvision's own names. Two are ours:
+    `conv4`, four 3x3 convolutions for images of 32 to 96 pixels, and `conv6`, six narrower ones for images of 8 to 32.
     small_images: for ResNets, a 3x3 first convolution of stride 1 and no max-pooling. image_size: edge of the views in
     pixels, for models whose layers depend on it (vision transformers).
     Returns: the module maps (B, 3, S, S) to (B, feature_dim).
     Raises: ValueError for an unknown name, a model that has no final nn.Linear, or a small stem on anything but a ResNet.
     """
-    if name == "conv6":
+    if name in OWN:
         if small_images:
-            raise ValueError("--small-stem is for ResNets, and conv6 is made for small images - leave it out")
-        return _conv6(), 128
+            raise ValueError(f"--small-stem is for ResNets, and {name} is made for small images - leave it out")
+        return (_conv4(), 512) if name == "conv4" else (_conv6(), 128)
     from torchvision import models
 
     known = models.list_models(module=models)
     if name not in known:
-        near = difflib.get_close_matches(name, [*known, "conv6"], n=1)
+        near = difflib.get_close_matches(name, [*known, *OWN], n=1)
         raise ValueError(f"unknown arch {name!r}{f' - did you mean {near[0]}?' if near else ''} "
-                         "(any torchvision classification model, or conv6)")
+                         f"(any torchvision classification model, {' or '.join(OWN)})")
     accepted = inspect.signature(models.get_model_builder(name)).parameters
     options: dict[str, object] = {"weights": None}
     if name in ("googlenet", "inception_v3"):
@@ -89,6 +91,23 @@ def _use_small_stem(model: nn.Module, name: str) -> None:
     model.conv1 = nn.Conv2d(3, model.conv1.out_channels, kernel_size=3, stride=1, padding=1, bias=False)
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision draws its own
     model.maxpool = nn.Identity()
+
+
+def _conv4() -> nn.Module:
+    """Four 3x3 conv-BN-ReLU layers of 64, 128, 256, 512 channels with 2x2 max-pooling in between; mean over space."""
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    channels = 3
+    for number, width in enumerate((64, 128, 256, 512), start=1):
+        if number > 1:
+            layers[f"pool{number - 1}"] = nn.MaxPool2d(2)
+        layers[f"conv{number}"] = nn.Conv2d(channels, width, kernel_size=3, padding=1, bias=False)
+        nn.init.kaiming_normal_(layers[f"conv{number}"].weight, mode="fan_out", nonlinearity="relu")  # type: ignore[arg-type]
+        layers[f"bn{number}"] = nn.BatchNorm2d(width)
+        layers[f"relu{number}"] = nn.ReLU(inplace=True)
+        channels = width
+    layers["pool"] = nn.AdaptiveAvgPool2d(1)
+    layers["flatten"] = nn.Flatten()
+    return nn.Sequential(layers)
 
 
 def _conv6() -> nn.Module:

@@ -39,6 +39,7 @@ passes = checked(int, lambda n: 0 <= n <= 10**9, "a whole number from 0 to 10000
 count = checked(int, lambda n: n >= 1, "a whole number, 1 or more")
 amount = checked(float, lambda x: 0 <= x < math.inf, "a finite number, 0 or more")
 positive = checked(float, lambda x: 0 < x < math.inf, "a finite number above 0")
+share = checked(float, lambda x: 0 < x <= 1, "a number above 0 and up to 1")
 unit = checked(float, lambda x: 0 <= x <= 1, "a number in [0, 1]")
 auto_or_workers = checked(int, lambda n: 0 <= n <= 256, "a whole number from 0 to 256", auto=True)
 auto_or_pixels = checked(int, lambda n: n >= 8, "a whole number of pixels, 8 or more", auto=True)
@@ -67,8 +68,8 @@ class TrainConfig:
     out: str | None = option(None, "run folder", "run folder (default: runs/<name of the data>)", metavar="DIR")
     eval_data: str | None = option(None, "data", "labelled folder to measure on (default: a fifth of --data, stratified)",
                                    metavar="DIR")
-    arch: str | None = option(None, "network", "any torchvision classification model, or conv6, a small network for tiny "
-                              "images (default: resnet18, conv6 for the sample)", metavar="NAME")
+    arch: str | None = option(None, "network", "any torchvision classification model, or conv4 or conv6, small networks for "
+                              "small images (default: conv4 for small images and short runs, else resnet18)", metavar="NAME")
     image_size: int | None = option(None, "network", "edge of a view in pixels, or auto, from the images",
                                     type=auto_or_pixels, metavar="auto|N")
     small_stem: bool | None = option(None, "network", "3x3 first convolution without pooling, for ResNets on small images "
@@ -85,6 +86,8 @@ class TrainConfig:
                                    choices=("auto", "lars", "sgd", "adam", "adamw"))
     lr: float | None = option(None, "training", "learning rate per 256 images; scaled by batch size / 256", type=positive,
                               metavar="F")
+    predictor_lr: float | None = option(None, "training", "learning rate of the predictor, as a multiple of --lr",
+                                        type=positive, metavar="F")
     weight_decay: float | None = option(None, "training", "weight decay; biases and 1-D tensors never decay", type=amount,
                                         metavar="F")
     warmup_epochs: float | None = option(None, "training", "linear warm-up of the learning rate, in epochs", type=amount,
@@ -96,6 +99,8 @@ class TrainConfig:
                                     metavar="F")
     tau_schedule: str | None = option(None, "training", "cosine: from the base to 1; constant: the base throughout",
                                       choices=("cosine", "constant"))
+    min_scale: float | None = option(None, "training", "smallest share of an image's area that a view shows, above 0, "
+                                     "at most 1", type=share, metavar="F")
     accum_steps: int = option(1, "training", "micro-batches per optimizer update", type=count, metavar="N")
     grad_checkpoint: bool = option(False, "training", "keep fewer activations and compute them again: less memory, a third "
                                    "more time; not with --compile or --cuda-graph", action="store_true")

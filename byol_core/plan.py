@@ -9,6 +9,10 @@ from byol_core.views import ViewRecipe, digits_recipes, paper_recipes
 
 SMALL_SET = 200_000  # images; below it the recipe follows published CIFAR settings, above it the paper's ImageNet ones
 LARGEST_SCALED = 512  # images: without LARS, rates in proportion to the batch are published up to it
+ENOUGH_UPDATES = 5_000  # updates of a run; with fewer a smaller batch learns more
+LARGEST_BATCH, SMALLEST_BATCH, AT_LEAST_EACH = 256, 64, 32  # of an update, and per process
+CONV4_UP_TO, RESNET_FROM = 96, 1_000_000  # pixels of an image; images of all updates together
+MIN_SCALE, FAST_PREDICTOR = 0.2, 10.0  # smallest share of an image's area in a view; times the rate of the rest
 SMALL_STEM_BELOW = 48  # pixels; there the ImageNet stem leaves a 1x1 final map
 RESNETS = ("resnet", "resnext", "wide_resnet")
 LARGEST_LR = 1e6  # per 256 images; beyond it numbers overflow before anything can be learned
@@ -75,33 +79,32 @@ def half_life_tau(updates: int) -> float:
     return 0.5 ** (1 / min(max(0.03 * updates, 2.0), 173.0))
 
 
-def length_of(updates: int, plan: Plan) -> tuple[int, int]:
-    """(epochs, updates of each) of a run like `plan`'s that ends after about so many updates, at least 1.
-
-    An epoch is then a little shorter than a pass over the images, so that a whole number of them comes close.
-    """
-    epochs = math.ceil(updates / plan.updates_per_epoch)
-    return epochs, updates // epochs
-
-
-def make_plan(config: TrainConfig, facts: Facts, world_size: int = 1, length: tuple[int, int] | None = None) -> Plan:
+def make_plan(config: TrainConfig, facts: Facts, world_size: int = 1, seen: int | None = None) -> Plan:
     """The plan for these options and this data; flags win over the recipe.
 
-    length: (epochs, updates of each), in place of the epochs that the options name and of whole passes over the images.
+    seen: images of all updates together, in place of the epochs that the options name: epochs are then a little shorter than
+    a pass over the images, so that a whole number of them comes close.
     Raises: ValueError when the batch does not fit the images, the processes or the accumulation.
     """
     digits = config.recipe == "digits"
-    batch = _batch(facts.images, digits) if config.batch_size is None else Choice("batch_size", config.batch_size, "as asked")
+    about = facts.images * config.epochs if seen is None else seen
+    batch = _batch(facts.images, about, config.recipe, world_size) if config.batch_size is None else \
+        Choice("batch_size", config.batch_size, "as asked")
     batch_size = int(batch.value)
     _check_batch(batch_size, config.accum_steps, world_size, facts.images)
     size = config.image_size or _image_size(facts)
     small = size < SMALL_STEM_BELOW
-    epochs, updates = length or (config.epochs, facts.images // batch_size)
+    epochs, updates = config.epochs, facts.images // batch_size
+    if seen is not None:
+        total = max(1, seen // batch_size)
+        epochs = math.ceil(total / updates)
+        updates = math.ceil(total / epochs)
 
-    arch = config.arch or ("conv6" if digits else "resnet18")
+    network = _arch(config, size, about)
+    arch = str(network.value)
     chosen = {
         "batch_size": batch,
-        "arch": Choice("arch", arch, "a small network for tiny images" if digits else "the usual small backbone"),
+        "arch": network,
         "image_size": Choice("image_size", size, _reason_of_size(facts, size)),
         "predictor_lr": Choice("predictor_lr", 1.0, "as the rest"),
         "small_stem": Choice("small_stem", small and arch.startswith(RESNETS),
@@ -121,7 +124,7 @@ def make_plan(config: TrainConfig, facts: Facts, world_size: int = 1, length: tu
 
     values = {name: choice.value for name, choice in chosen.items()}
     values["lr"] = scaled_lr(float(values["lr"]), batch_size)
-    views = _views(config.recipe, size)
+    views = _views(config.recipe, size, config.min_scale)
     return Plan(
         **values,  # type: ignore[arg-type]
         micro_batch=batch_size // (config.accum_steps * world_size), accum_steps=config.accum_steps,
@@ -130,12 +133,31 @@ def make_plan(config: TrainConfig, facts: Facts, world_size: int = 1, length: tu
     )
 
 
-def _batch(images: int, digits: bool) -> Choice:
-    if digits:
+def _arch(config: TrainConfig, size: int, seen: int) -> Choice:
+    """seen: images of all updates together."""
+    if config.arch is not None:
+        return Choice("arch", config.arch, "as asked")
+    if config.recipe == "digits":
+        return Choice("arch", "conv6", "a small network for tiny images")
+    if config.recipe == "auto" and config.init_from is None and size <= CONV4_UP_TO and seen < RESNET_FROM:
+        return Choice("arch", "conv4", f"learns faster than a ResNet from images of up to {CONV4_UP_TO} pixels, while fewer than "
+                      f"{RESNET_FROM:,} are seen")
+    return Choice("arch", "resnet18", "the usual small backbone")
+
+
+def _batch(images: int, seen: int, recipe: str, world_size: int) -> Choice:
+    """seen: images of all updates together."""
+    if recipe == "digits":
         return Choice("batch_size", 64, "best on the sample")
-    if images >= 512 or images < 4:
-        return Choice("batch_size", 256, "usual for one device")
-    return Choice("batch_size", 2 ** int(math.log2(images / 2)), f"the largest power of two that {images} images fill twice")
+    largest = LARGEST_BATCH if images < 4 else min(LARGEST_BATCH, 2 ** int(math.log2(images / 2)))
+    batch, least = largest, max(SMALLEST_BATCH, AT_LEAST_EACH * world_size)
+    while recipe == "auto" and batch // 2 >= least and seen < ENOUGH_UPDATES * batch:
+        batch //= 2
+    if batch < largest:
+        return Choice("batch_size", batch, f"for {seen // batch:,} updates: below {ENOUGH_UPDATES:,} their number counts for "
+                      "more than the batch")
+    return Choice("batch_size", batch, "usual for one device" if batch == LARGEST_BATCH else
+                  f"the largest power of two that {images} images fill twice")
 
 
 def _check_batch(batch_size: int, accum_steps: int, world_size: int, images: int) -> None:
@@ -186,10 +208,12 @@ def _auto(facts: Facts, epochs: int, total: int, batch_size: int) -> list[Choice
     if facts.images < SMALL_SET:
         optimizer = Choice("optimizer", "sgd", f"published for sets under {SMALL_SET} images")
         hidden_dim = Choice("hidden_dim", 1024, "published for CIFAR-10")
+        predictor = [Choice("predictor_lr", FAST_PREDICTOR, "a fast predictor teaches more while updates are few")]
     else:
         optimizer = Choice("optimizer", "lars", "the paper's, for large sets")
         hidden_dim = Choice("hidden_dim", 4096, "the paper's")
-    return [optimizer, *_rates(str(optimizer.value), epochs, batch_size), *_cosine_step(), *_by_length(epochs, total),
+        predictor = []
+    return [optimizer, *predictor, *_rates(str(optimizer.value), epochs, batch_size), *_cosine_step(), *_by_length(epochs, total),
             hidden_dim, Choice("projection_dim", 256, "the paper's")]
 
 
@@ -248,15 +272,27 @@ def _nearest_preset(epochs: int) -> int:
     return min(PAPER_PRESETS, key=lambda preset: abs(preset - epochs))
 
 
-def _views(recipe: str, size: int) -> tuple[ViewRecipe, ViewRecipe]:
+def _views(recipe: str, size: int, min_scale: float | None) -> tuple[ViewRecipe, ViewRecipe]:
     if recipe == "digits":
-        return digits_recipes(size)
-    if recipe == "auto" and size < SMALL_STEM_BELOW:
-        return paper_recipes(size, blur=(0.0, 0.0))  # published settings for small images do not blur
-    view1, view2 = paper_recipes(size)
+        views = digits_recipes(size)
+    elif recipe == "auto" and size < SMALL_STEM_BELOW:
+        views = paper_recipes(size, blur=(0.0, 0.0))  # published settings for small images do not blur
+    else:
+        views = paper_recipes(size)
     if recipe == "quadra":
-        return replace(view1, interpolation="bilinear"), replace(view2, interpolation="bilinear")
-    return view1, view2
+        views = replace(views[0], interpolation="bilinear"), replace(views[1], interpolation="bilinear")
+    if min_scale is None and recipe == "auto":
+        min_scale = MIN_SCALE
+    if min_scale is None:
+        return views
+    return with_min_scale(views, min_scale)
+
+
+def with_min_scale(views: tuple[ViewRecipe, ViewRecipe], least: float) -> tuple[ViewRecipe, ViewRecipe]:
+    """Raises: ValueError for a recipe that takes images whole."""
+    if views[0].crop_scale is None:
+        raise ValueError(f"--min-scale {least:g}: the views of the sample show whole images - leave it out")
+    return replace(views[0], crop_scale=(least, 1.0)), replace(views[1], crop_scale=(least, 1.0))
 
 
 def _choices_of_views(recipe: str, view1: ViewRecipe, view2: ViewRecipe) -> list[Choice]:
@@ -266,6 +302,6 @@ def _choices_of_views(recipe: str, view1: ViewRecipe, view2: ViewRecipe) -> list
     low, high = view1.crop_scale or (1.0, 1.0)
     of_blur = ("published settings for small images do not blur" if view1.blur == view2.blur == 0 else
                "the paper's, for one view and the other")
-    return [Choice("crop_scale", f"{low:g} to {high:g}", "share of the image's area: the paper's, at every size"),
+    return [Choice("crop_scale", f"{low:g} to {high:g}", "share of the image's area" + (": the paper's, at every size" if low == 0.08 else "")),
             Choice("blur", f"{view1.blur:g} and {view2.blur:g}", of_blur),
             Choice("solarize", f"{view1.solarize:g} and {view2.solarize:g}", "the paper's, for one view and the other")]

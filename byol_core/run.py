@@ -274,10 +274,10 @@ class Run:
         if bad > BAD_LIMIT * tried:
             data.bad.give_up(tried)
 
-    def updates_in(self, minutes: float) -> int:
-        """As many updates as fit into so many minutes, at least 1; for a run that will not be trained."""
-        seconds = self.seconds_per_update(TIMED_S)
-        return max(1, self.processes.from_first(lambda: int(60 * minutes / max(seconds, 1e-6))))
+    def images_in(self, minutes: float) -> int:
+        """How many images fill so many minutes of updates, at least a batch; for a run that will not be trained."""
+        seconds, batch = self.seconds_per_update(TIMED_S), self.parts.plan.batch_size
+        return max(1, self.processes.from_first(lambda: int(60 * minutes / max(seconds, 1e-6)))) * batch
 
     def seconds_per_update(self, at_least: float = 0.0) -> float:
         """Measured on a few updates, which change the networks: for a run that will not be trained.

@@ -16,13 +16,13 @@ from byol_core.config import TrainConfig
 from byol_core.data import BAD_LIMIT
 from byol_core.outcome import Outcome
 from byol_core.parts import IN_WORDS, Parts
-from byol_core.plan import Facts, Plan, make_plan
+from byol_core.plan import Facts, Plan, make_plan, with_min_scale
 from byol_core.training import Progress
 from byol_core.views import ViewRecipe
 
 # Options that are chosen where nothing is asked for.
 RECIPE = ("arch", "image_size", "small_stem", "hidden_dim", "projection_dim", "batch_size", "optimizer", "lr",
-          "weight_decay", "warmup_epochs", "scheduler", "scheduler_interval", "tau_base", "tau_schedule")
+          "predictor_lr", "weight_decay", "warmup_epochs", "scheduler", "scheduler_interval", "tau_base", "tau_schedule")
 NOT_LISTED = {"resume", "debug", "amp", "device", "compile"}  # options; of the last ones it is told what came of them
 
 
@@ -85,13 +85,16 @@ def _go_on(begun: dict[str, Any], config: TrainConfig, facts: Facts, world_size:
     chosen: dict[str, Any] = {name: begun[name] for name in RECIPE if getattr(config, name) is None and name in begun}
     if "lr" in chosen:
         chosen["lr"] = begun["lr"] * 256 / begun["batch_size"]
-    length = None if config.minutes is None else (begun["epochs"], begun["updates_per_epoch"])
-    plan = make_plan(replace(config, **chosen), facts, world_size, length)
+    seen = None if config.minutes is None else begun["epochs"] * begun["updates_per_epoch"] * begun["batch_size"]
+    plan = make_plan(replace(config, **chosen), facts, world_size, seen)
     views: list[dict[str, Any]] = [{key: tuple(value) if isinstance(value, list) else value for key, value in view.items()}
                                    for view in begun["views"]]
     choices = [replace(choice, reason="as this run began") if choice.name in chosen else choice for choice in plan.choices]
     kept = {"lr": begun["lr"]} if "lr" in chosen else {}  # not by way of the batch, which may round
-    return replace(plan, **kept, views=(ViewRecipe(**views[0]), ViewRecipe(**views[1])), choices=tuple(choices))
+    recipes = ViewRecipe(**views[0]), ViewRecipe(**views[1])
+    if config.min_scale is not None:
+        recipes = with_min_scale(recipes, config.min_scale)
+    return replace(plan, **kept, views=recipes, choices=tuple(choices))
 
 
 def restore(parts: Parts, outcome: Outcome, state: State) -> None:

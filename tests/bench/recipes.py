@@ -34,7 +34,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from byol_core.config import TrainConfig, build_parser, parse_config
 from byol_core.data import look_at
 from byol_core.folder import scan
-from byol_core.plan import Facts, Plan, length_of, make_plan
+from byol_core.plan import Facts, Plan, make_plan
 from byol_core.run import Run
 from byol_core.run_folder import open_run_folder
 from byol_core.scoring import Scorer
@@ -79,9 +79,9 @@ def config_of(variant: Variant, data: Path, out: Path, seed: int) -> TrainConfig
     return parse_config([*words, "--data", str(data), "--out", str(out), "--seed", str(seed), "--no-eval"])
 
 
-def plan_of(variant: Variant, config: TrainConfig, facts: Facts, length: tuple[int, int] | None) -> Plan:
+def plan_of(variant: Variant, config: TrainConfig, facts: Facts, seen: int) -> Plan:
     """`make_plan`, and what of it the variant changes. Raises: ValueError."""
-    plan = make_plan(config, facts, length=length)
+    plan = make_plan(config, facts, seen=seen)
     options = {field.name for field in fields(TrainConfig)}
     changed = {name: type(getattr(plan, name))(value) for name, value in variant.fields.items()
                if name not in options and hasattr(plan, name)}
@@ -126,17 +126,17 @@ class Trial:
         self.config = config_of(variant, options.images / "train", out, seed)
         files = scan(self.config.data)
         facts = look_at(files)
-        kept = out.with_name(f"{out.name}-length.json")
+        kept = out.with_name(f"{out.name}-images.txt")
         if not kept.exists():
-            plan, updates = plan_of(variant, self.config, facts, None), options.updates
+            plan = plan_of(variant, self.config, facts, facts.images)
+            seen = (options.updates or 0) * plan.batch_size
             if options.minutes is not None:
                 run = Run(self.config, plan, files, out)
                 change_network(variant, run.parts.model)
-                updates = run.updates_in(options.minutes)
+                seen = run.images_in(options.minutes)
                 run.parts.batches.close()
-            kept.write_text(json.dumps(length_of(updates, plan)))
-        epochs, updates = json.loads(kept.read_text())
-        self.run = Run(self.config, plan_of(variant, self.config, facts, (epochs, updates)), files, out)
+            kept.write_text(str(seen))
+        self.run = Run(self.config, plan_of(variant, self.config, facts, int(kept.read_text())), files, out)
         change_network(variant, self.run.parts.model)
         if (out / "last.pt").exists():
             self.run.resume()

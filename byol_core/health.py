@@ -160,12 +160,22 @@ def _remembering(records: Sequence[Record], epochs: int) -> Verdict | None:
 
 @dataclass(frozen=True)
 class _Gain:
-    """An accuracy before and after. chance: by how much two such accuracies on so many images may differ for no reason."""
+    """An accuracy before and after training, measured on so many images."""
 
     name: str
     before: float
     after: float
-    chance: float
+    images: float
+
+    @property
+    def chance(self) -> float:
+        """By how much the two may differ for no reason: 1.96 standard deviations of a difference of two binomial shares."""
+        return _chance(self.before, self.after, self.images)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether any accuracy at all would be higher by more than chance allows."""
+        return 1 - self.before > _chance(self.before, 1.0, self.images)
 
     @property
     def points(self) -> float:
@@ -180,13 +190,16 @@ class _Gain:
         return f"{self.name} {self.after:.1%} (untrained {self.before:.1%})"
 
 
+def _chance(before: float, after: float, images: float) -> float:
+    return CERTAIN * math.sqrt((before * (1 - before) + after * (1 - after)) / images)
+
+
 def _gains(scores: Mapping[str, object], names: Sequence[str]) -> list[_Gain]:
     """Those of the accuracies that were measured before and after."""
     images = _number(scores.get("measured_images"))
     images = images if images > 0 else UNKNOWN_MEASURED
     pairs = [(name, _number(scores.get(f"{name}_untrained")), _number(scores.get(name))) for name in names]
-    return [_Gain(name, before, after, CERTAIN * math.sqrt((before * (1 - before) + after * (1 - after)) / images))
-            for name, before, after in pairs if 0 <= before <= 1 and 0 <= after <= 1]
+    return [_Gain(name, before, after, images) for name, before, after in pairs if 0 <= before <= 1 and 0 <= after <= 1]
 
 
 def _finished(records: Sequence[Record], scores: Mapping[str, object], plan: Mapping[str, object]) -> Verdict:
@@ -205,6 +218,9 @@ def _finished(records: Sequence[Record], scores: Mapping[str, object], plan: Map
     why = f"{told}; chance alone changes them by up to {100 * allowed:.1f} points {on}; {_state(records)}"
     if lower and not higher:
         return Verdict("worse than untrained", why, "; ".join([*_back_to_the_recipe(plan), *_more(records, scores, plan)]))
+    if not any(gain.has_room for gain in gains):
+        return Verdict("undecided", f"an untrained network is right so often that nothing more can be shown: {why}",
+                       "measure on images that are harder to tell apart, as --eval-data")
     if not higher:
         return Verdict("nothing learned", why, "; ".join([*_back_to_the_recipe(plan), *_more(records, scores, plan)]))
     if lower or sum(gain.share for gain in gains) < LEARNED * len(gains):

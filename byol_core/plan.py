@@ -86,7 +86,6 @@ def make_plan(config: TrainConfig, facts: Facts, world_size: int = 1, seen: int 
     a pass over the images, so that a whole number of them comes close.
     Raises: ValueError when the batch does not fit the images, the processes or the accumulation.
     """
-    digits = config.recipe == "digits"
     about = facts.images * config.epochs if seen is None else seen
     batch = _batch(facts.images, about, config.recipe, world_size) if config.batch_size is None else \
         Choice("batch_size", config.batch_size, "as asked")
@@ -124,12 +123,13 @@ def make_plan(config: TrainConfig, facts: Facts, world_size: int = 1, seen: int 
 
     values = {name: choice.value for name, choice in chosen.items()}
     values["lr"] = scaled_lr(float(values["lr"]), batch_size)
-    views = _views(config.recipe, size, config.min_scale)
+    views, least = _views(config.recipe, size), _min_scale(config, facts.images)
+    views = views if least is None else with_min_scale(views, float(least.value))
     return Plan(
         **values,  # type: ignore[arg-type]
         micro_batch=batch_size // (config.accum_steps * world_size), accum_steps=config.accum_steps,
         epochs=epochs, updates_per_epoch=updates,
-        views=views, choices=(*chosen.values(), *_choices_of_views(config.recipe, *views)),
+        views=views, choices=(*chosen.values(), *_choices_of_views(config.recipe, least, *views)),
     )
 
 
@@ -139,9 +139,10 @@ def _arch(config: TrainConfig, size: int, seen: int) -> Choice:
         return Choice("arch", config.arch, "as asked")
     if config.recipe == "digits":
         return Choice("arch", "conv6", "a small network for tiny images")
-    if config.recipe == "auto" and config.init_from is None and size <= CONV4_UP_TO and seen < RESNET_FROM:
-        return Choice("arch", "conv4", f"learns faster than a ResNet from images of up to {CONV4_UP_TO} pixels, while fewer than "
-                      f"{RESNET_FROM:,} are seen")
+    wants_resnet = config.init_from is not None or config.small_stem is not None or config.grad_checkpoint
+    if config.recipe == "auto" and not wants_resnet and size <= CONV4_UP_TO and seen < RESNET_FROM:
+        return Choice("arch", "conv4", f"learns faster than a ResNet from images of up to {CONV4_UP_TO} pixels, while fewer "
+                      f"than {RESNET_FROM:,} are seen")
     return Choice("arch", "resnet18", "the usual small backbone")
 
 
@@ -208,13 +209,13 @@ def _auto(facts: Facts, epochs: int, total: int, batch_size: int) -> list[Choice
     if facts.images < SMALL_SET:
         optimizer = Choice("optimizer", "sgd", f"published for sets under {SMALL_SET} images")
         hidden_dim = Choice("hidden_dim", 1024, "published for CIFAR-10")
-        predictor = [Choice("predictor_lr", FAST_PREDICTOR, "a fast predictor teaches more while updates are few")]
+        predictor = [Choice("predictor_lr", FAST_PREDICTOR, "teaches more while updates are few")]
     else:
         optimizer = Choice("optimizer", "lars", "the paper's, for large sets")
         hidden_dim = Choice("hidden_dim", 4096, "the paper's")
         predictor = []
-    return [optimizer, *predictor, *_rates(str(optimizer.value), epochs, batch_size), *_cosine_step(), *_by_length(epochs, total),
-            hidden_dim, Choice("projection_dim", 256, "the paper's")]
+    return [optimizer, *_rates(str(optimizer.value), epochs, batch_size), *predictor, *_cosine_step(),
+            *_by_length(epochs, total), hidden_dim, Choice("projection_dim", 256, "the paper's")]
 
 
 def _rates(optimizer: str, epochs: int, batch_size: int) -> list[Choice]:
@@ -272,20 +273,24 @@ def _nearest_preset(epochs: int) -> int:
     return min(PAPER_PRESETS, key=lambda preset: abs(preset - epochs))
 
 
-def _views(recipe: str, size: int, min_scale: float | None) -> tuple[ViewRecipe, ViewRecipe]:
+def _views(recipe: str, size: int) -> tuple[ViewRecipe, ViewRecipe]:
     if recipe == "digits":
-        views = digits_recipes(size)
-    elif recipe == "auto" and size < SMALL_STEM_BELOW:
-        views = paper_recipes(size, blur=(0.0, 0.0))  # published settings for small images do not blur
-    else:
-        views = paper_recipes(size)
+        return digits_recipes(size)
+    if recipe == "auto" and size < SMALL_STEM_BELOW:
+        return paper_recipes(size, blur=(0.0, 0.0))  # published settings for small images do not blur
+    view1, view2 = paper_recipes(size)
     if recipe == "quadra":
-        views = replace(views[0], interpolation="bilinear"), replace(views[1], interpolation="bilinear")
-    if min_scale is None and recipe == "auto":
-        min_scale = MIN_SCALE
-    if min_scale is None:
-        return views
-    return with_min_scale(views, min_scale)
+        return replace(view1, interpolation="bilinear"), replace(view2, interpolation="bilinear")
+    return view1, view2
+
+
+def _min_scale(config: TrainConfig, images: int) -> Choice | None:
+    """None for the paper's, or for views that do not crop."""
+    if config.min_scale is not None:
+        return Choice("min_scale", config.min_scale, "as asked")
+    if config.recipe == "auto" and images < SMALL_SET:
+        return Choice("min_scale", MIN_SCALE, "teaches more while updates are few")
+    return None
 
 
 def with_min_scale(views: tuple[ViewRecipe, ViewRecipe], least: float) -> tuple[ViewRecipe, ViewRecipe]:
@@ -295,13 +300,14 @@ def with_min_scale(views: tuple[ViewRecipe, ViewRecipe], least: float) -> tuple[
     return replace(views[0], crop_scale=(least, 1.0)), replace(views[1], crop_scale=(least, 1.0))
 
 
-def _choices_of_views(recipe: str, view1: ViewRecipe, view2: ViewRecipe) -> list[Choice]:
-    """What of the views is chosen, for the log; they are no options."""
+def _choices_of_views(recipe: str, least: Choice | None, view1: ViewRecipe, view2: ViewRecipe) -> list[Choice]:
+    """What of the views is chosen, for the log. least: share of the area, where it is not the paper's."""
     if recipe == "digits":
         return [Choice("views", "turned, zoomed, sheared, shifted, bent, blurred, noisy", "crops and flips change digits")]
     low, high = view1.crop_scale or (1.0, 1.0)
     of_blur = ("published settings for small images do not blur" if view1.blur == view2.blur == 0 else
                "the paper's, for one view and the other")
-    return [Choice("crop_scale", f"{low:g} to {high:g}", "share of the image's area" + (": the paper's, at every size" if low == 0.08 else "")),
+    return [Choice("crop_scale", f"{low:g} to {high:g}",
+                   "share of the image's area: " + ("the paper's, at every size" if least is None else least.reason)),
             Choice("blur", f"{view1.blur:g} and {view2.blur:g}", of_blur),
             Choice("solarize", f"{view1.solarize:g} and {view2.solarize:g}", "the paper's, for one view and the other")]

@@ -11,7 +11,9 @@ import torch
 from PIL import Image
 from torch import nn
 
+import train as command
 from byol_core.networks import BYOL
+from byol_core.run import Run
 
 HANDLED = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
 
@@ -66,3 +68,20 @@ def small_backbone() -> nn.Module:
 def small_byol() -> BYOL:
     torch.manual_seed(0)
     return BYOL(small_backbone(), 4, hidden_dim=8, out_dim=6)
+
+
+@pytest.fixture
+def stopped_after(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Starts a run and stops it, as by SIGTERM, after so many updates."""
+    original = Run._after_step
+
+    def start(updates: int, *arguments: object) -> None:
+        def stop(self: Run, progress, step) -> None:
+            self.stop.signal = 15 if progress.updates == updates else None
+            original(self, progress, step)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Run, "_after_step", stop)
+            assert command.main([str(argument) for argument in arguments]) == 143
+
+    return start

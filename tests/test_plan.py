@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from byol_core.config import TrainConfig, build_parser, parse_config
-from byol_core.plan import Facts, Plan, half_life_tau, make_plan
+from byol_core.plan import MIN_SCALE, Facts, Plan, half_life_tau, make_plan
 
 CIFAR, PHOTOS = Facts(50_000, 32, True), Facts(1_281_167, 375, False)
 
@@ -38,7 +38,7 @@ def test_quadra_recipe_is_the_source_systems_defaults() -> None:
 
 
 def test_small_images_get_the_small_stem_and_no_blur() -> None:
-    chosen = plan()
+    chosen = plan(arch="resnet18", batch_size=256)
     assert chosen.small_stem and chosen.image_size == 32 and chosen.views[0].blur == chosen.views[1].blur == 0
     assert chosen.lr == pytest.approx(0.06 * 2)  # 0.06 per 128 images
     assert not plan(PHOTOS).small_stem and not plan(arch="vgg11").small_stem
@@ -51,7 +51,9 @@ def test_image_size_follows_the_images(facts: Facts, size: int) -> None:
 
 
 def test_flags_win_over_the_recipe() -> None:
-    chosen = plan(optimizer="lars", lr=0.2, tau_base=0.5, small_stem=False, image_size=64, weight_decay=0.0)
+    chosen = plan(optimizer="lars", lr=0.2, tau_base=0.5, small_stem=False, image_size=64, weight_decay=0.0, batch_size=256,
+                  predictor_lr=3.0, min_scale=0.3)
+    assert chosen.predictor_lr == 3 and all(view.crop_scale == (0.3, 1.0) for view in chosen.views)
     assert (chosen.optimizer, chosen.tau_base, chosen.small_stem, chosen.image_size) == ("lars", 0.5, False, 64)
     assert chosen.lr == pytest.approx(0.2) and chosen.weight_decay == 0.0
     reasons = {choice.name: choice.reason for choice in chosen.choices}
@@ -66,9 +68,9 @@ def test_every_choice_has_a_reason() -> None:
 @pytest.mark.parametrize("optimizer, lr, weight_decay", [("adam", 3e-4, 0.0), ("adamw", 1e-3, 1e-2), ("lars", 0.45, 1e-6),
                                                          ("sgd", 0.12, 5e-4)])
 def test_rates_go_with_the_optimizer_that_is_asked_for(optimizer: str, lr: float, weight_decay: float) -> None:
-    chosen = plan(optimizer=optimizer)
+    chosen = plan(optimizer=optimizer, batch_size=256)
     assert chosen.lr == pytest.approx(lr) and chosen.weight_decay == weight_decay
-    assert plan(optimizer=optimizer, lr=0.7).lr == pytest.approx(0.7)
+    assert plan(optimizer=optimizer, lr=0.7, batch_size=256).lr == pytest.approx(0.7)
 
 
 def test_a_plateau_is_of_epochs_and_without_warm_up() -> None:
@@ -77,11 +79,60 @@ def test_a_plateau_is_of_epochs_and_without_warm_up() -> None:
     assert plan(scheduler="plateau", scheduler_interval="step").scheduler_interval == "step"
 
 
-@pytest.mark.parametrize("images, batch", [(4, 2), (60, 16), (200, 64), (255, 64),
-                                           (256, 128), (511, 128), (512, 256), (10**6, 256)])
+@pytest.mark.parametrize("images, batch", [(4, 2), (60, 16), (127, 32), (128, 64), (200, 64), (255, 64)])
 def test_small_sets_fill_their_batch_twice_at_least(images: int, batch: int) -> None:
     chosen = plan(Facts(images, 32, True))
     assert (chosen.batch_size, chosen.choices[0].name, chosen.choices[0].value) == (batch, "batch_size", batch)
+
+
+@pytest.mark.parametrize("images, epochs, batch, updates", [
+    (9_000, 20, 64, 2_800), (9_000, 71, 64, 9_940), (9_000, 72, 128, 5_040), (9_000, 143, 256, 5_005), (50_000, 1, 64, 781),
+    (50_000, 100, 256, 19_500), (512, 100, 64, 800), (1_281_167, 1, 256, 5_004), (300, 10_000, 128, 20_000)])
+def test_batches_are_smaller_where_updates_would_be_few(images: int, epochs: int, batch: int, updates: int) -> None:
+    """The largest of 64, 128 and 256 with which a run makes 5,000 updates, if any does."""
+    chosen = plan(Facts(images, 32, True), epochs=epochs)
+    assert (chosen.batch_size, chosen.total_updates) == (batch, updates)
+    reason = chosen.choices[0].reason
+    assert ("their number counts for more than the batch" in reason) == (batch < 256 and images > 300)
+
+
+def test_every_process_has_32_images_of_a_batch_that_is_chosen() -> None:
+    assert [make_plan(TrainConfig(epochs=1), CIFAR, processes).batch_size for processes in (1, 2, 4, 8)] == [64, 64, 128, 256]
+
+
+@pytest.mark.parametrize("facts, options, arch", [
+    (Facts(9_000, 64, True), {"epochs": 100}, "conv4"), (Facts(9_000, 64, True), {"epochs": 112}, "resnet18"),
+    (Facts(9_000, 96, True), {"epochs": 20}, "conv4"), (Facts(9_000, 97, True), {"epochs": 20}, "resnet18"),
+    (Facts(9_000, 64, True), {"epochs": 20, "image_size": 128}, "resnet18"), (CIFAR, {"epochs": 19}, "conv4"),
+    (CIFAR, {"epochs": 20}, "resnet18"), (CIFAR, {"epochs": 1, "recipe": "paper"}, "resnet18"),
+    (CIFAR, {"epochs": 1, "init_from": "weights.pt"}, "resnet18"), (CIFAR, {"epochs": 1, "arch": "vgg11"}, "vgg11"),
+    (CIFAR, {"epochs": 1, "recipe": "digits"}, "conv6")])
+def test_the_network_follows_the_images_and_the_length_of_the_run(facts: Facts, options: dict, arch: str) -> None:
+    assert plan(facts, **options).arch == arch
+
+
+def test_small_sets_get_a_fast_predictor_and_large_crops() -> None:
+    for images, predictor, least in ((199_999, 10, MIN_SCALE), (200_000, 1, 0.08)):
+        chosen = plan(Facts(images, 32, True), epochs=10)
+        assert chosen.predictor_lr == predictor and [view.crop_scale for view in chosen.views] == [(least, 1.0)] * 2
+    assert plan(optimizer="adamw").predictor_lr == 1  # whose rate was not tried with it
+    assert plan(recipe="paper").views[0].crop_scale == (0.08, 1.0) and plan(recipe="paper").predictor_lr == 1
+
+
+def test_the_views_of_the_sample_have_no_crop_to_change() -> None:
+    with pytest.raises(ValueError, match="--min-scale 0.3: the views of the sample show whole images - leave it out"):
+        plan(recipe="digits", min_scale=0.3)
+
+
+@pytest.mark.parametrize("seen, epochs, updates", [
+    (64, 1, 1), (63, 1, 1), (640, 1, 10), (50_000, 1, 781), (50_048, 2, 391), (64 * 1_000, 2, 500), (64 * 7_810, 10, 781),
+    (64 * 1_563, 3, 521)])
+def test_a_run_of_so_many_images_has_whole_epochs(seen: int, epochs: int, updates: int) -> None:
+    """781 batches of 64 fill an epoch of 50,000 images; shorter epochs come closer to what was asked for."""
+    chosen = make_plan(TrainConfig(batch_size=64), CIFAR, seen=seen)
+    assert (chosen.epochs, chosen.updates_per_epoch) == (epochs, updates)
+    again = make_plan(TrainConfig(batch_size=64), CIFAR, seen=chosen.total_updates * 64)
+    assert (again.epochs, again.updates_per_epoch) == (epochs, updates)  # as a resumed run asks
 
 
 @pytest.mark.parametrize("batch, lr", [(32, 1e-3), (64, 2e-3), (256, 2e-3), (1024, 2e-3)])
@@ -99,7 +150,7 @@ def test_without_lars_the_rate_grows_with_the_batch_up_to_512_images(optimizer: 
 
 def test_the_views_are_among_what_is_said() -> None:
     said = {choice.name: choice.value for choice in plan().choices}
-    assert (said["crop_scale"], said["blur"], said["solarize"]) == ("0.08 to 1", "0 and 0", "0 and 0.2")
+    assert (said["crop_scale"], said["blur"], said["solarize"]) == (f"{MIN_SCALE:g} to 1", "0 and 0", "0 and 0.2")
     large = {choice.name: choice.value for choice in plan(Facts(1000, 224, True)).choices}
     assert large["blur"] == "1 and 0.1"
 
@@ -159,7 +210,7 @@ def test_the_digits_have_a_predictor_ten_times_as_fast() -> None:
 
 @pytest.mark.parametrize("images, options, message", [
     (100, {"batch_size": 256}, "100 images < --batch-size 256 - use --batch-size 100 or less"),
-    (1, {}, "1 image is not enough"), (3, {}, "3 images < --batch-size 256 - use --batch-size 3 or less"),
+    (1, {}, "1 image is not enough"), (3, {}, "3 images < --batch-size 64 - use --batch-size 3 or less"),
     (100, {"batch_size": 10, "accum_steps": 4}, "use a multiple of 4"),
     (100, {"batch_size": 4, "accum_steps": 4}, "use 8 or more"),
 ])

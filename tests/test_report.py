@@ -98,7 +98,7 @@ def add_line(folder: Path, text: str) -> None:
 
 def test_page_says_what_the_files_say(tmp_path: Path) -> None:
     text = page(write_run(tmp_path / "my run"))
-    for expected in ("my run", "Finished well",
+    for expected in ("my run", "Learned",
                      "Linear 95.0% (untrained 60.0%), knn 91.2% (untrained 50.0%)", "91.2%", "50.0%",
                      "3 images of <b>", "12 ", "3.5", "4.25", "25.0%", "4 s", "0.1 x 64/256 = 0.025", "a & b", "torn",
                      "<b>.jpg", "Skipped files (1)", "build_backbone('<b>'", "0.5, 0.25, 0.125", "float32"):
@@ -128,8 +128,9 @@ def test_best_on_the_way_is_named_where_there_is_one(tmp_path: Path) -> None:
 
 
 def test_without_labels_it_says_so_and_shows_health(tmp_path: Path) -> None:
-    text = page(write_run(tmp_path, labels=False, updates=12))
-    assert "no class folders, so no accuracy" in text and "no labels" in text and "Finished well" in text
+    text = page(write_run(tmp_path, labels=False, updates=12, retrieval_untrained=0.0625, retrieval=0.5, measured_images=256))
+    assert "no class folders, so no accuracy" in text and "no labels" in text
+    assert "Learned Retrieval 50.0% (untrained 6.2%)" in text and re.search(r"healthy: rising +6\.2% +50\.0%", text)
     assert "effective rank of the features" in text and "9 of 15" in text
 
 
@@ -233,19 +234,19 @@ def test_empty_and_broken_folders_still_give_a_page(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name, content, expected", [
-    ("config.json", '{"config": {}, "plan": null, "choices": [7], "data": [], "versions": "1"}', "Finished well"),
+    ("config.json", '{"config": {}, "plan": null, "choices": [7], "data": [], "versions": "1"}', "Learned"),
     ("summary.json", '{"status": "finished"}', "Finished, but undecided"),
     ("summary.json", '{"status": 1, "updates": "6", "knn": "0.5", "world_size": null, "images": [1], "classes": {}}',
      "Has not ended, or was cut off, after 2 of 2 epochs"),
-    ("views.png", "", "Finished well"), ("views.png", "\x89PNG", "Finished well"),
-    ("views.png", "no picture " * 9, "Finished well"),
+    ("views.png", "", "Learned"), ("views.png", "\x89PNG", "Learned"),
+    ("views.png", "no picture " * 9, "Learned"),
     ("metrics.jsonl", "", "Finished, but without records to judge by"),
     ("metrics.jsonl", '{"update": 6, "epoch": 2.0, "loss": null, "spread": "0.5"}\n', "Finished, but without records"),
     ("metrics.jsonl", '{"update": 6, "epoch": 2.0, "loss": 1.0, "spread": 0.9}\n', "Finished, but without records"),
     ("metrics.jsonl", '{"update": "6", "epoch": "2"}\n{"update": 6, "epoch": NaN}\n', "Finished, but without records"),
     ("metrics.jsonl", '{"update": 6, "epoch": 2.0, "loss": 1.0, "spread": 0.9, "tau": 0.5, "rank": 1e999, "rank_limit": 15}\n',
-     "Finished well"),
-    ("backbone.json", '{"arch": "<b>", "small_stem": 1, "image_size": "<b>", "mean": null, "std": 1}', "Finished well"),
+     "Learned"),
+    ("backbone.json", '{"arch": "<b>", "small_stem": 1, "image_size": "<b>", "mean": null, "std": 1}', "Learned"),
 ])
 def test_damaged_files_cost_what_they_said_and_no_more(tmp_path: Path, capsys, name: str, content: str, expected: str) -> None:
     write_run(tmp_path, knn_untrained=0.5, rank_features_untrained=None)

@@ -683,7 +683,7 @@ def test_help_and_a_mistyped_flag_do_not_load_torch(tmp_path: Path) -> None:
 
 def test_recomputing_activations_changes_no_weight(image_folder: Callable[..., Path]) -> None:
     data = image_folder(size=(8, 8), per_class=4)
-    small = ("--epochs", 1, "--batch-size", 4, "--hidden-dim", 8, "--projection-dim", 4, "--no-eval", "--device", "cpu")
+    small = ("--arch", "resnet18", "--epochs", 1, "--batch-size", 4, "--hidden-dim", 8, "--projection-dim", 4, "--no-eval", "--device", "cpu")
     assert run("--data", data, "--out", "kept", *small) == 0
     assert run("--data", data, "--out", "again", *small, "--grad-checkpoint") == 0
     kept, again = (torch.load(f"{name}/last.pt", weights_only=True)["model"] for name in ("kept", "again"))
@@ -772,10 +772,10 @@ def timed(seconds: float, monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return asked
 
 
-@pytest.mark.parametrize("seconds, epochs, updates", [(60.0, 1, 1), (7.5, 4, 2), (6.0, 4, 2), (2.0, 10, 3), (100.0, 1, 1)])
+@pytest.mark.parametrize("seconds, epochs, updates", [(60.0, 1, 1), (30.0, 1, 2), (7.5, 3, 3), (2.0, 10, 3), (100.0, 1, 1)])
 def test_minutes_become_a_number_of_updates(image_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys,
                                             seconds: float, epochs: int, updates: int) -> None:
-    """Of 12 images, 3 updates fill an epoch: one minute holds 8 updates of 7.5 seconds, which are 4 epochs of 2."""
+    """Of 12 images, 3 updates fill an epoch: one minute holds 8 updates of 7.5 seconds, and 3 epochs of 3 come close."""
     asked = timed(seconds, monkeypatch)
     data = image_folder(classes=2, per_class=6)
     assert run("--data", data, "--minutes", 1, "--out", "out", "--no-eval", *SMALL) == 0
@@ -799,7 +799,7 @@ def test_a_run_of_minutes_that_was_stopped_is_as_long_as_it_was_to_be(
     assert not asked
     assert_same_state(checkpoint("whole"), checkpoint("out"))
     assert run(*arguments, "--out", "out", "--resume") == 0
-    assert "already complete (4/4 epochs)" in capsys.readouterr().out
+    assert "already complete (3/3 epochs)" in capsys.readouterr().out
 
 
 def test_minutes_and_epochs_are_one_too_many(capsys) -> None:
@@ -812,7 +812,7 @@ def test_nothing_of_the_timing_is_left_in_a_run_of_minutes(image_folder: Callabl
                                                            monkeypatch: pytest.MonkeyPatch) -> None:
     """The updates that are timed train networks that are thrown away."""
     data = image_folder(classes=2, per_class=6)
-    monkeypatch.setattr(Run, "updates_in", lambda self, minutes: (self.seconds_per_update(), 6)[1])
+    monkeypatch.setattr(Run, "images_in", lambda self, minutes: (self.seconds_per_update(), 24)[1])
     assert run("--data", data, "--minutes", 1, "--out", "minutes", "--no-eval", *SMALL) == 0
     assert run("--data", data, "--epochs", 2, "--out", "epochs", "--no-eval", *SMALL) == 0
     assert_same_state(checkpoint("minutes"), checkpoint("epochs"))
@@ -823,8 +823,8 @@ def test_nothing_of_the_timing_is_left_in_a_run_of_minutes(image_folder: Callabl
 def test_console_summary_and_report_give_the_same_verdict(image_folder: Callable[..., Path], capsys) -> None:
     assert run("--data", image_folder(classes=2, per_class=130), "--epochs", 1, "--out", "out", *SMALL) == 0
     told = summary("out")
-    assert told["verdict"] in ("learned", "learned little so far", "nothing learned", "worse than untrained", "flat")
+    assert told["verdict"] in ("learned", "learned little so far", "nothing learned", "worse than untrained", "undecided")
     line = f"{told['verdict']}: {told['verdict_why']}" + f" - {told['verdict_advice']}" * bool(told["verdict_advice"])
     assert line in capsys.readouterr().out
     page = html.unescape(Path("out/report.html").read_text())
-    assert told["verdict"].capitalize() in page and told["verdict_why"] in page and told["verdict_advice"] in page
+    assert all(told[key].lower() in page.lower() for key in ("verdict", "verdict_why", "verdict_advice"))

@@ -301,23 +301,6 @@ def test_a_checkpoint_from_a_gpu_loads_without_one(trained: Path, monkeypatch: p
     assert_same_state(read_checkpoint(Path("last.pt")), read_checkpoint(trained / "last.pt"))
 
 
-@pytest.fixture
-def stopped_after(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Starts a run and stops it, as by SIGTERM, after so many updates."""
-    original = Run._after_step
-
-    def start(updates: int, *arguments: object) -> None:
-        def stop(self: Run, progress, step) -> None:
-            self.stop.signal = 15 if progress.updates == updates else None
-            original(self, progress, step)
-
-        with monkeypatch.context() as patched:
-            patched.setattr(Run, "_after_step", stop)
-            assert run(*arguments) == 143
-
-    return start
-
-
 @pytest.mark.parametrize("before, after, note", [
     ("fp16", "off", "float16 -> float32"), ("off", "fp16", "float32 -> float16"), ("fp16", "bf16", "float16 -> bfloat16"),
     ("bf16", "fp16", "bfloat16 -> float16")])

@@ -18,6 +18,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from byol_core.config import TrainConfig, one_line, parse_config
@@ -74,7 +75,7 @@ def prepare(config: TrainConfig, processes: "Processes", stack: contextlib.ExitS
     from byol_core.folder import scan
     from byol_core.plan import make_plan
     from byol_core.processes import restarted
-    from byol_core.run import Run
+    from byol_core.run import Run, fit_into
     from byol_core.run_folder import RUNS, choose_out, goes_on_in_its_folder, open_run_folder
     from byol_core.sample import with_sample
     from byol_core.snapshot import begun_as, go_on
@@ -98,14 +99,9 @@ def prepare(config: TrainConfig, processes: "Processes", stack: contextlib.ExitS
     elif config.minutes is None:
         plan = make_plan(config, facts, world_size)
     else:
-        plan = make_plan(config, facts, world_size, facts.images)
-        for _ in range(2):  # the time of an update tells how many fit, and that may tell another size of the batch
-            trial = Run(replace(config, eval=False, tensorboard=False), plan, files, folder, processes, loaded)
-            before, plan = plan, make_plan(config, facts, world_size, trial.images_in(config.minutes))
-            trial.parts.batches.close()
-            loaded = trial.parts.data, trial.parts.views_reason
-            if plan.batch_size == before.batch_size:
-                break
+        plain = replace(config, eval=False, tensorboard=False)
+        plan, loaded = fit_into(config.minutes, partial(make_plan, config, facts, world_size),
+                                lambda plan, loaded: Run(plain, plan, files, folder, processes, loaded))
     run = Run(config, plan, files, folder, processes, loaded)
     if config.resume is not None:
         run.resume()

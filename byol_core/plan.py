@@ -11,8 +11,10 @@ SMALL_SET = 200_000  # images; below it the recipe follows published CIFAR setti
 LARGEST_SCALED = 512  # images: without LARS, rates in proportion to the batch are published up to it
 ENOUGH_UPDATES = 5_000  # updates of a run; with fewer a smaller batch learns more
 LARGEST_BATCH, SMALLEST_BATCH, AT_LEAST_EACH = 256, 64, 32  # of an update, and per process
-CONV4_UP_TO, RESNET_FROM = 96, 1_000_000  # pixels of an image; images of all updates together
-MIN_SCALE, FAST_PREDICTOR = 0.2, 10.0  # smallest share of an image's area in a view; times the rate of the rest
+CONV4_SIZE, CONV4_UP_TO = 32, 96  # pixels: of a view, and of an image
+RESNET_FROM = 1_000_000  # images of all updates together
+SHORT_MIN_SCALE, SMALL_MIN_SCALE = 0.4, 0.2  # smallest share of an image's area in a view: of short runs, of small sets
+FAST_PREDICTOR = 10.0  # times the rate of the rest
 SMALL_STEM_BELOW = 48  # pixels; there the ImageNet stem leaves a 1x1 final map
 RESNETS = ("resnet", "resnext", "wide_resnet")
 LARGEST_LR = 1e6  # per 256 images; beyond it numbers overflow before anything can be learned
@@ -67,6 +69,10 @@ class Plan:
     choices: tuple[Choice, ...]
 
     @property
+    def network(self) -> Choice:
+        return next(choice for choice in self.choices if choice.name == "arch")
+
+    @property
     def total_updates(self) -> int:
         return self.updates_per_epoch * self.epochs
 
@@ -79,11 +85,12 @@ def half_life_tau(updates: int) -> float:
     return 0.5 ** (1 / min(max(0.03 * updates, 2.0), 173.0))
 
 
-def make_plan(config: TrainConfig, facts: Facts, world_size: int = 1, seen: int | None = None) -> Plan:
+def make_plan(config: TrainConfig, facts: Facts, world_size: int = 1, seen: int | None = None,
+              network: Choice | None = None) -> Plan:
     """The plan for these options and this data; flags win over the recipe.
 
     seen: images of all updates together, in place of the epochs that the options name: epochs are then a little shorter than
-    a pass over the images, so that a whole number of them comes close.
+    a pass over the images, so that a whole number of them comes close. network: the choice of `arch`, if it is made already.
     Raises: ValueError when the batch does not fit the images, the processes or the accumulation.
     """
     about = facts.images * config.epochs if seen is None else seen
@@ -91,7 +98,10 @@ def make_plan(config: TrainConfig, facts: Facts, world_size: int = 1, seen: int 
         Choice("batch_size", config.batch_size, "as asked")
     batch_size = int(batch.value)
     _check_batch(batch_size, config.accum_steps, world_size, facts.images)
-    size = config.image_size or _image_size(facts)
+    network = network or _arch(config, config.image_size or _image_size(facts), about)
+    arch = str(network.value)
+    edge = _edge(facts, arch) if config.image_size is None else Choice("image_size", config.image_size, "as asked")
+    size = int(edge.value)
     small = size < SMALL_STEM_BELOW
     epochs, updates = config.epochs, facts.images // batch_size
     if seen is not None:
@@ -99,12 +109,10 @@ def make_plan(config: TrainConfig, facts: Facts, world_size: int = 1, seen: int 
         epochs = math.ceil(total / updates)
         updates = math.ceil(total / epochs)
 
-    network = _arch(config, size, about)
-    arch = str(network.value)
     chosen = {
         "batch_size": batch,
         "arch": network,
-        "image_size": Choice("image_size", size, _reason_of_size(facts, size)),
+        "image_size": edge,
         "predictor_lr": Choice("predictor_lr", 1.0, "as the rest"),
         "small_stem": Choice("small_stem", small and arch.startswith(RESNETS),
                              f"3x3 stem for ResNets below {SMALL_STEM_BELOW} px"),
@@ -123,7 +131,7 @@ def make_plan(config: TrainConfig, facts: Facts, world_size: int = 1, seen: int 
 
     values = {name: choice.value for name, choice in chosen.items()}
     values["lr"] = scaled_lr(float(values["lr"]), batch_size)
-    views, least = _views(config.recipe, size), _min_scale(config, facts.images)
+    views, least = _views(config.recipe, size), _min_scale(config, facts.images, about)
     views = views if least is None else with_min_scale(views, float(least.value))
     return Plan(
         **values,  # type: ignore[arg-type]
@@ -191,8 +199,11 @@ def _image_size(facts: Facts) -> int:
     return 128 if facts.side <= 160 else 224
 
 
-def _reason_of_size(facts: Facts, size: int) -> str:
-    return f"images are about {facts.side} pixels" + ("" if size == facts.side else "; larger ones are shown at 128 or 224")
+def _edge(facts: Facts, arch: str) -> Choice:
+    size, reason = _image_size(facts), f"images are about {facts.side} pixels"
+    if arch == "conv4" and size > CONV4_SIZE:
+        return Choice("image_size", CONV4_SIZE, f"{reason}, of which conv4 learns more at {CONV4_SIZE} in the same time")
+    return Choice("image_size", size, reason + ("" if size == facts.side else "; larger ones are shown at 128 or 224"))
 
 
 def _digits(facts: Facts, epochs: int, total: int, batch_size: int) -> list[Choice]:
@@ -284,12 +295,13 @@ def _views(recipe: str, size: int) -> tuple[ViewRecipe, ViewRecipe]:
     return view1, view2
 
 
-def _min_scale(config: TrainConfig, images: int) -> Choice | None:
-    """None for the paper's, or for views that do not crop."""
+def _min_scale(config: TrainConfig, images: int, seen: int) -> Choice | None:
+    """None for the paper's, or for views that do not crop. seen: images of all updates together."""
     if config.min_scale is not None:
         return Choice("min_scale", config.min_scale, "as asked")
     if config.recipe == "auto" and images < SMALL_SET:
-        return Choice("min_scale", MIN_SCALE, "teaches more while updates are few")
+        return Choice("min_scale", SHORT_MIN_SCALE, "large crops teach more while few images are seen") \
+            if seen < RESNET_FROM else Choice("min_scale", SMALL_MIN_SCALE, "usual for small sets")
     return None
 
 

@@ -21,7 +21,7 @@ from byol_core.folder import ImageSet, printable, with_several_frames
 from byol_core.memory import peak_memory
 from byol_core.outcome import Outcome
 from byol_core.parts import Parts
-from byol_core.plan import Plan
+from byol_core.plan import RESNET_FROM, Choice, Plan
 from byol_core.processes import ALONE, Processes
 from byol_core.run_folder import COPIES, lock_of, space_warning
 from byol_core.runtime import NonFiniteError
@@ -275,7 +275,7 @@ class Run:
             data.bad.give_up(tried)
 
     def images_in(self, minutes: float) -> int:
-        """How many images fill so many minutes of updates, at least a batch; for a run that will not be trained."""
+        """How many images fill so many minutes of updates, at least a batch; the run can not be trained after that."""
         seconds, batch = self.seconds_per_update(TIMED_S), self.parts.plan.batch_size
         return max(1, self.processes.from_first(lambda: int(60 * minutes / max(seconds, 1e-6)))) * batch
 
@@ -297,3 +297,23 @@ class Run:
             self._train(Progress(), stop_early)
         times = times[first:] if len(times) > first + 1 else times
         return (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 0.0
+
+
+def fit_into(minutes: float, plan_of: Callable[[int, Choice | None], Plan],
+             run_of: Callable[[Plan, tuple[ImageData, str] | None], Run]) -> tuple[Plan, tuple[ImageData, str]]:
+    """(the plan that fills so many minutes of training, the images as they were loaded on the way to it).
+
+    The time of a few updates tells how many images fit, that may tell another network or batch, and then its own time counts.
+
+    plan_of: (images of all updates, network if it is chosen) -> plan, as `make_plan`. run_of: (plan, loaded images) -> run.
+    """
+    plan, loaded = plan_of(RESNET_FROM, None), None
+    for attempt in range(3):
+        trial = run_of(plan, loaded)
+        before, plan = plan, plan_of(trial.images_in(minutes), None if attempt == 0 else plan.network)
+        trial.parts.batches.close()
+        loaded = trial.parts.data, trial.parts.views_reason
+        if (plan.arch, plan.batch_size) == (before.arch, before.batch_size):
+            break
+    assert loaded is not None
+    return plan, loaded

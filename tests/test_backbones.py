@@ -48,10 +48,27 @@ def test_small_stem_keeps_height_and_width() -> None:
     assert backbone.conv1.weight.shape == (64, 3, 3, 3)
 
 
+def test_conv4_is_four_convolutions_with_pooling_in_between() -> None:
+    torch.manual_seed(0)
+    backbone, dimension = build_backbone("conv4")
+    weights = [parameter for name, parameter in backbone.named_parameters() if name.startswith("conv")]
+    assert dimension == 512 and [tuple(weight.shape) for weight in weights] == [
+        (64, 3, 3, 3), (128, 64, 3, 3), (256, 128, 3, 3), (512, 256, 3, 3)]
+    expected = images = torch.rand(4, 3, 32, 32)
+    for number, weight in enumerate(weights):
+        expected = nn.functional.conv2d(expected if number == 0 else nn.functional.max_pool2d(expected, 2), weight, padding=1)
+        expected = (expected - expected.mean((0, 2, 3), keepdim=True)) / (
+            expected.var((0, 2, 3), keepdim=True, correction=0) + 1e-5).sqrt()
+        expected = expected.relu()
+    torch.testing.assert_close(backbone(images), expected.mean((2, 3)), rtol=1e-3, atol=1e-4)
+    assert backbone.eval()(torch.rand(1, 3, 64, 64)).shape == (1, 512)
+
+
 @pytest.mark.parametrize("arguments, message", [
     (("resnet19",), "unknown arch 'resnet19' - did you mean resnet18?"),
     (("fcn_resnet50",), "unknown arch 'fcn_resnet50'"),  # a segmentation model
     (("squeezenet1_1",), "arch 'squeezenet1_1' does not end in a linear layer"),
+    (("conv4", True), "--small-stem is for ResNets, and conv4 is made for small images - leave it out"),
     (("vgg11", True), "--small-stem is for ResNets, not for vgg11"),
 ])
 def test_what_cannot_be_served_is_refused_by_name(arguments: tuple, message: str) -> None:

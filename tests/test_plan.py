@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from byol_core.config import TrainConfig, build_parser, parse_config
-from byol_core.plan import MIN_SCALE, Facts, Plan, half_life_tau, make_plan
+from byol_core.plan import SHORT_MIN_SCALE, Facts, Plan, half_life_tau, make_plan
 
 CIFAR, PHOTOS = Facts(50_000, 32, True), Facts(1_281_167, 375, False)
 
@@ -47,7 +47,13 @@ def test_small_images_get_the_small_stem_and_no_blur() -> None:
 @pytest.mark.parametrize("facts, size", [(Facts(999, 8, True), 8), (Facts(999, 32, True), 32), (Facts(999, 96, True), 96),
                                          (Facts(999, 160, False), 128), (PHOTOS, 224)])
 def test_image_size_follows_the_images(facts: Facts, size: int) -> None:
-    assert plan(facts).image_size == size
+    assert plan(facts, arch="resnet18").image_size == size
+
+
+@pytest.mark.parametrize("side, options, size", [(16, {}, 16), (32, {}, 32), (64, {}, 32), (96, {}, 32),
+                                                 (64, {"image_size": 64}, 64), (224, {"arch": "conv4"}, 32), (224, {}, 224)])
+def test_conv4_sees_32_pixels_at_most_where_nothing_else_is_asked_for(side: int, options: dict, size: int) -> None:
+    assert plan(Facts(999, side, True), **options).image_size == size
 
 
 def test_flags_win_over_the_recipe() -> None:
@@ -112,8 +118,9 @@ def test_the_network_follows_the_images_and_the_length_of_the_run(facts: Facts, 
 
 
 def test_small_sets_get_a_fast_predictor_and_large_crops() -> None:
-    for images, predictor, least in ((199_999, 10, MIN_SCALE), (200_000, 1, 0.08)):
-        chosen = plan(Facts(images, 32, True), epochs=10)
+    for images, epochs, predictor, least in ((100_000, 9, 10, SHORT_MIN_SCALE), (100_000, 10, 10, 0.2), (199_999, 10, 10, 0.2),
+                                             (200_000, 10, 1, 0.08), (200_000, 1, 1, 0.08)):
+        chosen = plan(Facts(images, 32, True), epochs=epochs)
         assert chosen.predictor_lr == predictor and [view.crop_scale for view in chosen.views] == [(least, 1.0)] * 2
     assert plan(optimizer="adamw").predictor_lr == 1  # whose rate was not tried with it
     assert plan(recipe="paper").views[0].crop_scale == (0.08, 1.0) and plan(recipe="paper").predictor_lr == 1
@@ -150,7 +157,7 @@ def test_without_lars_the_rate_grows_with_the_batch_up_to_512_images(optimizer: 
 
 def test_the_views_are_among_what_is_said() -> None:
     said = {choice.name: choice.value for choice in plan().choices}
-    assert (said["crop_scale"], said["blur"], said["solarize"]) == (f"{MIN_SCALE:g} to 1", "0 and 0", "0 and 0.2")
+    assert (said["crop_scale"], said["blur"], said["solarize"]) == ("0.2 to 1", "0 and 0", "0 and 0.2")
     large = {choice.name: choice.value for choice in plan(Facts(1000, 224, True)).choices}
     assert large["blur"] == "1 and 0.1"
 

@@ -683,7 +683,8 @@ def test_help_and_a_mistyped_flag_do_not_load_torch(tmp_path: Path) -> None:
 
 def test_recomputing_activations_changes_no_weight(image_folder: Callable[..., Path]) -> None:
     data = image_folder(size=(8, 8), per_class=4)
-    small = ("--arch", "resnet18", "--epochs", 1, "--batch-size", 4, "--hidden-dim", 8, "--projection-dim", 4, "--no-eval", "--device", "cpu")
+    small = ("--arch", "resnet18", "--epochs", 1, "--batch-size", 4, "--hidden-dim", 8, "--projection-dim", 4, "--no-eval",
+             "--device", "cpu")
     assert run("--data", data, "--out", "kept", *small) == 0
     assert run("--data", data, "--out", "again", *small, "--grad-checkpoint") == 0
     kept, again = (torch.load(f"{name}/last.pt", weights_only=True)["model"] for name in ("kept", "again"))

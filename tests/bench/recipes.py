@@ -25,6 +25,7 @@ import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from byol_core.config import TrainConfig, build_parser, parse_config
-from byol_core.data import look_at
+from byol_core.data import ImageData, look_at
 from byol_core.folder import scan
-from byol_core.plan import Facts, Plan, make_plan
-from byol_core.run import Run
+from byol_core.plan import Choice, Facts, Plan, make_plan
+from byol_core.run import Run, fit_into
 from byol_core.run_folder import open_run_folder
 from byol_core.scoring import Scorer
 from byol_core.views import ViewRecipe
@@ -62,8 +63,10 @@ def parse_variant(text: str) -> Variant:
     given = dict(word.partition("=")[::2] for word in rest.split())
     known = {field.name for kind in (TrainConfig, Plan, ViewRecipe) for field in fields(kind)} | set(OWN)
     unknown = sorted(given.keys() - known)
-    if unknown or not name.strip():
-        raise ValueError(f"variant {text!r}: no field {', '.join(unknown)}" if unknown else f"variant {text!r} has no name")
+    empty = [field for field, value in given.items() if not value]
+    if unknown or empty or not name.strip():
+        raise ValueError(f"variant {text!r}: no field {', '.join(unknown)}" if unknown else
+                         f"variant {text!r}: {', '.join(empty)} has no value" if empty else f"variant {text!r} has no name")
     return Variant(name.strip(), given)
 
 
@@ -79,13 +82,13 @@ def config_of(variant: Variant, data: Path, out: Path, seed: int) -> TrainConfig
     return parse_config([*words, "--data", str(data), "--out", str(out), "--seed", str(seed), "--no-eval"])
 
 
-def plan_of(variant: Variant, config: TrainConfig, facts: Facts, seen: int) -> Plan:
+def plan_of(variant: Variant, config: TrainConfig, facts: Facts, seen: int, network: Choice | None = None) -> Plan:
     """`make_plan`, and what of it the variant changes. Raises: ValueError."""
-    plan = make_plan(config, facts, seen=seen)
+    plan = make_plan(config, facts, seen=seen, network=network)
     options = {field.name for field in fields(TrainConfig)}
     changed = {name: type(getattr(plan, name))(value) for name, value in variant.fields.items()
                if name not in options and hasattr(plan, name)}
-    return replace(plan, **changed, views=tuple(view_of(variant, number, view) for number, view in enumerate(plan.views)))
+    return replace(plan, **changed, views=(view_of(variant, 0, plan.views[0]), view_of(variant, 1, plan.views[1])))
 
 
 def view_of(variant: Variant, number: int, view: ViewRecipe) -> ViewRecipe:
@@ -126,18 +129,20 @@ class Trial:
         self.config = config_of(variant, options.images / "train", out, seed)
         files = scan(self.config.data)
         facts = look_at(files)
-        kept = out.with_name(f"{out.name}-images.txt")
+        kept = out.with_name(f"{out.name}-length.json")
+        planned = partial(plan_of, variant, self.config, facts)
+
+        def run_of(plan: Plan, loaded: tuple[ImageData, str] | None) -> Run:
+            run = Run(self.config, plan, files, out, loaded=loaded)
+            change_network(variant, run.parts.model)
+            return run
+
         if not kept.exists():
-            plan = plan_of(variant, self.config, facts, facts.images)
-            seen = (options.updates or 0) * plan.batch_size
-            if options.minutes is not None:
-                run = Run(self.config, plan, files, out)
-                change_network(variant, run.parts.model)
-                seen = run.images_in(options.minutes)
-                run.parts.batches.close()
-            kept.write_text(str(seen))
-        self.run = Run(self.config, plan_of(variant, self.config, facts, int(kept.read_text())), files, out)
-        change_network(variant, self.run.parts.model)
+            plan = planned(facts.images) if options.minutes is None else fit_into(options.minutes, planned, run_of)[0]
+            total = options.updates or plan.total_updates
+            kept.write_text(json.dumps([total * plan.batch_size, asdict(plan.network)]))
+        seen, network = json.loads(kept.read_text())
+        self.run = run_of(planned(seen, Choice(**network)), None)
         if (out / "last.pt").exists():
             self.run.resume()
 
@@ -199,8 +204,8 @@ def spread_of(values: Sequence[float | None], form: str, below: float | None = N
 def lines_of(name: str, network: str, rows: list[Row], untrained: list[dict[str, float | None]]) -> list[tuple[str, ...]]:
     """The lines of the table for one variant: the online network's and the target's, over seeds."""
     forms = {"minutes": ".1f", "updates": ".0f", "images/s": ".0f", "rank": ".1f", "spread": ".2f"}
-    before = {key: statistics.mean(known) for key in ACCURACIES
-              if (known := [row[key] for row in untrained if row[key] is not None])}  # type: ignore[misc]
+    known = {key: [value for row in untrained if (value := row[key]) is not None] for key in ACCURACIES}
+    before = {key: statistics.mean(values) for key, values in known.items() if values}
     lines = []
     for which in rows[0]:
         cells = [spread_of([row[which].get(column) for row in rows], forms.get(column, ".1f"), before.get(column))

@@ -99,9 +99,10 @@ def prepare(config: TrainConfig, processes: "Processes", stack: contextlib.ExitS
     elif config.minutes is None:
         plan = make_plan(config, facts, world_size)
     else:
-        plain = replace(config, eval=False, tensorboard=False)
-        plan, loaded = fit_into(config.minutes, partial(make_plan, config, facts, world_size),
-                                lambda plan, loaded: Run(plain, plan, files, folder, processes, loaded))
+        plain = replace(config, eval=False, tensorboard=False, warmup_epochs=None)
+        seen, network, loaded = fit_into(config.minutes, partial(make_plan, plain, facts, world_size),
+                                         lambda plan, loaded: Run(plain, plan, files, folder, processes, loaded))
+        plan = make_plan(config, facts, world_size, seen, network)
     run = Run(config, plan, files, folder, processes, loaded)
     if config.resume is not None:
         run.resume()

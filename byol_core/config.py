@@ -45,6 +45,9 @@ auto_or_workers = checked(int, lambda n: 0 <= n <= 256, "a whole number from 0 t
 auto_or_pixels = checked(int, lambda n: n >= 8, "a whole number of pixels, 8 or more", auto=True)
 
 
+LARGEST_OF_A_CHECKPOINT = 2**20  # no option that a recipe chooses is larger, and a network of such a width fits nowhere
+
+
 class AppendPaths(argparse.Action):
     """`--data A B` and `--data A --data B` alike, as a tuple; what is given takes the place of the default."""
 
@@ -61,15 +64,15 @@ class TrainConfig:
     data: tuple[str, ...] = option(("digits",), "data", "folders of images, flat or nested; class sub-folders are labels, "
                                    "used only for evaluation; or a .txt list of paths, or .tar shards; 'digits' is the "
                                    "embedded sample", nargs="+", action=AppendPaths, metavar="PATH")
-    epochs: int = option(100, "training", "passes over the images", type=passes, metavar="N", instead="minutes")
+    epochs: int = option(100, "training", "passes over the images", type=passes, metavar="N")
     minutes: float | None = option(None, "training", "train for about so long instead: as many updates as fit, by the time "
-                                   "that a few of them take; a resumed run keeps their number", type=positive, metavar="F",
-                                   instead="minutes")
+                                   "that a few of them take; a resumed run keeps their number", type=positive, metavar="F")
     out: str | None = option(None, "run folder", "run folder (default: runs/<name of the data>)", metavar="DIR")
     eval_data: str | None = option(None, "data", "labelled folder to measure on (default: a fifth of --data, stratified)",
                                    metavar="DIR")
     arch: str | None = option(None, "network", "any torchvision classification model, or conv4 or conv6, small networks for "
-                              "small images (default: conv4 for small images and short runs, else resnet18)", metavar="NAME")
+                              "small images (default: conv4 for small images and short runs, conv6 for the "
+                              "sample, else resnet18)", metavar="NAME")
     image_size: int | None = option(None, "network", "edge of a view in pixels, or auto, from the images",
                                     type=auto_or_pixels, metavar="auto|N")
     small_stem: bool | None = option(None, "network", "3x3 first convolution without pooling, for ResNets on small images "
@@ -156,7 +159,6 @@ def _flag(option_field: "Field[Any]") -> tuple[str, dict[str, Any]]:
     """The flag and the argparse keywords that a field of `TrainConfig` describes."""
     described = dict(option_field.metadata)
     del described["group"]
-    described.pop("instead", None)
     flag = described.pop("flag", "--" + option_field.name.replace("_", "-"))
     if isinstance(option_field.default, tuple):
         described["help"] += f" (default: {' '.join(option_field.default)})"
@@ -165,26 +167,44 @@ def _flag(option_field: "Field[Any]") -> tuple[str, dict[str, Any]]:
     return flag, {**described, "dest": option_field.name, "default": option_field.default}
 
 
+def check_option(name: str, value: object) -> None:
+    """Raises: ValueError, or TypeError, for a value that the command line would not take, or that no run could have had."""
+    described = next(option_field.metadata for option_field in fields(TrainConfig) if option_field.name == name)
+    kind, allowed = described.get("type", str), described.get("choices")
+    if described.get("action") is argparse.BooleanOptionalAction:
+        fits = isinstance(value, bool)
+    elif kind is str:
+        fits = isinstance(value, str) and (allowed is None or value in allowed)
+    else:
+        fits = isinstance(value, (int, float)) and not isinstance(value, bool) and value <= LARGEST_OF_A_CHECKPOINT
+        try:
+            fits = fits and kind(repr(value)) == value
+        except argparse.ArgumentTypeError:
+            fits = False
+    if not fits:
+        raise ValueError(f"{name}={value!r} is no value of that option")
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="train.py", allow_abbrev=False,
                     description="Train BYOL on a folder of images, without labels.",
                     epilog="example: python train.py --data ./imgs --epochs 100")
     groups: dict[str, argparse._ArgumentGroup] = {}
-    either: dict[str, argparse._MutuallyExclusiveGroup] = {}  # of options of which one alone may be given
     for option_field in fields(TrainConfig):
-        title, instead = option_field.metadata["group"], option_field.metadata.get("instead")
+        title = option_field.metadata["group"]
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
-        if instead is not None and instead not in either:
-            either[instead] = groups[title].add_mutually_exclusive_group()
         flag, described = _flag(option_field)
-        (groups[title] if instead is None else either[instead]).add_argument(flag, **described)
+        groups[title].add_argument(flag, **described)
     return parser
 
 
 def parse_config(arguments: Sequence[str] | None = None) -> TrainConfig:
     """The options on the command line; exits with code 2 and one line when one of them is wrong."""
-    values = vars(build_parser().parse_args(sys.argv[1:] if arguments is None else arguments))
+    words, parser = sys.argv[1:] if arguments is None else arguments, build_parser()
+    values = vars(parser.parse_args(words))
+    if {"--epochs", "--minutes"} <= {word.partition("=")[0] for word in words}:
+        parser.error("--epochs and --minutes both say how long to train - give one of them")
     if values["optimizer"] == "auto":
         values["optimizer"] = None
     return TrainConfig(**values)

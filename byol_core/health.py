@@ -21,7 +21,10 @@ UNKNOWN_MEASURED = 500  # images, where a summary does not say on how many it re
 CERTAIN = 1.96  # standard deviations of a difference that chance exceeds once in twenty times
 LEARNED = 0.1  # share of the untrained network's errors that are gone, on average, where much was learned
 LONGER, ENOUGH_UPDATES, SMALL_BATCH = 4, 5_000, 64  # what is advised where little was learned
-RATES = ("optimizer", "lr", "weight_decay", "tau_base", "tau_schedule", "scheduler", "warmup_epochs")
+RATES = ("optimizer", "lr", "predictor_lr", "weight_decay", "tau_base", "tau_schedule", "scheduler", "warmup_epochs",
+         "min_scale")
+LONGEST = 1e6  # minutes that are worth advising
+OWN_NETWORKS = ("conv4", "conv6")  # whose weights torchvision does not have
 SMALL_TAU = 0.9  # the smallest of the paper's that came close to the best
 REMEMBERED = 0.5  # share of its random start that a target may still hold when half the run is over
 
@@ -118,7 +121,7 @@ def judge(records: Sequence[Record], epochs: int, status: str = "running", score
     accuracies before and after, the number of images that they rest on and the seconds are used. plan: the run's resolved
     numbers, for advice that fits them.
     """
-    records = [record for record in records if record.keys() >= {"loss", "spread", "tau"}]
+    records = [record for record in records if record.keys() >= {"update", "loss", "spread", "tau"}]
     if not records:
         return Verdict("starting", "nothing recorded yet")
     collapse = find_collapse(records, plan)
@@ -205,10 +208,10 @@ def _gains(scores: Mapping[str, object], names: Sequence[str]) -> list[_Gain]:
 def _finished(records: Sequence[Record], scores: Mapping[str, object], plan: Mapping[str, object]) -> Verdict:
     gains = _gains(scores, SCORES) or _gains(scores, ["retrieval"])
     if not gains:
-        return Verdict("undecided", f"nothing was measured before and after training; {_state(records)}",
-                       "leave out --no-eval, or look at neighbours.png")
+        why = f"nothing that decides was measured before and after training; {_state(records)}"
+        return Verdict("undecided", why, "measure it with python -m byol_core.evaluate, on labelled images")
     told, images = ", ".join(map(str, gains)), _number(scores.get("measured_images"))
-    if images < FEW_MEASURED:
+    if 0 < images < FEW_MEASURED:
         return Verdict("undecided", f"{images:.0f} images are too few to measure on: {told}; {_state(records)}",
                        "give more labelled images as --eval-data" if gains[0].name in SCORES else "train on more images")
     higher = [gain for gain in gains if gain.points > gain.chance]
@@ -217,7 +220,8 @@ def _finished(records: Sequence[Record], scores: Mapping[str, object], plan: Map
     on = f"on {images:,.0f} images" if math.isfinite(images) else "on so many images"
     why = f"{told}; chance alone changes them by up to {100 * allowed:.1f} points {on}; {_state(records)}"
     if lower and not higher:
-        return Verdict("worse than untrained", why, "; ".join([*_back_to_the_recipe(plan), *_more(records, scores, plan)]))
+        slower = _back_to_the_recipe(plan) or ["lower --lr by 3 to 10 times"]
+        return Verdict("worse than untrained", why, "; ".join([*slower, *_more(records, scores, plan)]))
     if not any(gain.has_room for gain in gains):
         return Verdict("undecided", f"an untrained network is right so often that nothing more can be shown: {why}",
                        "measure on images that are harder to tell apart, as --eval-data")
@@ -235,16 +239,18 @@ def _back_to_the_recipe(plan: Mapping[str, object]) -> list[str]:
 
 def _more(records: Sequence[Record], scores: Mapping[str, object], plan: Mapping[str, object]) -> list[str]:
     """What gives more in a run that did not go wrong: updates, and better weights to begin with."""
-    updates, seconds = records[-1]["update"], _number(scores.get("seconds"))
+    updates, seconds, batch = records[-1]["update"], _number(scores.get("seconds")), _number(plan.get("batch_size"))
     wanted = max(LONGER * updates, ENOUGH_UPDATES)
     minutes = wanted / max(updates, 1) * seconds / 60
-    long = f", about {minutes:.0f} minutes here: --minutes {minutes:.0f}" if minutes >= 1 else ""
+    long = f", about {minutes:.0f} minutes here: --minutes {minutes:.0f}" if 1 <= minutes <= LONGEST else ""
     advice = [f"train longer: {updates:,.0f} updates were made, {wanted:,.0f} would do more{long}"]
-    batch = _number(plan.get("batch_size"))
-    if batch > SMALL_BATCH:
+    if batch > SMALL_BATCH and updates < ENOUGH_UPDATES:
         advice.append(f"--batch-size {SMALL_BATCH} makes {batch / SMALL_BATCH:.1f} times as many updates of the same images, "
                       "and while updates are few their number counts for more than the size of the batch")
-    return [*advice, "or begin with weights that exist: --init-from a file of torchvision's for the same --arch"]
+    arch = plan.get("arch", "")
+    other = "--no-small-stem " if arch in OWN_NETWORKS or plan.get("small_stem") else ""
+    other = f"--arch resnet18 {other}" if arch in OWN_NETWORKS else other
+    return [*advice, f"or begin with weights that exist: {other}--init-from a file of torchvision's for that network"]
 
 
 def _learning(records: Sequence[Record]) -> Verdict:
@@ -260,4 +266,4 @@ def _state(records: Sequence[Record]) -> str:
 
 
 def _number(value: object) -> float:
-    return float(value) if isinstance(value, (int, float)) else math.nan
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300 else math.nan

@@ -176,6 +176,7 @@ class Parts:
         del plan["choices"], plan["micro_batch"]  # the latter follows from the number of processes
         return json.loads(json.dumps({
             "images": len(self.data), "image names": self.data.files.fingerprint(), **plan, "seed": self.config.seed,
+            **({} if self.config.minutes is None else {"minutes": self.config.minutes}),
             "views made": ("on the device" if self.data.pixels is not None else
                            "on the cpu" if self.config.views == "cpu" else "of worker crops")}))
 

@@ -94,7 +94,7 @@ def make_plan(config: TrainConfig, facts: Facts, world_size: int = 1, seen: int 
     Raises: ValueError when the batch does not fit the images, the processes or the accumulation.
     """
     about = facts.images * config.epochs if seen is None else seen
-    batch = _batch(facts.images, about, config.recipe, world_size) if config.batch_size is None else \
+    batch = _batch(facts.images, about, config, world_size) if config.batch_size is None else \
         Choice("batch_size", config.batch_size, "as asked")
     batch_size = int(batch.value)
     _check_batch(batch_size, config.accum_steps, world_size, facts.images)
@@ -131,7 +131,7 @@ def make_plan(config: TrainConfig, facts: Facts, world_size: int = 1, seen: int 
 
     values = {name: choice.value for name, choice in chosen.items()}
     values["lr"] = scaled_lr(float(values["lr"]), batch_size)
-    views, least = _views(config.recipe, size), _min_scale(config, facts.images, about)
+    views, least = _views(config.recipe, size), _min_scale(config, facts.images, about, arch)
     views = views if least is None else with_min_scale(views, float(least.value))
     return Plan(
         **values,  # type: ignore[arg-type]
@@ -149,18 +149,18 @@ def _arch(config: TrainConfig, size: int, seen: int) -> Choice:
         return Choice("arch", "conv6", "a small network for tiny images")
     wants_resnet = config.init_from is not None or config.small_stem is not None or config.grad_checkpoint
     if config.recipe == "auto" and not wants_resnet and size <= CONV4_UP_TO and seen < RESNET_FROM:
-        return Choice("arch", "conv4", f"learns faster than a ResNet from images of up to {CONV4_UP_TO} pixels, while fewer "
-                      f"than {RESNET_FROM:,} are seen")
+        return Choice("arch", "conv4", f"learns faster from images of up to {CONV4_UP_TO} pixels than a ResNet that would see "
+                      f"fewer than {RESNET_FROM:,} of them")
     return Choice("arch", "resnet18", "the usual small backbone")
 
 
-def _batch(images: int, seen: int, recipe: str, world_size: int) -> Choice:
+def _batch(images: int, seen: int, config: TrainConfig, world_size: int) -> Choice:
     """seen: images of all updates together."""
-    if recipe == "digits":
+    if config.recipe == "digits":
         return Choice("batch_size", 64, "best on the sample")
     largest = LARGEST_BATCH if images < 4 else min(LARGEST_BATCH, 2 ** int(math.log2(images / 2)))
-    batch, least = largest, max(SMALLEST_BATCH, AT_LEAST_EACH * world_size)
-    while recipe == "auto" and batch // 2 >= least and seen < ENOUGH_UPDATES * batch:
+    batch, least = largest, max(SMALLEST_BATCH, AT_LEAST_EACH * world_size, 2 * config.accum_steps * world_size)
+    while config.recipe == "auto" and batch // 2 >= least and seen < ENOUGH_UPDATES * batch:
         batch //= 2
     if batch < largest:
         return Choice("batch_size", batch, f"for {seen // batch:,} updates: below {ENOUGH_UPDATES:,} their number counts for "
@@ -295,13 +295,13 @@ def _views(recipe: str, size: int) -> tuple[ViewRecipe, ViewRecipe]:
     return view1, view2
 
 
-def _min_scale(config: TrainConfig, images: int, seen: int) -> Choice | None:
+def _min_scale(config: TrainConfig, images: int, seen: int, arch: str) -> Choice | None:
     """None for the paper's, or for views that do not crop. seen: images of all updates together."""
     if config.min_scale is not None:
         return Choice("min_scale", config.min_scale, "as asked")
     if config.recipe == "auto" and images < SMALL_SET:
         return Choice("min_scale", SHORT_MIN_SCALE, "large crops teach more while few images are seen") \
-            if seen < RESNET_FROM else Choice("min_scale", SMALL_MIN_SCALE, "usual for small sets")
+            if seen < RESNET_FROM or arch == "conv4" else Choice("min_scale", SMALL_MIN_SCALE, "usual for small sets")
     return None
 
 

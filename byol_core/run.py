@@ -1,10 +1,11 @@
 """One run from plan to report: described, resumed, trained, saved and written out."""
 
 import contextlib
+import math
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import sklearn
@@ -32,7 +33,7 @@ from byol_core.training import Progress, Step, train
 from byol_core.workers import WorkerError
 
 CHECK_STEPS, CHECK_IMAGES = 5, 1_000  # of a check: updates that are timed, images that are decoded
-TIMED_S = 5.0  # seconds of updates by which the length of a run of given minutes is found
+TIMED_S, MOST_TIMED = 5.0, 100  # seconds and number of updates by which the length of a run of given minutes is found
 
 
 class _EnoughMeasured(Exception):
@@ -282,15 +283,23 @@ class Run:
     def seconds_per_update(self, at_least: float = 0.0) -> float:
         """Measured on a few updates, which change the networks: for a run that will not be trained.
 
-        at_least: seconds that they take together.
+        at_least: seconds that they take together, as the first process counts them: all make as many.
         """
         times: list[float] = []  # at the end of each update
         first = WARM_UP if self.parts.runtime.cuda_graph else 0  # from here on they are as they will be
+        wanted = first + CHECK_STEPS
+
+        def per_update() -> float:
+            return (times[-1] - times[first]) / (len(times) - 1 - first)
 
         def stop_early(progress: Progress, step: Step) -> None:
+            nonlocal wanted
             self.parts.runtime.confirm()  # waits for the device
             times.append(time.monotonic())
-            if len(times) > first + CHECK_STEPS and times[-1] - times[first] >= at_least:
+            if at_least and len(times) == first + CHECK_STEPS + 1:
+                wanted = first + max(CHECK_STEPS, self.processes.from_first(
+                    lambda: min(math.ceil(at_least / max(per_update(), 1e-6)), MOST_TIMED)))
+            if len(times) > wanted:
                 raise _EnoughMeasured
 
         with contextlib.suppress(_EnoughMeasured):
@@ -300,20 +309,25 @@ class Run:
 
 
 def fit_into(minutes: float, plan_of: Callable[[int, Choice | None], Plan],
-             run_of: Callable[[Plan, tuple[ImageData, str] | None], Run]) -> tuple[Plan, tuple[ImageData, str]]:
-    """(the plan that fills so many minutes of training, the images as they were loaded on the way to it).
+             run_of: Callable[[Plan, tuple[ImageData, str] | None], Run]) -> tuple[int, Choice, tuple[ImageData, str]]:
+    """(how many images fill so many minutes of updates, the network, the images of the set as they were loaded on the way).
 
-    The time of a few updates tells how many images fit, that may tell another network or batch, and then its own time counts.
+    A few updates are timed. Their time may tell another network or another size of the batch, and is measured anew with them.
 
-    plan_of: (images of all updates, network if it is chosen) -> plan, as `make_plan`. run_of: (plan, loaded images) -> run.
+    plan_of: (images of all updates, the network if it is chosen) -> plan, as `make_plan`. run_of: (plan, loaded) -> run.
     """
     plan, loaded = plan_of(RESNET_FROM, None), None
     for attempt in range(3):
-        trial = run_of(plan, loaded)
-        before, plan = plan, plan_of(trial.images_in(minutes), None if attempt == 0 else plan.network)
+        epochs = max(plan.epochs, math.ceil((WARM_UP + CHECK_STEPS + 1) / plan.updates_per_epoch))
+        trial = run_of(replace(plan, epochs=epochs), loaded)
+        if attempt == 0:
+            trial.log.say(f"measuring how many updates fit into {minutes:g} minutes")
+        seen = trial.images_in(minutes)
+        before, plan = plan, plan_of(seen, None if attempt == 0 else plan.network)
         trial.parts.batches.close()
         loaded = trial.parts.data, trial.parts.views_reason
+        del trial  # before the next one takes memory
         if (plan.arch, plan.batch_size) == (before.arch, before.batch_size):
             break
     assert loaded is not None
-    return plan, loaded
+    return seen, plan.network, loaded

@@ -29,7 +29,7 @@ class SmallMapConv2d(nn.Conv2d):
                  for row in rows for column in columns]  # (B, *size, C) each: what this tap of the kernel sees
         used = weight[:, :, rows.start:rows.stop, columns.start:columns.stop].permute(0, 2, 3, 1)
         products = F.linear(torch.cat(under, 3).flatten(0, 2), used.reshape(len(weight), -1), bias)
-        return products.unflatten(0, (len(images), *size)).permute(0, 3, 1, 2)
+        return products.view(-1, *size, len(weight)).permute(0, 3, 1, 2)
 
 
 def _taps(pixels: int, padding: int, kernel: int, stride: int, size: int) -> range:

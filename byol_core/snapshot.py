@@ -12,7 +12,7 @@ from torch import Tensor
 
 from byol_core import __version__
 from byol_core.checkpoint import LAST, CheckpointError, State, check_tensors, newest_checkpoint, read_checkpoint
-from byol_core.config import TrainConfig
+from byol_core.config import TrainConfig, check_option
 from byol_core.data import BAD_LIMIT
 from byol_core.outcome import Outcome
 from byol_core.parts import IN_WORDS, Parts
@@ -23,6 +23,7 @@ from byol_core.views import ViewRecipe
 # Options that are chosen where nothing is asked for.
 RECIPE = ("arch", "image_size", "small_stem", "hidden_dim", "projection_dim", "batch_size", "optimizer", "lr",
           "predictor_lr", "weight_decay", "warmup_epochs", "scheduler", "scheduler_interval", "tau_base", "tau_schedule")
+MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)  # what damage raises
 NOT_LISTED = {"resume", "debug", "amp", "device", "compile"}  # options; of the last ones it is told what came of them
 
 
@@ -62,39 +63,45 @@ def begun_as(config: TrainConfig, folder: Path) -> dict[str, object] | None:
     try:
         state = newest_checkpoint(asked)[0] if asked.is_dir() else read_checkpoint(asked)
         identity = json.loads(str(state["identity"])) if state is not None else None
-    except (CheckpointError, ValueError, KeyError):  # which `restore` will meet again, and tell
+    except (CheckpointError, *MALFORMED):  # which `restore` will meet again, and tell
         return None
     return identity if isinstance(identity, dict) else None
 
 
-def go_on(begun: dict[str, object], config: TrainConfig, facts: Facts, world_size: int) -> Plan:
+def go_on(begun: dict[str, Any], config: TrainConfig, facts: Facts, world_size: int) -> Plan:
     """The plan for these options where they ask for something, and else that of the run that is gone on with.
 
-    So a run keeps the recipe that it began with, whatever today's would be; `restore` compares what was asked for.
-    Raises: ValueError as `make_plan` does.
+    So a run keeps the recipe that it began with, whatever today's would be. Of a run that is not like this one it is the plan
+    for these options alone, and `restore` says what differs. Raises: ValueError as `make_plan` does.
     """
-    if config.recipe not in ("auto", "digits"):  # which is asked for
-        return make_plan(config, facts, world_size)
+    seen = None
     try:
-        return _go_on(begun, config, facts, world_size)
-    except (KeyError, TypeError, AttributeError):  # of no run like this one: `restore` says what differs
-        return make_plan(config, facts, world_size)
+        if config.minutes is not None:
+            seen = max(1, begun["epochs"] * begun["updates_per_epoch"] * begun["batch_size"])
+        if config.recipe in ("auto", "digits"):  # else it is asked for
+            return _go_on(begun, config, facts, world_size, seen)
+    except MALFORMED:
+        pass
+    return make_plan(config, facts, world_size, seen)
 
 
-def _go_on(begun: dict[str, Any], config: TrainConfig, facts: Facts, world_size: int) -> Plan:
-    chosen: dict[str, Any] = {name: begun[name] for name in RECIPE if getattr(config, name) is None and name in begun}
+def _go_on(begun: dict[str, Any], config: TrainConfig, facts: Facts, world_size: int, seen: int | None) -> Plan:
+    chosen = {name: begun[name] for name in RECIPE if getattr(config, name) is None and name in begun}
     if "lr" in chosen:
         chosen["lr"] = begun["lr"] * 256 / begun["batch_size"]
-    seen = None if config.minutes is None else begun["epochs"] * begun["updates_per_epoch"] * begun["batch_size"]
+    for name, value in chosen.items():
+        check_option(name, value)
     plan = make_plan(replace(config, **chosen), facts, world_size, seen)
-    views: list[dict[str, Any]] = [{key: tuple(value) if isinstance(value, list) else value for key, value in view.items()}
-                                   for view in begun["views"]]
-    choices = [replace(choice, reason="as this run began") if choice.name in chosen else choice for choice in plan.choices]
-    kept = {"lr": begun["lr"]} if "lr" in chosen else {}  # not by way of the batch, which may round
-    recipes = ViewRecipe(**views[0]), ViewRecipe(**views[1])
+    first, second = ({key: tuple(value) if isinstance(value, list) else value for key, value in view.items()}
+                     for view in begun["views"])
+    views: tuple[ViewRecipe, ViewRecipe] = ViewRecipe(**first), ViewRecipe(**second)
+    if {view.size for view in views} != {plan.image_size}:
+        raise ValueError("its views are not of its image size")
     if config.min_scale is not None:
-        recipes = with_min_scale(recipes, config.min_scale)
-    return replace(plan, **kept, views=recipes, choices=tuple(choices))
+        views = with_min_scale(views, config.min_scale)
+    kept = {"lr": begun["lr"]} if "lr" in chosen else {}  # not by way of the batch, which may round
+    choices = [replace(choice, reason="as this run began") if choice.name in chosen else choice for choice in plan.choices]
+    return replace(plan, **kept, views=views, choices=tuple(choices))
 
 
 def restore(parts: Parts, outcome: Outcome, state: State) -> None:
@@ -117,7 +124,7 @@ def _check_identity(parts: Parts, state: State) -> None:
     changed = [IN_WORDS.get(key, f"{key} {saved.get(key)} -> {own[key]}") for key in own if saved.get(key) != own[key]]
     if changed:
         raise ValueError(f"cannot resume exactly: {'; '.join(changed)} - repeat the options of the run, or start a new one in "
-                         f"another --out, from these weights with --init-from {parts.folder / LAST}")
+                         f"another --out, from these weights with --arch {parts.plan.arch} --init-from {parts.folder / LAST}")
 
 
 def _check_state(parts: Parts, state: State) -> None:

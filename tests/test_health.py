@@ -195,7 +195,7 @@ def test_a_run_that_was_not_measured_is_undecided() -> None:
     for found in (None, {}, {"linear": None, "knn": None}, {"separation": 40.0, "separation_untrained": 10.0}):
         verdict = judge(records(), 1, "finished", found)
         assert verdict.word == "undecided"
-        assert verdict.why.startswith("nothing was measured before and after training; loss 4 ")
+        assert verdict.why.startswith("nothing that decides was measured before and after training; loss 4 ")
     assert judge(records(9, spread=0.3), 1, "finished").word == "collapsed"  # which few records can show
 
 

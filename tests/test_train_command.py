@@ -1,5 +1,6 @@
 """The command itself: files and keys of a run, exact resume, wrong input, exit codes."""
 
+import contextlib
 import html
 import json
 import os
@@ -21,9 +22,11 @@ from PIL import Image
 
 import train as command
 from byol_core import plan, report
+from byol_core.config import parse_config
 from byol_core.outcome import Outcome
 from byol_core.pretrained import load_pretrained
-from byol_core.run import Run
+from byol_core.processes import ALONE, Processes
+from byol_core.run import CHECK_STEPS, Run
 from byol_core.runtime import Runtime
 from byol_core.views import normalise
 
@@ -803,10 +806,68 @@ def test_a_run_of_minutes_that_was_stopped_is_as_long_as_it_was_to_be(
     assert "already complete (3/3 epochs)" in capsys.readouterr().out
 
 
+def test_minutes_of_a_recipe_that_is_asked_for_are_gone_on_with(
+        image_folder: Callable[..., Path], stopped_after: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["--data", image_folder(classes=2, per_class=6), "--minutes", 1, "--no-eval", "--recipe", "paper", "--out",
+                 "out", *SMALL]
+    timed(7.5, monkeypatch)
+    stopped_after(3, *arguments)
+    assert run(*arguments, "--resume") == 0 and summary("out")["updates"] == 9
+
+
+def test_other_minutes_than_those_of_the_run_are_refused(
+        image_folder: Callable[..., Path], stopped_after: Callable[..., None], monkeypatch: pytest.MonkeyPatch,
+        capsys) -> None:
+    arguments = ["--data", image_folder(classes=2, per_class=6), "--no-eval", "--out", "out", *SMALL]
+    timed(7.5, monkeypatch)
+    stopped_after(3, *arguments, "--minutes", 1)
+    assert run(*arguments, "--minutes", 2, "--resume") == 2 and "minutes 1.0 -> 2.0" in capsys.readouterr().err
+    assert run(*arguments, "--epochs", 4, "--resume") == 2 and "epochs 3 -> 4" in capsys.readouterr().err
+
+
+def test_the_first_process_says_how_many_updates_are_timed(image_folder: Callable[..., Path],
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each by its own clock, processes would stop at different updates, and wait for one another for ever."""
+    said: list[object] = []
+    real = Processes.from_first
+
+    def from_first(self: Processes, make: Callable[[], object]) -> object:
+        said.append(real(self, make))
+        return 9 if isinstance(said[-1], int) and len(said) > 1 and said[-1] == 100 else said[-1]
+
+    with contextlib.ExitStack() as stack:
+        config = parse_config([str(word) for word in ["--data", image_folder(), "--epochs", 50, "--out", "out", *SMALL]])
+        made = command.prepare(config, ALONE, stack)
+        monkeypatch.setattr(Processes, "from_first", from_first)
+        said.append(None)
+        updates: list[int] = []
+        train = made._train
+        monkeypatch.setattr(made, "_train", lambda progress, after: train(
+            progress, lambda progress, step: (updates.append(progress.updates), after(progress, step))))
+        made.seconds_per_update(at_least=1e6)
+    assert said[1:] == [100] and updates[-1] == 9 + 1  # the other process has said 9, and the first one is not timed
+
+
+@pytest.mark.parametrize("minutes, network, batch", [(1e-4, "conv4", 8), (1e6, "resnet18", 8)])
+def test_minutes_are_measured_with_the_network_that_is_trained(
+        image_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, minutes: float, network: str, batch: int) -> None:
+    """16 images are two updates an epoch: fewer than are timed."""
+    tried: list[tuple[str, int]] = []
+    monkeypatch.setattr(Run, "images_in", lambda self, minutes: tried.append(
+        (self.parts.plan.arch, self.parts.plan.total_updates)) or int(60 * minutes / 0.5) * 8 or 8)
+    config = parse_config([str(word) for word in ["--data", image_folder(), "--minutes", minutes, "--out", "out", "--device",
+                                                  "cpu", "--workers", 0]])
+    with contextlib.ExitStack() as stack:
+        made = command.prepare(config, ALONE, stack).parts.plan
+    assert (made.arch, made.batch_size) == (network, batch) and tried[-1][0] == network
+    assert [arch for arch, _ in tried] == (["resnet18", "conv4"] if network == "conv4" else ["resnet18"])
+    assert all(updates > CHECK_STEPS for _, updates in tried) and made.total_updates == max(1, int(120 * minutes))
+
+
 def test_minutes_and_epochs_are_one_too_many(capsys) -> None:
     with pytest.raises(SystemExit) as stopped:
-        run("--minutes", 1, "--epochs", 2)
-    assert stopped.value.code == 2 and "argument --epochs: not allowed with argument --minutes" in capsys.readouterr().err
+        run("--minutes", 1, "--epochs=100")
+    assert stopped.value.code == 2 and "--epochs and --minutes both say how long to train" in capsys.readouterr().err
 
 
 def test_nothing_of_the_timing_is_left_in_a_run_of_minutes(image_folder: Callable[..., Path],

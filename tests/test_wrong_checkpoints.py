@@ -192,6 +192,22 @@ def test_a_checkpoint_of_another_make_is_refused_in_one_line(trained: Path, key:
     assert code == 2 and said.startswith("error: ") and said.count("\n") == 1
 
 
+@pytest.mark.parametrize("changed", [
+    assert run("--data", trained / "imgs", "--epochs", 2, "--out", "o", "--resume", "odd.pt", "--workers", 0) == 2
+    {"batch_size": 0}, {"batch_size": float("inf")}, {"lr": 10**400}, {"lr": -1}, {"lr": True}, {"views": []}, {"views": None},
+    {"hidden_dim": "x"}, {"hidden_dim": -1}, {"hidden_dim": 10**12}, {"arch": 5}, {"arch": "../x"}, {"image_size": "32"},
+    {"image_size": 32.5}, {"image_size": 10**9}, {"warmup_epochs": -1}, {"warmup_epochs": 10**400}, {"small_stem": 1},
+    {"optimizer": None}, "nested"], ids=str)
+def test_numbers_that_no_run_has_are_not_computed_with(trained: Path, changed: object, capsys) -> None:
+    """A resumed run takes over what it was begun with; the file that says so may have been made by anybody."""
+    state = read_checkpoint(trained / "last.pt")
+    identity = "[" * 100_000 if changed == "nested" else json.dumps({**json.loads(str(state["identity"])), **changed})
+    torch.save({**state, "identity": identity}, "odd.pt")
+    assert run("--data", trained / "imgs", "--epochs", 2, "--out", "other", "--resume", "odd.pt", "--workers", 0) == 2
+    told = capsys.readouterr()
+    assert told.err.startswith("error: ") and told.err.count("\n") == 1 and "updates of" not in told.out
+
+
 @pytest.mark.parametrize("tensor", [torch.zeros(7), torch.zeros(1).expand(10**6, 10**6), torch.zeros(7, device="meta"), "text",
                                     torch.zeros(2, 2).to_sparse(), "complex"],
                          ids=["shape", "expanded", "meta", "text", "sparse", "complex"])

@@ -3,7 +3,7 @@
     python -m tests.bench.accuracy digits --epochs 80 --seeds 5 --write
     python -m tests.bench.accuracy cifar10 --images data/cifar10 --minutes 10 --seeds 2 --write
 
-Options that this command does not know go to train.py, such as --arch, --batch-size, --lr or --recipe. cifar10 is a
+Options that this command does not know go to train.py, such as --arch, --batch-size, --lr or --recipe. All but digits are a
 folder with train/<class>/ and test/<class>/. A run that was cut off goes on; with --write its log is kept beside the results.
 With --quick nothing is measured but the last network, once; each accuracy is printed as it is found.
 """
@@ -68,27 +68,17 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.2f}"
 
 
-def epochs_for(minutes: float, arguments: list[str], place: Path) -> int:
-    """As many epochs as fit into so many minutes of training, by the time of a few updates; asked again, the same."""
-    kept = place / f"epochs-in-{minutes:g}-minutes.txt"
-    if not kept.exists():
-        with contextlib.ExitStack() as stack:
-            run = command.prepare(parse_config([*arguments, "--out", str(place / "timing"), "--no-eval"]), ALONE, stack)
-            per_epoch = max(run.seconds_per_update(), 1e-3) * run.parts.plan.updates_per_epoch
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(str(max(1, int(60 * minutes / per_epoch))))
-    return int(kept.read_text())
-
-
-def train_once(arguments: list[str], epochs: int, seed: int, out: Path, quick: bool,
+def train_once(arguments: list[str], length: list[str], seed: int, out: Path, quick: bool,
                tell: Tell = lambda found: None) -> tuple[Result, Parts | None]:
     """Train, or go on, and measure the last network and the one whose kNN was best; (no accuracies, None) of a run that fails.
 
-    quick: measure the last network alone, and nothing on the way. tell: takes its accuracies as they are found.
+    length: the words of the command that say how long. quick: measure the last network alone, and nothing on the way. tell:
+    takes its accuracies as they are found.
     Raises: SystemExit for a run that is stopped, or cannot be begun.
     """
-    options = [*arguments, "--epochs", str(epochs), "--seed", str(seed), "--out", str(out)]
-    while_training = ["--no-eval"] if quick else ["--eval-every", str(max(1, epochs // MEASURED))]
+    options = [*arguments, *length, "--seed", str(seed), "--out", str(out)]
+    every = max(1, int(length[1]) // MEASURED) if length[0] == "--epochs" else 1
+    while_training = ["--no-eval"] if quick else ["--eval-every", str(every)]
     begun = out.with_name(f"{out.name}-commit.txt")
     if not (out / "last.pt").exists():
         begun.parent.mkdir(parents=True, exist_ok=True)
@@ -107,7 +97,7 @@ def train_once(arguments: list[str], epochs: int, seed: int, out: Path, quick: b
         best = parts.new_model().online.backbone
         best.load_state_dict(torch.load(out / "best.pt", weights_only=True))
         accuracies |= measured(parts, best, "best")
-    return Result(f"seed {seed}", accuracies, epochs, summary["seconds"] / 60, summary["images_per_second"],
+    return Result(f"seed {seed}", accuracies, summary["epochs"], summary["seconds"] / 60, summary["images_per_second"],
                   str(out / "train.log"), begun.read_text()), parts
 
 
@@ -151,7 +141,7 @@ def tell(options: argparse.Namespace, seed: int, found: dict[str, float | None])
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    parser.add_argument("set", choices=("digits", "cifar10"))
+    parser.add_argument("set", choices=("digits", "cifar10", "tiny64"))
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=int)
     length.add_argument("--minutes", type=float, help="of training; the epochs follow from the time of a few updates")
@@ -167,7 +157,7 @@ def main() -> None:
         parser.error("--seeds and --epochs must be 1 or more")
     if options.minutes is not None and options.minutes <= 0:
         parser.error("--minutes must be above 0")
-    if options.set == "cifar10" and not (options.images / "train").is_dir():
+    if options.set != "digits" and not (options.images / "train").is_dir():
         parser.error(f"no folder {options.images / 'train'} - give the one that holds train/ and test/ as --images")
     if options.lightly:
         importlib.import_module("lightly")  # before hours of training
@@ -179,11 +169,11 @@ def main() -> None:
         parser.error(f"{' '.join(sorted(own))}: this command sets that itself")
     images = [] if options.set == "digits" else [options.images.resolve().name]
     place = options.out / "-".join([options.set, *images, *(word.strip("-").replace("/", "_") for word in passed_on)])
-    epochs = options.epochs or (epochs_for(options.minutes, arguments, place) if options.minutes else 100)
+    length = ["--minutes", f"{options.minutes:g}"] if options.minutes else ["--epochs", str(options.epochs or 100)]
     results, parts = [], None
     for seed in range(options.seeds):
-        name = f"{epochs}-epochs-seed-{seed}"
-        result, finished = train_once(arguments, epochs, seed, place / name, options.quick, partial(tell, options, seed))
+        name = f"{length[1]}-{length[0].strip('-')}-seed-{seed}"
+        result, finished = train_once(arguments, length, seed, place / name, options.quick, partial(tell, options, seed))
         kept = LOGS / f"{place.name}-{name}.log" if options.write else None
         if kept is not None:
             LOGS.mkdir(exist_ok=True)
@@ -193,7 +183,7 @@ def main() -> None:
         append_json(options, **{result.name: asdict(result)})
         parts = finished or parts
     if parts is None:
-        keep(options, epochs, passed_on, [result.cells() for result in results], "every run failed")
+        keep(options, length, passed_on, [result.cells() for result in results], "every run failed")
         raise SystemExit(1)
     whole = [result for result in results if result.accuracies]
     others = []
@@ -213,14 +203,13 @@ def main() -> None:
                        f"{choice.name} {choice.value}" for choice in plan.choices)
     if not any(choice.name == "batch_size" for choice in plan.choices):
         recipe = f"batch_size {plan.batch_size}; {recipe}"
-    keep(options, epochs, passed_on, rows, recipe, str(parts.runtime.device))
+    keep(options, length, passed_on, rows, recipe, str(parts.runtime.device))
     if len(whole) < len(results):
         raise SystemExit(1)
 
 
-def keep(options: argparse.Namespace, epochs: int, passed_on: list[str], rows: list[tuple[str, ...]], recipe: str,
+def keep(options: argparse.Namespace, length: list[str], passed_on: list[str], rows: list[tuple[str, ...]], recipe: str,
          device: str = "cpu") -> None:
-    length = ["--minutes", f"{options.minutes:g}"] if options.minutes else ["--epochs", str(epochs)]
     flags = [f"--{name}" for name in ("quick", "lightly") if getattr(options, name)]
     words = [options.set, *length, "--seeds", str(options.seeds), *flags,
              *([] if options.set == "digits" else ["--images", "DIR"]), *passed_on]

@@ -113,7 +113,8 @@ def stages(options: argparse.Namespace) -> list[Stage]:
     def accuracy(seconds: float, *words: object) -> list[object]:
         length = minutes or max(seconds - MEASURING_S, 1.0) / 60
         return ["-m", "tests.bench.accuracy", "cifar10", "--images", options.images, "--minutes", f"{length:.3f}", "--quick",
-                *words, *on, "--out", options.work, *([] if full else ["--arch", "conv6", "--batch-size", "8"])]
+                *words, *on, "--out", options.work,
+                *(["--arch", "resnet18", "--small-stem"] if full else ["--arch", "conv6", "--batch-size", "8"])]
 
     needed = MEASURING_S + 60 * (minutes or 0.5) if full else 1.0
     no_lightly = "" if importlib.util.find_spec("lightly") else "lightly is not installed"

@@ -138,9 +138,12 @@ class Trial:
             return run
 
         if not kept.exists():
-            plan = planned(facts.images) if options.minutes is None else fit_into(options.minutes, planned, run_of)[0]
-            total = options.updates or plan.total_updates
-            kept.write_text(json.dumps([total * plan.batch_size, asdict(plan.network)]))
+            if options.minutes is None:
+                plan = planned(facts.images)
+                seen, network = options.updates * plan.batch_size, plan.network
+            else:
+                seen, network, _ = fit_into(options.minutes, planned, run_of)
+            kept.write_text(json.dumps([seen, asdict(network)]))
         seen, network = json.loads(kept.read_text())
         self.run = run_of(planned(seen, Choice(**network)), None)
         if (out / "last.pt").exists():

@@ -88,13 +88,14 @@ def go_on(begun: dict[str, Any], config: TrainConfig, facts: Facts, world_size: 
 def _go_on(begun: dict[str, Any], config: TrainConfig, facts: Facts, world_size: int, seen: int | None) -> Plan:
     chosen = {name: begun[name] for name in RECIPE if getattr(config, name) is None and name in begun}
     if "lr" in chosen:
+        check_option("lr", begun["lr"])
         chosen["lr"] = begun["lr"] * 256 / begun["batch_size"]
     for name, value in chosen.items():
         check_option(name, value)
     plan = make_plan(replace(config, **chosen), facts, world_size, seen)
-    first, second = ({key: tuple(value) if isinstance(value, list) else value for key, value in view.items()}
-                     for view in begun["views"])
-    views: tuple[ViewRecipe, ViewRecipe] = ViewRecipe(**first), ViewRecipe(**second)
+    fields: list[dict[str, Any]] = [{key: tuple(value) if isinstance(value, list) else value for key, value in view.items()}
+                                    for view in begun["views"]]
+    views = ViewRecipe(**fields[0]), ViewRecipe(**fields[1])
     if {view.size for view in views} != {plan.image_size}:
         raise ValueError("its views are not of its image size")
     if config.min_scale is not None:
@@ -114,7 +115,7 @@ def restore(parts: Parts, outcome: Outcome, state: State) -> None:
         _check_identity(parts, state)
         _check_state(parts, state)
         _restore(parts, outcome, state)
-    except (KeyError, TypeError, AttributeError, IndexError, json.JSONDecodeError, CheckpointError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError, RecursionError, json.JSONDecodeError, CheckpointError) as error:
         raise CheckpointError(f"the checkpoint to resume from is not of this program's making ({type(error).__name__}: "
                               f"{error}) - take another, or start a new run in another --out") from error
 

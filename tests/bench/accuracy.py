@@ -142,9 +142,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("set", choices=("digits", "cifar10", "tiny64"))
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=int)
-    length.add_argument("--minutes", type=float, help="of training; the epochs follow from the time of a few updates")
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--epochs", type=int)
+    either.add_argument("--minutes", type=float, help="of training; the epochs follow from the time of a few updates")
     parser.add_argument("--seeds", type=int, default=1, help="runs, with seeds 0, 1, ...")
     parser.add_argument("--images", type=Path, default=Path("data", "cifar10"), help="folder with train/ and test/")
     parser.add_argument("--out", type=Path, default=Path("runs", "accuracy"))

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 LARGEST = 4  # pixels of the output
-FEWEST = 128  # input channels; with fewer the weights are small, and a convolution's own way is as fast
+FEWEST = 256  # input channels; with fewer the weights are small, and a convolution's own way is as fast or faster
 
 
 class SmallMapConv2d(nn.Conv2d):

@@ -76,5 +76,5 @@ def test_a_run_on_a_cpu_uses_them_in_both_networks() -> None:
     names = list(model.state_dict())
     Runtime("cpu").place_model(model)
     assert list(model.state_dict()) == names
-    for network in (model.online, model.target):  # three of layer2, five each of layer3 and layer4
-        assert sum(type(module) is SmallMapConv2d for module in network.modules()) == 13
+    for network in (model.online, model.target):  # three of layer3, five of layer4
+        assert sum(type(module) is SmallMapConv2d for module in network.modules()) == 8

@@ -185,10 +185,12 @@ class Outcome:
     def _write_facts(self, status: str, reason: str | None = None) -> None:
         """summary.json and bad_files.txt."""
         summary = self._summary(status, reason)
-        write_json(self.parts.folder / "summary.json", summary)  # which the verdict need not wait for, should it fail
-        verdict = judge(read_run(self.parts.folder).records, self.parts.plan.epochs, status, summary, asdict(self.parts.plan))
-        write_json(self.parts.folder / "summary.json",
-                   {**summary, **dict(zip(VERDICT, (verdict.word, verdict.why, verdict.advice)))})
+        try:
+            records, plan = read_run(self.parts.folder).records, self.parts.plan
+            verdict = judge(records, plan.epochs, status, summary, asdict(plan))
+            summary |= dict(zip(VERDICT, (verdict.word, verdict.why, verdict.advice)))
+        finally:  # should it fail, the rest is written
+            write_json(self.parts.folder / "summary.json", summary)
         self.write_bad_files()
 
     def write_bad_files(self) -> None:

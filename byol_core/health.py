@@ -243,10 +243,10 @@ def _more(records: Sequence[Record], scores: Mapping[str, object], plan: Mapping
     wanted = max(LONGER * updates, ENOUGH_UPDATES)
     minutes = wanted / max(updates, 1) * seconds / 60
     long = f", about {minutes:.0f} minutes here: --minutes {minutes:.0f}" if 1 <= minutes <= LONGEST else ""
-    advice = [f"train longer: {updates:,.0f} updates were made, {wanted:,.0f} would do more{long}"]
+    advice = [f"train longer: {updates:,.0f} updates were made, {wanted:,.0f} may do more{long}"]
     if batch > SMALL_BATCH and updates < ENOUGH_UPDATES:
         advice.append(f"--batch-size {SMALL_BATCH} makes {batch / SMALL_BATCH:.1f} times as many updates of the same images, "
-                      "and while updates are few their number counts for more than the size of the batch")
+                      "which in short runs may count for more than the size of the batch")
     arch = plan.get("arch", "")
     other = "--no-small-stem " if arch in OWN_NETWORKS or plan.get("small_stem") else ""
     other = f"--arch resnet18 {other}" if arch in OWN_NETWORKS else other

@@ -9,11 +9,11 @@ from byol_core.views import ViewRecipe, digits_recipes, paper_recipes
 
 SMALL_SET = 200_000  # images; below it the recipe follows published CIFAR settings, above it the paper's ImageNet ones
 LARGEST_SCALED = 512  # images: without LARS, rates in proportion to the batch are published up to it
-ENOUGH_UPDATES = 5_000  # updates of a run; with fewer a smaller batch learns more
+ENOUGH_UPDATES = 5_000  # updates of a run; with fewer a smaller batch is taken. Not measured, nor is RESNET_FROM
 LARGEST_BATCH, SMALLEST_BATCH, AT_LEAST_EACH = 256, 64, 32  # of an update, and per process
 CONV4_SIZE, CONV4_UP_TO = 32, 96  # pixels: of a view, and of an image
 RESNET_FROM = 1_000_000  # images of all updates together
-SHORT_MIN_SCALE, SMALL_MIN_SCALE = 0.4, 0.2  # smallest share of an image's area in a view: of short runs, of small sets
+MIN_SCALE = 0.2  # smallest share of an image's area in a view, of small sets
 FAST_PREDICTOR = 10.0  # times the rate of the rest
 SMALL_STEM_BELOW = 48  # pixels; there the ImageNet stem leaves a 1x1 final map
 RESNETS = ("resnet", "resnext", "wide_resnet")
@@ -131,7 +131,7 @@ def make_plan(config: TrainConfig, facts: Facts, world_size: int = 1, seen: int 
 
     values = {name: choice.value for name, choice in chosen.items()}
     values["lr"] = scaled_lr(float(values["lr"]), batch_size)
-    views, least = _views(config.recipe, size), _min_scale(config, facts.images, about, arch)
+    views, least = _views(config.recipe, size), _min_scale(config, facts.images)
     views = views if least is None else with_min_scale(views, float(least.value))
     return Plan(
         **values,  # type: ignore[arg-type]
@@ -163,8 +163,8 @@ def _batch(images: int, seen: int, config: TrainConfig, world_size: int) -> Choi
     while config.recipe == "auto" and batch // 2 >= least and seen < ENOUGH_UPDATES * batch:
         batch //= 2
     if batch < largest:
-        return Choice("batch_size", batch, f"for {seen // batch:,} updates: below {ENOUGH_UPDATES:,} their number counts for "
-                      "more than the batch")
+        return Choice("batch_size", batch, f"for {seen // batch:,} updates; in solo-learn's runs (its issue 130) more updates "
+                      "were worth more than a larger batch")
     return Choice("batch_size", batch, "usual for one device" if batch == LARGEST_BATCH else
                   f"the largest power of two that {images} images fill twice")
 
@@ -220,7 +220,7 @@ def _auto(facts: Facts, epochs: int, total: int, batch_size: int) -> list[Choice
     if facts.images < SMALL_SET:
         optimizer = Choice("optimizer", "sgd", f"published for sets under {SMALL_SET} images")
         hidden_dim = Choice("hidden_dim", 1024, "published for CIFAR-10")
-        predictor = [Choice("predictor_lr", FAST_PREDICTOR, "teaches more while updates are few")]
+        predictor = [Choice("predictor_lr", FAST_PREDICTOR, "as published in ProPos, and best on the sample")]
     else:
         optimizer = Choice("optimizer", "lars", "the paper's, for large sets")
         hidden_dim = Choice("hidden_dim", 4096, "the paper's")
@@ -295,13 +295,12 @@ def _views(recipe: str, size: int) -> tuple[ViewRecipe, ViewRecipe]:
     return view1, view2
 
 
-def _min_scale(config: TrainConfig, images: int, seen: int, arch: str) -> Choice | None:
-    """None for the paper's, or for views that do not crop. seen: images of all updates together."""
+def _min_scale(config: TrainConfig, images: int) -> Choice | None:
+    """None for the paper's, or for views that do not crop."""
     if config.min_scale is not None:
         return Choice("min_scale", config.min_scale, "as asked")
     if config.recipe == "auto" and images < SMALL_SET:
-        return Choice("min_scale", SHORT_MIN_SCALE, "large crops teach more while few images are seen") \
-            if seen < RESNET_FROM or arch == "conv4" else Choice("min_scale", SMALL_MIN_SCALE, "usual for small sets")
+        return Choice("min_scale", MIN_SCALE, "usual for small sets")
     return None
 
 

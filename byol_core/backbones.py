@@ -94,15 +94,22 @@ def _use_small_stem(model: nn.Module, name: str) -> None:
 
 
 def _conv4() -> nn.Module:
-    """Four 3x3 conv-BN-ReLU layers of 64, 128, 256, 512 channels with 2x2 max-pooling in between; mean over space."""
+    """Four 3x3 convolutions of 64, 128, 256, 512 channels, each but the last 2x2 max-pooled, with BN and ReLU; mean over space.
+
+    Pooling before batch norm and ReLU, which are then of a quarter of the pixels, saves a quarter of the time. The largest of
+    four values lies above their mean, so the biases of these batch norms begin at 0.7: with 0, fewer units fire, and less
+    is learned.
+    """
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     channels = 3
     for number, width in enumerate((64, 128, 256, 512), start=1):
-        if number > 1:
-            layers[f"pool{number - 1}"] = nn.MaxPool2d(2)
         layers[f"conv{number}"] = nn.Conv2d(channels, width, kernel_size=3, padding=1, bias=False)
         nn.init.kaiming_normal_(layers[f"conv{number}"].weight, mode="fan_out", nonlinearity="relu")  # type: ignore[arg-type]
-        layers[f"bn{number}"] = nn.BatchNorm2d(width)
+        norm = nn.BatchNorm2d(width)
+        if number < 4:
+            layers[f"pool{number}"] = nn.MaxPool2d(2)
+            nn.init.constant_(norm.bias, 0.7)
+        layers[f"norm{number}"] = norm
         layers[f"relu{number}"] = nn.ReLU(inplace=True)
         channels = width
     layers["pool"] = nn.AdaptiveAvgPool2d(1)

@@ -73,8 +73,11 @@ class TrainConfig:
     arch: str | None = option(None, "network", "any torchvision classification model, or conv4 or conv6, small networks for "
                               "small images (default: conv4 for small images and short runs, conv6 for the "
                               "sample, else resnet18)", metavar="NAME")
-    image_size: int | None = option(None, "network", "edge of a view in pixels, or auto, from the images",
-                                    type=auto_or_pixels, metavar="auto|N")
+    image_size: int | None = option(None, "network", "edge in pixels of the images that the network is made for and measured "
+                                    "on, or auto, from the images", type=auto_or_pixels, metavar="auto|N")
+    view_size: int | None = option(None, "network", "edge in pixels of the random views that it is trained on: smaller ones "
+                                   "are faster (default: three quarters of --image-size for conv4, else all of it)",
+                                   type=auto_or_pixels, metavar="auto|N")
     small_stem: bool | None = option(None, "network", "3x3 first convolution without pooling, for ResNets on small images "
                                      "(default: on below 48 pixels)", action=argparse.BooleanOptionalAction)
     hidden_dim: int | None = option(None, "network", "hidden width of projector and predictor", type=count, metavar="N")

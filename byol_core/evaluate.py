@@ -22,6 +22,7 @@ from sklearn.model_selection import train_test_split
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits  # which scikit-learn brings
 from torch import Tensor, nn
 
 from byol_core.data import ImageData, plain_batches
@@ -175,11 +176,12 @@ def few_label_accuracy(train: Features, test: Features, per_class: int, draws: i
     centre, scale = train.x.mean(0), train.x.std(0).square().mean().sqrt().clamp_min(1e-12)
     x_train, x_test = _array((train.x - centre) / scale), _array((test.x - centre) / scale)
     labels, generator, accuracies = _array(train.y), np.random.default_rng(seed), []
-    for _ in range(draws):
-        rows = np.concatenate([generator.choice(np.flatnonzero(labels == c), per_class, replace=False)
-                               for c in np.unique(labels)])
-        probe = LogisticRegression(max_iter=10000, random_state=42).fit(x_train[rows], labels[rows])
-        accuracies.append(np.mean(probe.predict(x_test) == _array(test.y)))
+    with threadpool_limits(1, user_api="blas"):  # on so few rows threads wait for each other for longer than they compute
+        for _ in range(draws):
+            rows = np.concatenate([generator.choice(np.flatnonzero(labels == c), per_class, replace=False)
+                                   for c in np.unique(labels)])
+            probe = LogisticRegression(max_iter=10000, random_state=42).fit(x_train[rows], labels[rows])
+            accuracies.append(np.mean(probe.predict(x_test) == _array(test.y)))
     return float(np.mean(accuracies))
 
 

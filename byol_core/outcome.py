@@ -160,7 +160,7 @@ class Outcome:
         self.write_end("finished")
 
     def _picture_features(self) -> None:
-        parts, recipe, labels = self.parts, self.parts.plan.views[0], self.parts.data.files.labels
+        parts, recipe, labels = self.parts, self.parts.plan.plain, self.parts.data.files.labels
         indices = some_indices(len(parts.data), PICTURED_AT_MOST)
         readable, trained = embed_data(parts.backbone, parts.data, recipe, indices, parts.runtime, parts.workers)
         untrained = parts.new_model().online.backbone
@@ -242,7 +242,7 @@ class Outcome:
         if self.best:
             score, value = next((name, self.best[name]) for name in self.best if name != "epoch")
             say(f"best: {score} {in_words(score, value)} after epoch {self.best['epoch']}, in {folder / 'best.pt'}")
-        about, recipe = self.parts.about_backbone(), self.parts.plan.views[0]
+        about, recipe = self.parts.about_backbone(), self.parts.plan.plain
         mean, std = (", ".join(f"{value:.6g}" for value in values) for values in (recipe.mean, recipe.std))
         say(f"report: {folder / 'report.html'}\nuse it:\n{how_to_load(folder, about)}\n"
             f"# images: RGB in [0, 1] of {recipe.size} pixels, less the mean ({mean}), divided by the std ({std})")

@@ -38,7 +38,8 @@ def new_model(config: TrainConfig, plan: Plan) -> BYOL:
     """The networks as this seed starts them; the same every time."""
     with weights_of_seed(config.seed):
         backbone, feature_dim = build_backbone(plan.arch, plan.small_stem, plan.image_size)
-        check_backbone(backbone, feature_dim, plan.image_size)
+        for size in {plan.image_size, plan.view_size}:
+            check_backbone(backbone, feature_dim, size)
         if config.init_from is not None:
             weights = read_backbone(Path(config.init_from))
             try:
@@ -136,7 +137,7 @@ class Parts:
                 self._warn_of_overlap(files)
             if data.files.labels is None:  # then both the fitting and the measuring are done on parts of --eval-data
                 data, eval_data = eval_data, None
-        return Scorer(data, eval_data, self.plan.views[0], self.runtime, self.workers, self.classifier, self.log.say)
+        return Scorer(data, eval_data, self.plan.plain, self.runtime, self.workers, self.classifier, self.log.say)
 
     def without_labels(self) -> SeparationScorer:
         return SeparationScorer(self._new_batches, self.order, self.runtime)
@@ -191,7 +192,7 @@ class Parts:
 
     def about_backbone(self) -> dict[str, object]:
         """How to use it: what backbone.json says."""
-        plan, recipe = self.plan, self.plan.views[0]
+        plan, recipe = self.plan, self.plan.plain
         return {"arch": plan.arch, "small_stem": plan.small_stem, "image_size": plan.image_size, "mean": recipe.mean,
                 "std": recipe.std, "whole_image": recipe.crop_scale is None, "interpolation": recipe.interpolation,
                 "feature_dim": self.model.online.state_dict()["projector.0.weight"].shape[1], "network": "online",

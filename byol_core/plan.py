@@ -15,6 +15,7 @@ CONV4_SIZE, CONV4_UP_TO = 32, 96  # pixels: of a view, and of an image
 RESNET_FROM = 1_000_000  # images of all updates together
 MIN_SCALE = 0.2  # smallest share of an image's area in a view, of small sets
 FAST_PREDICTOR = 10.0  # times the rate of the rest
+VIEWS_OF_CONV4 = 3 / 4  # of the image's edge
 SMALL_STEM_BELOW = 48  # pixels; there the ImageNet stem leaves a 1x1 final map
 RESNETS = ("resnet", "resnext", "wide_resnet")
 LARGEST_LR = 1e6  # per 256 images; beyond it numbers overflow before anything can be learned
@@ -42,12 +43,13 @@ class Choice:
 class Plan:
     """The resolved numbers of a run.
 
-    lr: the peak rate after scaling by the batch. predictor_lr: the predictor's, as a multiple of it. micro_batch: images
+    image_size: edge of an image that is measured or embedded; view_size: of a random view, in training, both in pixels. lr: the peak rate after scaling by the batch. predictor_lr: the predictor's, as a multiple of it. micro_batch: images
     per process and backward pass.
     """
 
     arch: str
     image_size: int
+    view_size: int
     small_stem: bool
     hidden_dim: int
     projection_dim: int
@@ -71,6 +73,11 @@ class Plan:
     @property
     def network(self) -> Choice:
         return next(choice for choice in self.choices if choice.name == "arch")
+
+    @property
+    def plain(self) -> ViewRecipe:
+        """How an image is shown that is measured or embedded: `plain_view` and whoever agrees with it use no other fields."""
+        return replace(self.views[0], size=self.image_size)
 
     @property
     def total_updates(self) -> int:
@@ -101,8 +108,8 @@ def make_plan(config: TrainConfig, facts: Facts, world_size: int = 1, seen: int 
     network = network or _arch(config, config.image_size or _image_size(facts), about)
     arch = str(network.value)
     edge = _edge(facts, arch) if config.image_size is None else Choice("image_size", config.image_size, "as asked")
-    size = int(edge.value)
-    small = size < SMALL_STEM_BELOW
+    of_views = _view_size(config, arch, int(edge.value))
+    size = int(of_views.value)
     epochs, updates = config.epochs, facts.images // batch_size
     if seen is not None:
         total = max(1, seen // batch_size)
@@ -113,8 +120,9 @@ def make_plan(config: TrainConfig, facts: Facts, world_size: int = 1, seen: int 
         "batch_size": batch,
         "arch": network,
         "image_size": edge,
+        "view_size": of_views,
         "predictor_lr": Choice("predictor_lr", 1.0, "as the rest"),
-        "small_stem": Choice("small_stem", small and arch.startswith(RESNETS),
+        "small_stem": Choice("small_stem", size < SMALL_STEM_BELOW and arch.startswith(RESNETS),
                              f"3x3 stem for ResNets below {SMALL_STEM_BELOW} px"),
     }
     recipe = {"auto": _auto, "paper": _paper, "quadra": _quadra, "digits": _digits}[config.recipe]
@@ -204,6 +212,15 @@ def _edge(facts: Facts, arch: str) -> Choice:
     if arch == "conv4" and size > CONV4_SIZE:
         return Choice("image_size", CONV4_SIZE, f"{reason}, of which conv4 learns more at {CONV4_SIZE} in the same time")
     return Choice("image_size", size, reason + ("" if size == facts.side else "; larger ones are shown at 128 or 224"))
+
+
+def _view_size(config: TrainConfig, arch: str, image_size: int) -> Choice:
+    if config.view_size is not None:
+        return Choice("view_size", config.view_size, "as asked")
+    if config.recipe == "auto" and arch == "conv4":
+        return Choice("view_size", max(8, int(image_size * VIEWS_OF_CONV4)), "more are seen in the same time, and what crops "
+                      "enlarge is as large as in the images it is measured on")
+    return Choice("view_size", image_size, "as the images")
 
 
 def _digits(facts: Facts, epochs: int, total: int, batch_size: int) -> list[Choice]:

@@ -21,7 +21,7 @@ from byol_core.training import Progress
 from byol_core.views import ViewRecipe
 
 # Options that are chosen where nothing is asked for.
-RECIPE = ("arch", "image_size", "small_stem", "hidden_dim", "projection_dim", "batch_size", "optimizer", "lr",
+RECIPE = ("arch", "image_size", "view_size", "small_stem", "hidden_dim", "projection_dim", "batch_size", "optimizer", "lr",
           "predictor_lr", "weight_decay", "warmup_epochs", "scheduler", "scheduler_interval", "tau_base", "tau_schedule")
 MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)  # what damage raises
 NOT_LISTED = {"resume", "debug", "amp", "device", "compile"}  # options; of the last ones it is told what came of them
@@ -62,10 +62,15 @@ def begun_as(config: TrainConfig, folder: Path) -> dict[str, object] | None:
     asked = Path(config.resume or folder)
     try:
         state = newest_checkpoint(asked)[0] if asked.is_dir() else read_checkpoint(asked)
-        identity = json.loads(str(state["identity"])) if state is not None else None
+        return None if state is None else _identity(state)
     except (CheckpointError, *MALFORMED):  # which `restore` will meet again, and tell
         return None
-    return identity if isinstance(identity, dict) else None
+
+
+def _identity(state: State) -> dict[str, Any]:
+    """Raises: one of MALFORMED for a state that is of no run."""
+    identity = json.loads(str(state["identity"]))
+    return {"view_size": identity["image_size"], **identity}  # of the same size, before there was a choice
 
 
 def go_on(begun: dict[str, Any], config: TrainConfig, facts: Facts, world_size: int) -> Plan:
@@ -96,8 +101,8 @@ def _go_on(begun: dict[str, Any], config: TrainConfig, facts: Facts, world_size:
     fields: list[dict[str, Any]] = [{key: tuple(value) if isinstance(value, list) else value for key, value in view.items()}
                                     for view in begun["views"]]
     views = ViewRecipe(**fields[0]), ViewRecipe(**fields[1])
-    if {view.size for view in views} != {plan.image_size}:
-        raise ValueError("its views are not of its image size")
+    if {view.size for view in views} != {plan.view_size}:
+        raise ValueError("its views are not of its view size")
     if config.min_scale is not None:
         views = with_min_scale(views, config.min_scale)
     kept = {"lr": begun["lr"]} if "lr" in chosen else {}  # not by way of the batch, which may round
@@ -121,7 +126,7 @@ def restore(parts: Parts, outcome: Outcome, state: State) -> None:
 
 
 def _check_identity(parts: Parts, state: State) -> None:
-    saved, own = json.loads(str(state["identity"])), parts.identity()
+    saved, own = _identity(state), parts.identity()
     changed = [IN_WORDS.get(key, f"{key} {saved.get(key)} -> {own[key]}") for key in own if saved.get(key) != own[key]]
     if changed:
         raise ValueError(f"cannot resume exactly: {'; '.join(changed)} - repeat the options of the run, or start a new one in "

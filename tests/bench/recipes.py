@@ -152,7 +152,7 @@ class Trial:
     @property
     def network(self) -> str:
         plan = self.run.parts.plan
-        return f"{plan.arch} at {plan.image_size}" + ", small stem" * plan.small_stem
+        return f"{plan.arch} at {plan.image_size}" + f", views of {plan.view_size}" * (plan.view_size != plan.image_size) + ", small stem" * plan.small_stem
 
     def untrained(self) -> nn.Module:
         model = self.run.parts.new_model()
@@ -185,7 +185,7 @@ def one(variant: Variant, seed: int, options: argparse.Namespace, baselines: dic
         trial = Trial(variant, seed, options, stack)
         parts = trial.run.parts
         test = parts._load(scan(str(options.images / "test")), "auto")[0] if options.final else None
-        scorer = Scorer(parts.data, test, parts.plan.views[0], parts.runtime, parts.workers)
+        scorer = Scorer(parts.data, test, parts.plan.plain, parts.runtime, parts.workers)
         network = trial.network + (", zero_init" if variant.fields.get("zero_init") == "true" else "")
         for name, backbone in ((f"untrained {network}, seed {seed}", trial.untrained),
                                (f"raw pixels at {parts.plan.image_size}", nn.Flatten)):

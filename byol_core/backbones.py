@@ -94,7 +94,7 @@ def _use_small_stem(model: nn.Module, name: str) -> None:
 
 
 def _conv4() -> nn.Module:
-    """Four 3x3 convolutions of 64, 128, 256, 512 channels, each but the last 2x2 max-pooled, with BN and ReLU; mean over space.
+    """Four 3x3 convolutions of 64, 128, 256, 512 channels, all but the last max-pooled, then BN and ReLU; mean over space.
 
     Pooling before batch norm and ReLU, which are then of a quarter of the pixels, saves a quarter of the time. The largest of
     four values lies above their mean, so the biases of these batch norms begin at 0.7: with 0, fewer units fire, and less

@@ -43,8 +43,9 @@ class Choice:
 class Plan:
     """The resolved numbers of a run.
 
-    image_size: edge of an image that is measured or embedded; view_size: of a random view, in training, both in pixels. lr: the peak rate after scaling by the batch. predictor_lr: the predictor's, as a multiple of it. micro_batch: images
-    per process and backward pass.
+    image_size: edge in pixels of an image that is measured or embedded; view_size: of a random view, in training. lr: the
+    peak rate after scaling by the batch. predictor_lr: the predictor's, as a multiple of it. micro_batch: images per process
+    and backward pass.
     """
 
     arch: str

@@ -56,6 +56,18 @@ def test_conv4_sees_32_pixels_at_most_where_nothing_else_is_asked_for(side: int,
     assert plan(Facts(999, side, True), **options).image_size == size
 
 
+@pytest.mark.parametrize("options, size, views", [
+    ({"arch": "conv4"}, 32, 24), ({"arch": "conv4", "image_size": 64}, 64, 48), ({"arch": "conv4", "image_size": 9}, 9, 8),
+    ({"arch": "conv4", "view_size": 30}, 32, 30), ({"arch": "resnet18"}, 64, 64),
+    ({"arch": "resnet18", "view_size": 40}, 64, 40), ({"arch": "conv4", "recipe": "paper"}, 32, 32)])
+def test_conv4_is_trained_on_views_smaller_than_the_images_it_is_measured_on(options: dict, size: int, views: int) -> None:
+    chosen = plan(Facts(9_000, 64, True), **options)
+    assert (chosen.image_size, chosen.view_size) == (size, views)
+    assert {view.size for view in chosen.views} == {views}
+    assert chosen.plain == dataclasses.replace(chosen.views[0], size=size)
+    assert chosen.small_stem == (chosen.arch == "resnet18" and views < 48)
+
+
 def test_flags_win_over_the_recipe() -> None:
     chosen = plan(optimizer="lars", lr=0.2, tau_base=0.5, small_stem=False, image_size=64, weight_decay=0.0, batch_size=256,
                   predictor_lr=3.0, min_scale=0.3)

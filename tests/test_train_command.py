@@ -759,7 +759,8 @@ def test_a_run_goes_on_with_the_recipe_that_it_began_with(
 
 @pytest.mark.parametrize("asked, said", [
     (["--lr", 0.5], "lr 0.009375 -> 0.015625"), (["--recipe", "paper"], "optimizer sgd -> lars"),
-    (["--image-size", 24], "image_size 16 -> 24"), (["--batch-size", 4], "batch_size 8 -> 4"),
+    (["--image-size", 24], "image_size 16 -> 24"), (["--view-size", 12], "view_size 16 -> 12"),
+    (["--batch-size", 4], "batch_size 8 -> 4"),
     (["--optimizer", "adamw"], "optimizer sgd -> adamw")])
 def test_what_is_asked_for_must_be_as_the_run_began(image_folder: Callable[..., Path], stopped_after: Callable[..., None],
                                                     asked: list[object], said: str, capsys) -> None:
@@ -767,6 +768,40 @@ def test_what_is_asked_for_must_be_as_the_run_began(image_folder: Callable[..., 
     stopped_after(2, *always, "--arch", "conv6", "--image-size", 16, "--projection-dim", 8, "--lr", 0.3)
     assert run(*always, *asked, "--resume") == 2
     assert said in capsys.readouterr().err
+
+
+def test_training_sees_views_of_one_size_and_everything_else_images_of_another(
+        image_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[tuple[bool, int]] = set()
+    convolution = torch.nn.functional.conv2d
+
+    def noted(images: torch.Tensor, *rest: object, **more: object) -> torch.Tensor:
+        if images.shape[1] == 3 and len(images) > 1:
+            seen.add((torch.is_grad_enabled(), images.shape[-1]))
+        return convolution(images, *rest, **more)
+
+    data = image_folder(classes=2, per_class=10)
+    options = ["--data", data, "--epochs", 1, "--workers", 0, "--device", "cpu", "--arch", "conv6", "--image-size", 16,
+               "--view-size", 12, "--batch-size", 4, "--out", "out"]
+    monkeypatch.setattr(torch.nn.functional, "conv2d", noted)
+    assert run(*options) == 0
+    assert seen == {(True, 12), (False, 12), (False, 16)}  # online; target; what is measured, and pictured
+    assert json.loads(Path("out/backbone.json").read_text())["image_size"] == 16
+    assert load_pretrained(Path("out/backbone.pt")).recipe.size == 16
+
+
+def test_a_run_from_before_views_could_be_smaller_goes_on_with_views_as_large_as_images(
+        image_folder: Callable[..., Path], stopped_after: Callable[..., None]) -> None:
+    always = ["--data", image_folder(), "--epochs", 3, "--no-eval", "--workers", 0, "--device", "cpu", "--arch", "conv4"]
+    begun = ["--image-size", 16, "--view-size", 16]
+    assert run(*always, *begun, "--out", "whole") == 0
+    stopped_after(2, *always, *begun, "--out", "out")
+    state = checkpoint("out")
+    identity = json.loads(str(state["identity"]))
+    assert identity.pop("view_size") == 16
+    torch.save({**state, "identity": json.dumps(identity)}, "out/last.pt")
+    assert run(*always, "--out", "out", "--resume") == 0
+    assert_same_state(checkpoint("whole"), checkpoint("out"))
 
 
 def timed(seconds: float, monkeypatch: pytest.MonkeyPatch) -> list[float]:

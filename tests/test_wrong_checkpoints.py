@@ -195,6 +195,7 @@ def test_a_checkpoint_of_another_make_is_refused_in_one_line(trained: Path, key:
 @pytest.mark.parametrize("changed", [
     {"weight_decay": -1}, {"scheduler": "foo"}, {"tau_base": "x"}, {"batch_size": 0}, {"lr": 10**400}, {"lr": True},
     {"views": []}, {"hidden_dim": 10**12}, {"arch": 5}, {"image_size": 32.5}, {"image_size": 10**9},
+    {"view_size": 10**9}, {"view_size": "x"}, {"view_size": None},
     {"warmup_epochs": 10**400}, {"small_stem": 1}, "nested"], ids=str)
 def test_numbers_that_no_run_has_are_not_computed_with(trained: Path, changed: object, capsys) -> None:
     """A resumed run takes over what it was begun with; the file that says so may have been made by anybody."""

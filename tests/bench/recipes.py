@@ -152,7 +152,8 @@ class Trial:
     @property
     def network(self) -> str:
         plan = self.run.parts.plan
-        return f"{plan.arch} at {plan.image_size}" + f", views of {plan.view_size}" * (plan.view_size != plan.image_size) + ", small stem" * plan.small_stem
+        views = f", views of {plan.view_size}" * (plan.view_size != plan.image_size)
+        return f"{plan.arch} at {plan.image_size}{views}" + ", small stem" * plan.small_stem
 
     def untrained(self) -> nn.Module:
         model = self.run.parts.new_model()

@@ -6,22 +6,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LARGEST = 4  # pixels of the output
+LARGEST, LARGEST_OF_MANY = 4, 16  # pixels of the output; the latter between so many channels:
+MANY = 256 * 512  # input channels x output channels
 FEWEST = 256  # input channels; with fewer the weights are small, and a convolution's own way is as fast or faster
 
 
 class SmallMapConv2d(nn.Conv2d):
     """`nn.Conv2d` with the same parameters and, but for rounding, the same results; larger maps go the usual way.
 
-    The last layers of a ResNet-18 make maps of 2x2 pixels of an image of 64. There oneDNN spends most of its time on
-    reordering millions of weights in every call.
+    The last layers of a ResNet-18 make maps of 2x2 pixels of an image of 64, the last of conv4 4x4 of an image of 32. There
+    oneDNN spends most of its time on reordering the weights in every call.
     """
 
     def _conv_forward(self, images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         down, right = padding = cast(tuple[int, int], self.padding)
         size = [(pixels + 2 * pad - kernel) // step + 1 for pixels, pad, kernel, step in
                 zip(images.shape[-2:], padding, self.kernel_size, self.stride)]
-        if images.ndim != 4 or min(size) < 1 or size[0] * size[1] > LARGEST:
+        largest = LARGEST_OF_MANY if self.in_channels * self.out_channels >= MANY else LARGEST
+        if images.ndim != 4 or min(size) < 1 or size[0] * size[1] > largest:
             return super()._conv_forward(images, weight, bias)
         rows, columns = (_taps(*axis) for axis in zip(images.shape[2:], padding, self.kernel_size, self.stride, size))
         padded = F.pad(images.permute(0, 2, 3, 1), (0, 0, right, right, down, down))  # (B, H, W, C)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from byol_core.backbones import build_backbone
 from byol_core.networks import BYOL
 from byol_core.runtime import Runtime
-from byol_core.small_maps import FEWEST, LARGEST, SmallMapConv2d, use_products_for_small_maps
+from byol_core.small_maps import FEWEST, MANY, SmallMapConv2d, use_products_for_small_maps
 
 
 def converted(convolution: nn.Conv2d) -> nn.Conv2d:
@@ -54,12 +54,14 @@ def products(ours: nn.Conv2d, images: Tensor, monkeypatch: pytest.MonkeyPatch) -
     return len(counted)
 
 
-def test_only_small_maps_are_computed_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours = converted(nn.Conv2d(FEWEST, 4, 3, padding=1))
-    side = int(LARGEST**0.5)
-    assert products(ours, torch.randn(2, FEWEST, side, side), monkeypatch) == 1
+@pytest.mark.parametrize("channels, side", [(4, 2), (MANY // FEWEST - 1, 2), (MANY // FEWEST, 4)])
+def test_only_small_maps_are_computed_so(monkeypatch: pytest.MonkeyPatch, channels: int, side: int) -> None:
+    theirs = nn.Conv2d(FEWEST, channels, 3, padding=1)
+    ours, images = converted(theirs), torch.randn(2, FEWEST, side, side)
+    torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-4)
+    assert products(ours, images, monkeypatch) == 1
     assert products(ours, torch.randn(2, FEWEST, side + 1, side), monkeypatch) == 0
-    assert ours(torch.randn(FEWEST, 1, 1)).shape == (4, 1, 1)  # one image without a batch
+    assert ours(torch.randn(FEWEST, 1, 1)).shape == (channels, 1, 1)  # one image without a batch
 
 
 @pytest.mark.parametrize("convolution", [

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import nn
 
+from byol_core import metrics
 from byol_core.cuda_graph import WARM_UP
 from byol_core.run import Run
 from tests.bench import end_to_end, gpu, right, stages, table
@@ -242,6 +243,7 @@ def test_a_bar_is_reached_or_not() -> None:
 def check(images: list[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
     """Runs one of `tests.bench.right` in this process, on small networks."""
     folder = os.getcwd()
+    monkeypatch.setattr(metrics, "RECORD_EVERY", metrics.RECORD_EVERY)  # which the checks change
 
     def run(name: str, *words: str) -> int:
         own = ["--images", images[1], "--arch", "conv6", "--case", "32", "--batch", "8", "--device", "cpu"]

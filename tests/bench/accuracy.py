@@ -35,6 +35,7 @@ ACCURACIES = ("kNN 20, last", "kNN 20, best", "kNN 200, last", "kNN 200, best", 
 COLUMNS = ("commit", "epochs", "minutes", "images/s", *ACCURACIES, "log")
 OURS = ("--data", "--eval-data", "--out", "--seed", "--resume", "--eval-every", "--no-eval", "--check")  # set by this command
 MEASURED = 20  # times that kNN is measured on the way, for the best epoch
+EVERY = 10  # epochs between measurements in a run of minutes, whose epochs are not known yet
 Tell = Callable[[dict[str, float | None]], None]
 LOGS = Path("tests", "bench", "logs")  # the command is run from the root of the repository
 
@@ -77,7 +78,7 @@ def train_once(arguments: list[str], length: list[str], seed: int, out: Path, qu
     Raises: SystemExit for a run that is stopped, or cannot be begun.
     """
     options = [*arguments, *length, "--seed", str(seed), "--out", str(out)]
-    every = max(1, int(length[1]) // MEASURED) if length[0] == "--epochs" else 1
+    every = max(1, int(length[1]) // MEASURED) if length[0] == "--epochs" else EVERY
     while_training = ["--no-eval"] if quick else ["--eval-every", str(every)]
     begun = out.with_name(f"{out.name}-commit.txt")
     if not (out / "last.pt").exists():

@@ -9,7 +9,7 @@ from byol_core.views import ViewRecipe, digits_recipes, paper_recipes
 
 SMALL_SET = 200_000  # images; below it the recipe follows published CIFAR settings, above it the paper's ImageNet ones
 LARGEST_SCALED = 512  # images: without LARS, rates in proportion to the batch are published up to it
-ENOUGH_UPDATES = 5_000  # updates of a run; with fewer a smaller batch is taken. Not measured, nor is RESNET_FROM
+ENOUGH_UPDATES = 10_000  # updates of a run; with fewer a smaller batch is taken. A guess, as is RESNET_FROM
 LARGEST_BATCH, SMALLEST_BATCH, AT_LEAST_EACH = 256, 64, 32  # of an update, and per process
 CONV4_SIZE, CONV4_UP_TO = 32, 96  # pixels: of a view, and of an image
 RESNET_FROM = 1_000_000  # images of all updates together
@@ -172,8 +172,8 @@ def _batch(images: int, seen: int, config: TrainConfig, world_size: int) -> Choi
     while config.recipe == "auto" and batch // 2 >= least and seen < ENOUGH_UPDATES * batch:
         batch //= 2
     if batch < largest:
-        return Choice("batch_size", batch, f"for {seen // batch:,} updates; in solo-learn's runs (its issue 130) more updates "
-                      "were worth more than a larger batch")
+        return Choice("batch_size", batch, f"for {seen // batch:,} updates; in short runs more updates are worth more than a "
+                      "larger batch")
     return Choice("batch_size", batch, "usual for one device" if batch == LARGEST_BATCH else
                   f"the largest power of two that {images} images fill twice")
 

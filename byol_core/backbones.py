@@ -38,7 +38,7 @@ def build_backbone(name: str, small_images: bool = False, image_size: int | None
 
     The model's last nn.Linear becomes an identity, so that the other tensors keep torchvision's own names. Two are ours:
     `conv4`, four 3x3 convolutions for images of 32 to 96 pixels, and `conv6`, six narrower ones for images of 8 to 32.
-    small_images: for ResNets, a 3x3 first convolution of stride 1 and no max-pooling. image_size: edge of the views in
+    small_images: for ResNets, a 3x3 first convolution of stride 1 and no max-pooling. image_size: edge of the images in
     pixels, for models whose layers depend on it (vision transformers).
     Returns: the module maps (B, 3, S, S) to (B, feature_dim).
     Raises: ValueError for an unknown name, a model that has no final nn.Linear, or a small stem on anything but a ResNet.
@@ -96,7 +96,7 @@ def _use_small_stem(model: nn.Module, name: str) -> None:
 def _conv4() -> nn.Module:
     """Four 3x3 convolutions of 64, 128, 256, 512 channels, all but the last max-pooled, then BN and ReLU; mean over space.
 
-    Pooling before batch norm and ReLU, which are then of a quarter of the pixels, saves a quarter of the time. The largest of
+    Pooling before batch norm and ReLU, which are then of a quarter of the pixels, saves a fifth of the time. The largest of
     four values lies above their mean, so the biases of these batch norms begin at 0.7: with 0, fewer units fire, and less
     is learned.
     """
@@ -146,7 +146,7 @@ def check_backbone(backbone: nn.Module, feature_dim: int, image_size: int, chann
             raise
         reason = " ".join(str(error).split())
         raise ValueError(f"the network cannot take {image_size}-pixel images ({reason}) - "
-                         "use a larger --image-size or another --arch") from error
+                         "use a larger --image-size and --view-size, or another --arch") from error
     finally:
         backbone.train(was_training)
     if features.shape != (1, feature_dim):

@@ -76,14 +76,14 @@ class TrainConfig:
     image_size: int | None = option(None, "network", "edge in pixels of the images that the network is made for and measured "
                                     "on, or auto, from the images", type=auto_or_pixels, metavar="auto|N")
     view_size: int | None = option(None, "network", "edge in pixels of the random views that it is trained on: smaller ones "
-                                   "are faster (default: three quarters of --image-size for conv4, else all of it)",
-                                   type=auto_or_pixels, metavar="auto|N")
+                                   "are faster (default: three quarters of --image-size for conv4 with --recipe auto, "
+                                   "else all of it)", type=auto_or_pixels, metavar="auto|N")
     small_stem: bool | None = option(None, "network", "3x3 first convolution without pooling, for ResNets on small images "
-                                     "(default: on below 48 pixels)", action=argparse.BooleanOptionalAction)
+                                     "(default: on for views below 48 pixels)", action=argparse.BooleanOptionalAction)
     hidden_dim: int | None = option(None, "network", "hidden width of projector and predictor", type=count, metavar="N")
     projection_dim: int | None = option(None, "network", "output width of projector and predictor", type=count, metavar="N")
     batch_size: int | None = option(None, "training", "images of one optimizer update, over all processes and "
-                                    "accumulation steps (default: 256, fewer for fewer images; the sample: 64)",
+                                    "accumulation steps (default: 64 to 256, more for longer runs)",
                                     type=count, metavar="N")
     recipe: str = option("auto", "training", "auto: chosen from images, batch and epochs, and explained; paper: the "
                          "published preset nearest in epochs; quadra: the source system's defaults",

@@ -20,7 +20,7 @@ FEW_MEASURED = 50  # images; on fewer, one deviation of an accuracy near 50 % is
 UNKNOWN_MEASURED = 500  # images, where a summary does not say on how many it rests
 CERTAIN = 1.96  # standard deviations of a difference that chance exceeds once in twenty times
 LEARNED = 0.1  # share of the untrained network's errors that are gone, on average, where much was learned
-LONGER, ENOUGH_UPDATES, SMALL_BATCH = 4, 5_000, 64  # what is advised where little was learned
+LONGER, ENOUGH_UPDATES, SMALL_BATCH = 4, 10_000, 64  # what is advised where little was learned
 RATES = ("optimizer", "lr", "predictor_lr", "weight_decay", "tau_base", "tau_schedule", "scheduler", "warmup_epochs",
          "min_scale")
 LONGEST = 1e6  # minutes that are worth advising

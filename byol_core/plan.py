@@ -11,7 +11,7 @@ SMALL_SET = 200_000  # images; below it the recipe follows published CIFAR setti
 LARGEST_SCALED = 512  # images: without LARS, rates in proportion to the batch are published up to it
 ENOUGH_UPDATES = 10_000  # updates of a run; with fewer a smaller batch is taken. A guess, as is RESNET_FROM
 LARGEST_BATCH, SMALLEST_BATCH, AT_LEAST_EACH = 256, 64, 32  # of an update, and per process
-CONV4_SIZE, CONV4_UP_TO = 32, 96  # pixels: of a view, and of an image
+CONV4_SIZE, CONV4_UP_TO = 32, 96  # pixels: of what it is measured on, and of an image of the set
 RESNET_FROM = 1_000_000  # images of all updates together
 MIN_SCALE = 0.2  # smallest share of an image's area in a view, of small sets
 FAST_PREDICTOR = 10.0  # times the rate of the rest
@@ -78,7 +78,7 @@ class Plan:
     @property
     def plain(self) -> ViewRecipe:
         """How an image is shown that is measured or embedded: `plain_view` and whoever agrees with it use no other fields."""
-        return replace(self.views[0], size=self.image_size)
+        return replace(self.views[0], size=self.image_size, blur_kernel=0)  # the kernel is of the views' size
 
     @property
     def total_updates(self) -> int:
@@ -124,7 +124,7 @@ def make_plan(config: TrainConfig, facts: Facts, world_size: int = 1, seen: int 
         "view_size": of_views,
         "predictor_lr": Choice("predictor_lr", 1.0, "as the rest"),
         "small_stem": Choice("small_stem", size < SMALL_STEM_BELOW and arch.startswith(RESNETS),
-                             f"3x3 stem for ResNets below {SMALL_STEM_BELOW} px"),
+                             f"3x3 stem for ResNets on views below {SMALL_STEM_BELOW} px"),
     }
     recipe = {"auto": _auto, "paper": _paper, "quadra": _quadra, "digits": _digits}[config.recipe]
     chosen |= {choice.name: choice for choice in recipe(facts, epochs, updates * epochs, batch_size)}
@@ -218,8 +218,9 @@ def _edge(facts: Facts, arch: str) -> Choice:
 def _view_size(config: TrainConfig, arch: str, image_size: int) -> Choice:
     if config.view_size is not None:
         return Choice("view_size", config.view_size, "as asked")
-    if config.recipe == "auto" and arch == "conv4":
-        return Choice("view_size", max(8, int(image_size * VIEWS_OF_CONV4)), "more are seen in the same time, and what crops "
+    smaller = max(8, int(image_size * VIEWS_OF_CONV4))
+    if config.recipe == "auto" and arch == "conv4" and smaller < image_size:
+        return Choice("view_size", smaller, "more are seen in the same time, and what crops "
                       "enlarge is as large as in the images it is measured on")
     return Choice("view_size", image_size, "as the images")
 

@@ -94,7 +94,7 @@ def _from_checkpoint(state: State, network: str, source: Path, notes: tuple[str,
     try:
         about = json.loads(str(state["identity"]))
         view = about["views"][0]
-        recipe = ViewRecipe(view["size"], crop_scale=view["crop_scale"], interpolation=view["interpolation"],
+        recipe = ViewRecipe(about["image_size"], crop_scale=view["crop_scale"], interpolation=view["interpolation"],
                             mean=tuple(view["mean"]), std=tuple(view["std"]))
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise CheckpointError(f"{source} does not describe its network ({type(error).__name__}: {error})") from error

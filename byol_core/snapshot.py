@@ -121,7 +121,7 @@ def restore(parts: Parts, outcome: Outcome, state: State) -> None:
         _check_state(parts, state)
         _restore(parts, outcome, state)
     except (KeyError, TypeError, AttributeError, IndexError, RecursionError, json.JSONDecodeError, CheckpointError) as error:
-        raise CheckpointError(f"the checkpoint to resume from is not of this program's making ({type(error).__name__}: "
+        raise CheckpointError(f"the checkpoint to resume from is not one that this version makes ({type(error).__name__}: "
                               f"{error}) - take another, or start a new run in another --out") from error
 
 

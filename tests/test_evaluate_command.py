@@ -54,9 +54,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("trained")
     write = image_folder.__wrapped__ if hasattr(image_folder, "__wrapped__") else image_folder._fixture_function
     data = write(place)(classes=3, per_class=12)
-    assert train.main(["--data", str(data), "--epochs", "2", "--out", str(place / "run"), "--arch", "conv6", "--image-size",
-                       "16", "--batch-size", "12", "--hidden-dim", "16", "--projection-dim", "8", "--workers", "0",
-                       "--seed", "3", "--device", "cpu"]) == 0
+    assert train.main(["--data", str(data), "--epochs", "2", "--out", str(place / "run"), "--arch", "conv6",
+                       "--image-size", "16", "--view-size", "12", "--batch-size", "12", "--hidden-dim", "16",
+                       "--projection-dim", "8", "--workers", "0", "--seed", "3", "--device", "cpu"]) == 0
     return place / "run"
 
 

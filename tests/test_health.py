@@ -202,7 +202,7 @@ def test_a_run_that_was_not_measured_is_undecided() -> None:
 def test_what_to_do_fits_the_run() -> None:
     little = scores(linear=(23.4, 25.1)) | {"seconds": 600.0}
     advice = judge(records(), 10, "finished", little, {"batch_size": 256}).advice
-    assert "200 updates were made, 5,000 may do more, about 250 minutes here: --minutes 250" in advice  # 3 s each
+    assert "200 updates were made, 10,000 may do more, about 500 minutes here: --minutes 500" in advice  # 3 s each
     assert "--batch-size 64 makes 4.0 times as many updates" in advice and "--init-from" in advice
     long = [{**record(number), "update": 1000 * (number + 1)} for number in range(20)]
     assert "20,000 updates were made, 80,000 may do more" in judge(long, 10, "finished", little).advice

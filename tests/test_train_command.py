@@ -787,7 +787,8 @@ def test_training_sees_views_of_one_size_and_everything_else_images_of_another(
     assert run(*options) == 0
     assert seen == {(True, 12), (False, 12), (False, 16)}  # online; target; what is measured, and pictured
     assert json.loads(Path("out/backbone.json").read_text())["image_size"] == 16
-    assert load_pretrained(Path("out/backbone.pt")).recipe.size == 16
+    for source, network in (("out/backbone.pt", "online"), ("out/last.pt", "online"), ("out/last.pt", "target")):
+        assert load_pretrained(Path(source), network).recipe.size == 16
 
 
 def test_a_run_from_before_views_could_be_smaller_goes_on_with_views_as_large_as_images(

@@ -14,7 +14,7 @@ import importlib
 import json
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -23,8 +23,10 @@ from torch import nn
 
 import train as command
 from byol_core.config import parse_config
+from byol_core.data import look_at
 from byol_core.evaluate import knn_accuracy
 from byol_core.parts import Parts
+from byol_core.plan import Plan, make_plan
 from byol_core.processes import ALONE
 from byol_core.scoring import Scorer
 from tests.bench.lightly_recipe import train_lightly
@@ -35,7 +37,7 @@ ACCURACIES = ("kNN 20, last", "kNN 20, best", "kNN 200, last", "kNN 200, best", 
 COLUMNS = ("commit", "epochs", "minutes", "images/s", *ACCURACIES, "log")
 OURS = ("--data", "--eval-data", "--out", "--seed", "--resume", "--eval-every", "--no-eval", "--check")  # set by this command
 MEASURED = 20  # times that kNN is measured on the way, for the best epoch
-EVERY = 10  # epochs between measurements in a run of minutes, whose epochs are not known yet
+EVERY = 10  # epochs between them in a run of minutes, whose epochs are not known yet; a shorter one is measured at its end
 Tell = Callable[[dict[str, float | None]], None]
 LOGS = Path("tests", "bench", "logs")  # the command is run from the root of the repository
 
@@ -71,8 +73,9 @@ def _percent(value: float | None) -> str:
 
 def train_once(arguments: list[str], length: list[str], seed: int, out: Path, quick: bool,
                tell: Tell = lambda found: None) -> tuple[Result, Parts | None]:
-    """Train, or go on, and measure the last network and the one whose kNN was best; (no accuracies, None) of a run that fails.
+    """Train, or go on, and measure the last network and the one whose kNN was best of those that were measured.
 
+    Returns: of a run that fails (no accuracies, None).
     length: the words of the command that say how long. quick: measure the last network alone, and nothing on the way. tell:
     takes its accuracies as they are found.
     Raises: SystemExit for a run that is stopped, or cannot be begun.
@@ -93,25 +96,32 @@ def train_once(arguments: list[str], length: list[str], seed: int, out: Path, qu
                       log=str(out / "train.log"), commit=begun.read_text()), None
     with contextlib.ExitStack() as stack:
         parts = command.prepare(parse_config([*options, "--resume"]), ALONE, stack).parts
-    accuracies = measured(parts, parts.backbone, "last", tell)
+    scorer = scorer_of(parts, parts.plan)
+    accuracies = measured(scorer, parts.backbone, "last", tell)
     if not quick:
         best = parts.new_model().online.backbone
         best.load_state_dict(torch.load(out / "best.pt", weights_only=True))
-        accuracies |= measured(parts, best, "best")
+        accuracies |= measured(scorer, best, "best")
     return Result(f"seed {seed}", accuracies, summary["epochs"], summary["seconds"] / 60, summary["images_per_second"],
                   str(out / "train.log"), begun.read_text()), parts
 
 
-def measured(parts: Parts, backbone: nn.Module, which: str, tell: Tell = lambda found: None) -> dict[str, float | None]:
+def scorer_of(parts: Parts, plan: Plan) -> Scorer:
+    """The scorer of `parts`, for images of the size of that plan."""
+    own = parts.scorer
+    assert isinstance(own, Scorer)
+    return Scorer(own.data, own.eval_data, plan.plain, own.runtime, own.workers, own.classifier, own.report)
+
+
+def measured(scorer: Scorer, backbone: nn.Module, which: str, tell: Tell = lambda found: None) -> dict[str, float | None]:
     """The accuracies of a backbone. which: "last" or "best"; few labels are left to the last. tell: takes them as found."""
-    assert isinstance(parts.scorer, Scorer)
-    fit, test = parts.scorer.features(backbone)
+    fit, test = scorer.features(backbone)
     found: dict[str, float | None] = {}
     for k in (20, 200):
         found[f"kNN {k}, {which}"] = knn_accuracy(fit.x, fit.y, test.x, test.y, k)
         print(f"kNN {k}, {which}: {found[f'kNN {k}, {which}']:.4f}", flush=True)
         tell(found)  # the probes below take longer
-    scores = parts.scorer.measure(backbone)
+    scores = scorer.measure(backbone)
     found[f"linear, {which}"] = scores["linear"]
     return found if which == "best" else found | {"1 label": scores.get("linear_1"), "5 labels": scores.get("linear_5")}
 
@@ -131,8 +141,22 @@ def mean_row(results: list[Result]) -> tuple[str, ...]:
 
 def baselines(parts: Parts) -> list[Result]:
     """The untrained network of this seed and bare pixels, measured alike."""
-    return [Result(f"untrained, seed {parts.config.seed}", measured(parts, parts.new_model().online.backbone, "last")),
-            Result("raw pixels", measured(parts, nn.Flatten(), "last"))]
+    scorer = scorer_of(parts, parts.plan)
+    return [Result(f"untrained, seed {parts.config.seed}", measured(scorer, parts.new_model().online.backbone, "last")),
+            Result("raw pixels", measured(scorer, nn.Flatten(), "last"))]
+
+
+def lightly_results(parts: Parts, whose: str, minutes: list[float]) -> list[Result]:
+    """lightly's recipe for the minutes that each seed of ours took. whose: "ours", the network of `parts`, or "theirs"."""
+    plan = parts.plan if whose == "ours" else make_plan(replace(
+        parts.config, arch="resnet18", image_size=None, view_size=None, small_stem=None), look_at(parts.data.files))
+    network = f"{plan.arch}{' with the small stem' * plan.small_stem} at {plan.image_size} pixels"
+    results = []
+    for seed, length in enumerate(minutes):
+        backbone, epochs, took, rate = train_lightly(parts, plan, length, seed)
+        results.append(Result(f"lightly's recipe in the same minutes, {network}, seed {seed}",
+                              measured(scorer_of(parts, plan), backbone, "last"), epochs, took, rate))
+    return results
 
 
 def tell(options: argparse.Namespace, seed: int, found: dict[str, float | None]) -> None:
@@ -151,7 +175,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs", "accuracy"))
     parser.add_argument("--quick", action="store_true", help="measure the last network alone: no best one, no untrained one, "
                         "no raw pixels, nothing on the way")
-    parser.add_argument("--lightly", action="store_true", help="train lightly's recipe for the same minutes, too")
+    parser.add_argument("--lightly", nargs="?", const="ours", choices=("ours", "theirs"), help="train lightly's recipe for "
+                        "the same minutes, too: on our network, or on theirs, a ResNet-18 that sees images in their own size")
     add_output(parser)
     options, passed_on = parser.parse_known_args()
     if options.seeds < 1 or (options.epochs is not None and options.epochs < 1):
@@ -187,18 +212,16 @@ def main() -> None:
         keep(options, length, passed_on, [result.cells() for result in results], "every run failed")
         raise SystemExit(1)
     whole = [result for result in results if result.accuracies]
-    others = []
-    if options.lightly:
-        backbone, epochs_there, minutes, rate = train_lightly(parts, whole[-1].minutes or 0.0, parts.config.seed)
-        others.append(Result("lightly's recipe in the same minutes", measured(parts, backbone, "last"), epochs_there, minutes,
-                             rate))
-    if not options.quick:
-        others += baselines(parts)
-    for result in others:
+    minutes = [result.minutes or 0.0 for result in whole]
+    lightlys = lightly_results(parts, options.lightly, minutes) if options.lightly else []
+    bare = [] if options.quick else baselines(parts)
+    for result in lightlys + bare:
         append_json(options, **{result.name: asdict(result)})
     rows = [result.cells() for result in results]
     rows += [mean_row(whole)] if len(whole) > 1 else []
-    rows += [result.cells() for result in others]
+    rows += [result.cells() for result in lightlys]
+    rows += [mean_row(lightlys)] if len(lightlys) > 1 else []
+    rows += [result.cells() for result in bare]
     plan = parts.plan
     recipe = "; ".join(f"{choice.name} {choice.value:.6g}" if isinstance(choice.value, float) else
                        f"{choice.name} {choice.value}" for choice in plan.choices)
@@ -211,7 +234,7 @@ def main() -> None:
 
 def keep(options: argparse.Namespace, length: list[str], passed_on: list[str], rows: list[tuple[str, ...]], recipe: str,
          device: str = "cpu") -> None:
-    flags = [f"--{name}" for name in ("quick", "lightly") if getattr(options, name)]
+    flags = ["--quick"] * options.quick + [f"--lightly {options.lightly}"] * bool(options.lightly)
     words = [options.set, *length, "--seeds", str(options.seeds), *flags,
              *([] if options.set == "digits" else ["--images", "DIR"]), *passed_on]
     text = (f"`python -m tests.bench.accuracy {' '.join(words)}`: {environment(device, 'torchvision', 'scikit-learn')}\n\n"

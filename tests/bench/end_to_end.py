@@ -228,6 +228,7 @@ def new_turns(folder: Path, case: str, options: argparse.Namespace, compile: boo
               cuda_graph: bool = False) -> Turns:
     size, small_stem, batch = CASES[case]
     config = TrainConfig(data=(str(folder / "images"),), epochs=options.rounds + 2, arch=options.arch, image_size=size,
+                         view_size=size,
                          small_stem=small_stem, hidden_dim=rivals.HIDDEN, projection_dim=rivals.OUT,
                          batch_size=options.batch or batch, device=options.device, eval=False, workers=options.workers,
                          compile=compile, cuda_graph=cuda_graph)

@@ -10,18 +10,19 @@ from torch.utils.data import DataLoader
 
 from byol_core.backbones import build_backbone
 from byol_core.parts import Parts
+from byol_core.plan import Plan
 from tests.bench import rivals
 
 BATCH, RATE = 128, 0.06  # its benchmark; momentum, weight decay and a cosine to 0 as there, tau constant at 0.99
 TIMED = 10  # updates, after as many that warm up, by which the number of epochs is chosen
 
 
-def train_lightly(parts: Parts, minutes: float, seed: int) -> tuple[nn.Module, int, float, float]:
-    """(backbone, epochs, minutes, images per second) of as many epochs as fit; the network is that of `parts`.
+def train_lightly(parts: Parts, plan: Plan, minutes: float, seed: int) -> tuple[nn.Module, int, float, float]:
+    """(backbone, epochs, minutes, images per second) of as many epochs as fit, on the images of `parts`.
 
-    Raises: ImportError without lightly.
+    plan: its network and the size of its images are used, and no more. Raises: ImportError without lightly.
     """
-    plan, device, files = parts.plan, str(parts.runtime.device), parts.data.files
+    device, files = str(parts.runtime.device), parts.data.files
     torch.manual_seed(seed)
     backbone, dim = build_backbone(plan.arch, plan.small_stem, plan.image_size)
     photos = rivals.Photos([files.path(index) for index in range(len(files))],

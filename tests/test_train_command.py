@@ -21,7 +21,7 @@ import torchvision
 from PIL import Image
 
 import train as command
-from byol_core import plan, report
+from byol_core import plan, report, scoring
 from byol_core.config import parse_config
 from byol_core.outcome import Outcome
 from byol_core.pretrained import load_pretrained
@@ -783,8 +783,12 @@ def test_training_sees_views_of_one_size_and_everything_else_images_of_another(
     data = image_folder(classes=2, per_class=10)
     options = ["--data", data, "--epochs", 1, "--workers", 0, "--device", "cpu", "--arch", "conv6", "--image-size", 16,
                "--view-size", 12, "--batch-size", 4, "--out", "out"]
+    measured, embed_data = set(), scoring.embed_data
+    monkeypatch.setattr(scoring, "embed_data", lambda backbone, data, recipe, *rest: (
+        measured.add(recipe.size), embed_data(backbone, data, recipe, *rest))[1])
     monkeypatch.setattr(torch.nn.functional, "conv2d", noted)
     assert run(*options) == 0
+    assert measured == {16}
     assert seen == {(True, 12), (False, 12), (False, 16)}  # online; target; what is measured, and pictured
     assert json.loads(Path("out/backbone.json").read_text())["image_size"] == 16
     for source, network in (("out/backbone.pt", "online"), ("out/last.pt", "online"), ("out/last.pt", "target")):

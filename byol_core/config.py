@@ -83,7 +83,7 @@ class TrainConfig:
     hidden_dim: int | None = option(None, "network", "hidden width of projector and predictor", type=count, metavar="N")
     projection_dim: int | None = option(None, "network", "output width of projector and predictor", type=count, metavar="N")
     batch_size: int | None = option(None, "training", "images of one optimizer update, over all processes and "
-                                    "accumulation steps (default: 64 in short runs, up to 256 in long ones, fewer for few)",
+                                    "accumulation steps (default: 64 in short runs to 256 in long ones; of few images fewer)",
                                     type=count, metavar="N")
     recipe: str = option("auto", "training", "auto: chosen from images, batch and epochs, and explained; paper: the "
                          "published preset nearest in epochs; quadra: the source system's defaults",

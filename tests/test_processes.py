@@ -17,7 +17,7 @@ from byol_core.processes import ALONE, Processes
 from byol_core.runtime import NonFiniteError, Runtime
 from byol_core.training import Progress, Step, train
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("processes")]
 PROCESSES, BATCH, UPDATES = 2, 12, 5
 
 

@@ -4,7 +4,8 @@
     python -m tests.bench.accuracy cifar10 --images data/cifar10 --minutes 10 --seeds 2 --write
 
 Options that this command does not know go to train.py, such as --arch, --batch-size, --lr or --recipe. All but digits are a
-folder with train/<class>/ and test/<class>/. A run that was cut off goes on; with --write its log is kept beside the results.
+folder with train/<class>/ and test/<class>/. A run that was cut off goes on, and nothing that --out holds is measured again.
+With --write logs are kept beside the results.
 With --quick nothing is measured but the last network, once; each accuracy is printed as it is found.
 """
 
@@ -71,16 +72,31 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.2f}"
 
 
+def once(file: Path, make: Callable[[], Result]) -> Result:
+    """The result that an earlier call has left in `file`, or that of `make`, left there if it has accuracies."""
+    if file.exists():
+        return Result(**json.loads(file.read_text()))
+    result = make()
+    if result.accuracies:
+        file.write_text(json.dumps(asdict(result)))
+    return result
+
+
+def options_of(arguments: list[str], length: list[str], seed: int, out: Path) -> list[str]:
+    """Options of train.py. length: the two that say how long."""
+    return [*arguments, *length, "--seed", str(seed), "--out", str(out)]
+
+
 def train_once(arguments: list[str], length: list[str], seed: int, out: Path, quick: bool,
-               tell: Tell = lambda found: None) -> tuple[Result, Parts | None]:
+               tell: Tell = lambda found: None) -> Result:
     """Train, or go on, and measure the last network and the one whose kNN was best of those that were measured.
 
-    Returns: of a run that fails (no accuracies, None).
+    Returns: of a run that fails, a result without accuracies.
     length: the words of the command that say how long. quick: measure the last network alone, and nothing on the way. tell:
     takes its accuracies as they are found.
     Raises: SystemExit for a run that is stopped, or cannot be begun.
     """
-    options = [*arguments, *length, "--seed", str(seed), "--out", str(out)]
+    options = options_of(arguments, length, seed, out)
     every = max(1, int(length[1]) // MEASURED) if length[0] == "--epochs" else EVERY
     while_training = ["--no-eval"] if quick else ["--eval-every", str(every)]
     begun = out.with_name(f"{out.name}-commit.txt")
@@ -93,9 +109,8 @@ def train_once(arguments: list[str], length: list[str], seed: int, out: Path, qu
     summary = json.loads((out / "summary.json").read_text())
     if code == 1:
         return Result(f"seed {seed}, failed: {summary['reason']}", {}, summary["epochs"], summary["seconds"] / 60,
-                      log=str(out / "train.log"), commit=begun.read_text()), None
-    with contextlib.ExitStack() as stack:
-        parts = command.prepare(parse_config([*options, "--resume"]), ALONE, stack).parts
+                      log=str(out / "train.log"), commit=begun.read_text())
+    parts = parts_of(options)
     scorer = scorer_of(parts, parts.plan)
     accuracies = measured(scorer, parts.backbone, "last", tell)
     if not quick:
@@ -103,7 +118,13 @@ def train_once(arguments: list[str], length: list[str], seed: int, out: Path, qu
         best.load_state_dict(torch.load(out / "best.pt", weights_only=True))
         accuracies |= measured(scorer, best, "best")
     return Result(f"seed {seed}", accuracies, summary["epochs"], summary["seconds"] / 60, summary["images_per_second"],
-                  str(out / "train.log"), begun.read_text()), parts
+                  str(out / "train.log"), begun.read_text())
+
+
+def parts_of(options: list[str]) -> Parts:
+    """A finished run, read back."""
+    with contextlib.ExitStack() as stack:
+        return command.prepare(parse_config([*options, "--resume"]), ALONE, stack).parts
 
 
 def scorer_of(parts: Parts, plan: Plan) -> Scorer:
@@ -139,24 +160,31 @@ def mean_row(results: list[Result]) -> tuple[str, ...]:
             mean([result.images_per_second for result in results], ".0f"), *accuracies, "")
 
 
-def baselines(parts: Parts) -> list[Result]:
+def baselines(parts: Parts, out: Path) -> list[Result]:
     """The untrained network of this seed and bare pixels, measured alike."""
-    scorer = scorer_of(parts, parts.plan)
-    return [Result(f"untrained, seed {parts.config.seed}", measured(scorer, parts.new_model().online.backbone, "last")),
-            Result("raw pixels", measured(scorer, nn.Flatten(), "last"))]
+    def result(name: str, backbone: nn.Module) -> Result:
+        return Result(name, measured(scorer_of(parts, parts.plan), backbone, "last"))
+
+    return [once(out / "untrained.json", lambda: result(f"untrained, seed {parts.config.seed}",
+                                                        parts.new_model().online.backbone)),
+            once(out / "pixels.json", lambda: result("raw pixels", nn.Flatten()))]
 
 
-def lightly_results(parts: Parts, whose: str, minutes: list[float]) -> list[Result]:
-    """lightly's recipe for the minutes that each seed of ours took. whose: "ours", the network of `parts`, or "theirs"."""
+def lightly_results(parts: Parts, whose: str, runs: list[tuple[Path, float]]) -> list[Result]:
+    """lightly's recipe for as long as each run of ours, with seeds 0, 1, ...
+
+    whose: "ours", the network of `parts`, or "theirs". runs: folder and minutes of each of ours.
+    """
     plan = parts.plan if whose == "ours" else make_plan(replace(
         parts.config, arch="resnet18", image_size=None, view_size=None, small_stem=None), look_at(parts.data.files))
     network = f"{plan.arch}{' with the small stem' * plan.small_stem} at {plan.image_size} pixels"
-    results = []
-    for seed, length in enumerate(minutes):
+
+    def result(seed: int, length: float) -> Result:
         backbone, epochs, took, rate = train_lightly(parts, plan, length, seed)
-        results.append(Result(f"lightly's recipe in the same minutes, {network}, seed {seed}",
-                              measured(scorer_of(parts, plan), backbone, "last"), epochs, took, rate))
-    return results
+        return Result(f"lightly's recipe in the same minutes, {network}, seed {seed}",
+                      measured(scorer_of(parts, plan), backbone, "last"), epochs, took, rate)
+
+    return [once(out / f"lightly-{whose}.json", partial(result, seed, length)) for seed, (out, length) in enumerate(runs)]
 
 
 def tell(options: argparse.Namespace, seed: int, found: dict[str, float | None]) -> None:
@@ -196,25 +224,28 @@ def main() -> None:
     images = [] if options.set == "digits" else [options.images.resolve().name]
     place = options.out / "-".join([options.set, *images, *(word.strip("-").replace("/", "_") for word in passed_on)])
     length = ["--minutes", f"{options.minutes:g}"] if options.minutes else ["--epochs", str(options.epochs or 100)]
-    results, parts = [], None
-    for seed in range(options.seeds):
-        name = f"{length[1]}-{length[0].strip('-')}-seed-{seed}"
-        result, finished = train_once(arguments, length, seed, place / name, options.quick, partial(tell, options, seed))
-        kept = LOGS / f"{place.name}-{name}.log" if options.write else None
+
+    outs = [place / f"{length[1]}-{length[0].strip('-')}-seed-{seed}" for seed in range(options.seeds)]
+    results = []
+    for seed, out in enumerate(outs):
+        result = once(out / f"measured{'-quick' * options.quick}.json", partial(
+            train_once, arguments, length, seed, out, options.quick, partial(tell, options, seed)))
+        kept = LOGS / f"{place.name}-{out.name}.log" if options.write else None
         if kept is not None:
             LOGS.mkdir(exist_ok=True)
             kept.write_text(Path(result.log).read_text().replace(str(options.images), "DIR"))
         result.log = str(kept or "")
         results.append(result)
         append_json(options, **{result.name: asdict(result)})
-        parts = finished or parts
-    if parts is None:
+    whole = [result for result in results if result.accuracies]
+    if not whole:
         keep(options, length, passed_on, [result.cells() for result in results], "every run failed")
         raise SystemExit(1)
-    whole = [result for result in results if result.accuracies]
-    minutes = [result.minutes or 0.0 for result in whole]
-    lightlys = lightly_results(parts, options.lightly, minutes) if options.lightly else []
-    bare = [] if options.quick else baselines(parts)
+    finished = [(out, result.minutes or 0.0) for out, result in zip(outs, results) if result.accuracies]
+    out = finished[-1][0]
+    parts = parts_of(options_of(arguments, length, outs.index(out), out))
+    lightlys = lightly_results(parts, options.lightly, finished) if options.lightly else []
+    bare = [] if options.quick else baselines(parts, out)
     for result in lightlys + bare:
         append_json(options, **{result.name: asdict(result)})
     rows = [result.cells() for result in results]

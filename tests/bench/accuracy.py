@@ -4,8 +4,8 @@
     python -m tests.bench.accuracy cifar10 --images data/cifar10 --minutes 10 --seeds 2 --write
 
 Options that this command does not know go to train.py, such as --arch, --batch-size, --lr or --recipe. All but digits are a
-folder with train/<class>/ and test/<class>/. A run that was cut off goes on, and nothing that --out holds is measured again.
-With --write logs are kept beside the results.
+folder with train/<class>/ and test/<class>/. A run that was cut off goes on; accuracies on the same images that its folder holds
+are not measured again. With --write its log is kept beside the results.
 With --quick nothing is measured but the last network, once; each accuracy is printed as it is found.
 """
 
@@ -15,7 +15,7 @@ import importlib
 import json
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 import train as command
+from byol_core.checkpoint import write_json
 from byol_core.config import parse_config
 from byol_core.data import look_at
 from byol_core.evaluate import knn_accuracy
@@ -47,19 +48,21 @@ LOGS = Path("tests", "bench", "logs")  # the command is run from the root of the
 class Result:
     """One run, or a baseline: what it took, where that is known, and what it reached, accuracies in [0, 1].
 
-    commit: at which the run was begun; the results' own line has that at which it was measured.
+    begun, measured: the commits at which the run was begun, where it is one, and its accuracies were found.
     """
 
     name: str
     accuracies: dict[str, float | None]
-    epochs: int | None = None
+    epochs: float | None = None
     minutes: float | None = None
     images_per_second: float | None = None
     log: str = ""
-    commit: str = "-"
+    begun: str = ""
+    measured: str = field(default_factory=commit)
 
     def cells(self) -> tuple[str, ...]:
-        known = {"commit": self.commit, "epochs": _shown(self.epochs, "d"), "minutes": _shown(self.minutes, ".2f"),
+        commits = self.measured if self.begun in ("", self.measured) else f"{self.begun}, measured at {self.measured}"
+        known = {"commit": commits, "epochs": _shown(self.epochs, ".3g"), "minutes": _shown(self.minutes, ".2f"),
                  "images/s": _shown(self.images_per_second, ".0f"), "log": self.log}
         return self.name, *(known[column] if column in known else _percent(self.accuracies.get(column)) for column in COLUMNS)
 
@@ -72,13 +75,21 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.2f}"
 
 
-def once(file: Path, make: Callable[[], Result]) -> Result:
-    """The result that an earlier call has left in `file`, or that of `make`, left there if it has accuracies."""
+def images_of(folder: Path) -> str:
+    """What tells the images of a folder from others."""
+    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+    return f"{len(sizes)} files of {sum(sizes)} bytes"
+
+
+def once(file: Path, images: str, make: Callable[[], Result]) -> Result:
+    """What an earlier call has left in `file` on the same images, or what `make` returns, left there if it has accuracies."""
     if file.exists():
-        return Result(**json.loads(file.read_text()))
+        kept = json.loads(file.read_text())
+        if kept["images"] == images:
+            return Result(**kept["result"])
     result = make()
     if result.accuracies:
-        file.write_text(json.dumps(asdict(result)))
+        write_json(file, {"images": images, "result": asdict(result)})
     return result
 
 
@@ -109,16 +120,16 @@ def train_once(arguments: list[str], length: list[str], seed: int, out: Path, qu
     summary = json.loads((out / "summary.json").read_text())
     if code == 1:
         return Result(f"seed {seed}, failed: {summary['reason']}", {}, summary["epochs"], summary["seconds"] / 60,
-                      log=str(out / "train.log"), commit=begun.read_text())
+                      begun=begun.read_text())
     parts = parts_of(options)
     scorer = scorer_of(parts, parts.plan)
     accuracies = measured(scorer, parts.backbone, "last", tell)
-    if not quick:
+    if (out / "best.pt").exists() and not quick:
         best = parts.new_model().online.backbone
         best.load_state_dict(torch.load(out / "best.pt", weights_only=True))
         accuracies |= measured(scorer, best, "best")
     return Result(f"seed {seed}", accuracies, summary["epochs"], summary["seconds"] / 60, summary["images_per_second"],
-                  str(out / "train.log"), begun.read_text())
+                  begun=begun.read_text())
 
 
 def parts_of(options: list[str]) -> Parts:
@@ -155,25 +166,25 @@ def mean_row(results: list[Result]) -> tuple[str, ...]:
 
     percents = [{key: None if value is None else 100 * value for key, value in result.accuracies.items()}
                 for result in results]
-    accuracies = [mean([values[key] for values in percents], ".2f") for key in ACCURACIES]
-    return ("mean", "", _shown(results[0].epochs, "d"), mean([result.minutes for result in results], ".2f"),
+    accuracies = [mean([values.get(key) for values in percents], ".2f") for key in ACCURACIES]
+    return ("mean", "", _shown(results[0].epochs, ".3g"), mean([result.minutes for result in results], ".2f"),
             mean([result.images_per_second for result in results], ".0f"), *accuracies, "")
 
 
-def baselines(parts: Parts, out: Path) -> list[Result]:
+def baselines(parts: Parts, out: Path, images: str) -> list[Result]:
     """The untrained network of this seed and bare pixels, measured alike."""
     def result(name: str, backbone: nn.Module) -> Result:
         return Result(name, measured(scorer_of(parts, parts.plan), backbone, "last"))
 
-    return [once(out / "untrained.json", lambda: result(f"untrained, seed {parts.config.seed}",
-                                                        parts.new_model().online.backbone)),
-            once(out / "pixels.json", lambda: result("raw pixels", nn.Flatten()))]
+    return [once(out / "untrained.json", images, lambda: result(f"untrained, seed {parts.config.seed}",
+                                                                parts.new_model().online.backbone)),
+            once(out / "pixels.json", images, lambda: result("raw pixels", nn.Flatten()))]
 
 
-def lightly_results(parts: Parts, whose: str, runs: list[tuple[Path, float]]) -> list[Result]:
-    """lightly's recipe for as long as each run of ours, with seeds 0, 1, ...
+def lightly_results(parts: Parts, whose: str, runs: list[tuple[int, Path, float]], images: str) -> list[Result]:
+    """lightly's recipe for as long as each run of ours.
 
-    whose: "ours", the network of `parts`, or "theirs". runs: folder and minutes of each of ours.
+    whose: "ours", the network of `parts`, or "theirs". runs: seed, folder and minutes of each of ours.
     """
     plan = parts.plan if whose == "ours" else make_plan(replace(
         parts.config, arch="resnet18", image_size=None, view_size=None, small_stem=None), look_at(parts.data.files))
@@ -184,7 +195,7 @@ def lightly_results(parts: Parts, whose: str, runs: list[tuple[Path, float]]) ->
         return Result(f"lightly's recipe in the same minutes, {network}, seed {seed}",
                       measured(scorer_of(parts, plan), backbone, "last"), epochs, took, rate)
 
-    return [once(out / f"lightly-{whose}.json", partial(result, seed, length)) for seed, (out, length) in enumerate(runs)]
+    return [once(out / f"lightly-{whose}.json", images, partial(result, seed, length)) for seed, out, length in runs]
 
 
 def tell(options: argparse.Namespace, seed: int, found: dict[str, float | None]) -> None:
@@ -226,14 +237,15 @@ def main() -> None:
     length = ["--minutes", f"{options.minutes:g}"] if options.minutes else ["--epochs", str(options.epochs or 100)]
 
     outs = [place / f"{length[1]}-{length[0].strip('-')}-seed-{seed}" for seed in range(options.seeds)]
+    shown = "digits" if options.set == "digits" else images_of(options.images)
     results = []
     for seed, out in enumerate(outs):
-        result = once(out / f"measured{'-quick' * options.quick}.json", partial(
+        result = once(out / f"measured{'-quick' * options.quick}.json", shown, partial(
             train_once, arguments, length, seed, out, options.quick, partial(tell, options, seed)))
         kept = LOGS / f"{place.name}-{out.name}.log" if options.write else None
         if kept is not None:
             LOGS.mkdir(exist_ok=True)
-            kept.write_text(Path(result.log).read_text().replace(str(options.images), "DIR"))
+            kept.write_text((out / "train.log").read_text().replace(str(options.images), "DIR"))
         result.log = str(kept or "")
         results.append(result)
         append_json(options, **{result.name: asdict(result)})
@@ -241,11 +253,11 @@ def main() -> None:
     if not whole:
         keep(options, length, passed_on, [result.cells() for result in results], "every run failed")
         raise SystemExit(1)
-    finished = [(out, result.minutes or 0.0) for out, result in zip(outs, results) if result.accuracies]
-    out = finished[-1][0]
-    parts = parts_of(options_of(arguments, length, outs.index(out), out))
-    lightlys = lightly_results(parts, options.lightly, finished) if options.lightly else []
-    bare = [] if options.quick else baselines(parts, out)
+    finished = [(seed, outs[seed], result.minutes or 0.0) for seed, result in enumerate(results) if result.accuracies]
+    seed, out, _ = finished[-1]
+    parts = parts_of(options_of(arguments, length, seed, out))
+    lightlys = lightly_results(parts, options.lightly, finished, shown) if options.lightly else []
+    bare = [] if options.quick else baselines(parts, out, shown)
     for result in lightlys + bare:
         append_json(options, **{result.name: asdict(result)})
     rows = [result.cells() for result in results]

@@ -17,10 +17,11 @@ BATCH, RATE = 128, 0.06  # its benchmark; momentum, weight decay and a cosine to
 TIMED = 10  # updates, after as many that warm up, by which the number of epochs is chosen
 
 
-def train_lightly(parts: Parts, plan: Plan, minutes: float, seed: int) -> tuple[nn.Module, int, float, float]:
-    """(backbone, epochs, minutes, images per second) of as many epochs as fit, on the images of `parts`.
+def train_lightly(parts: Parts, plan: Plan, minutes: float, seed: int) -> tuple[nn.Module, float, float, float]:
+    """(backbone, epochs, minutes, images per second) of as many whole epochs as fit, or of a part of one.
 
-    plan: its network and the size of its images are used, and no more. Raises: ImportError without lightly.
+    parts: gives the images and the device. plan: gives the network and the size of its images.
+    Raises: ImportError without lightly.
     """
     device, files = str(parts.runtime.device), parts.data.files
     torch.manual_seed(seed)
@@ -37,13 +38,15 @@ def train_lightly(parts: Parts, plan: Plan, minutes: float, seed: int) -> tuple[
     trial(islice(batches, timed))
     began = time.monotonic()
     trial(islice(batches, timed))
-    epochs = max(1, int(60 * minutes * timed / (time.monotonic() - began) / len(loader)))
+    fit = max(1, int(60 * minutes * timed / (time.monotonic() - began)))
+    epochs = max(1, fit // len(loader))
+    updates = min(fit, len(loader))  # of an epoch
 
     epoch, optimizer = rivals.lightly_epochs(backbone, dim, device, optimizer_of)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     began = time.monotonic()
     for _ in range(epochs):
-        epoch(loader)
+        epoch(islice(loader, updates))
         scheduler.step()
     seconds = time.monotonic() - began
-    return backbone, epochs, seconds / 60, epochs * len(loader) * batch / seconds
+    return backbone, epochs * updates / len(loader), seconds / 60, epochs * updates * batch / seconds

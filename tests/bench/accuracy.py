@@ -4,8 +4,8 @@
     python -m tests.bench.accuracy cifar10 --images data/cifar10 --minutes 10 --seeds 2 --write
 
 Options that this command does not know go to train.py, such as --arch, --batch-size, --lr or --recipe. All but digits are a
-folder with train/<class>/ and test/<class>/. A run that was cut off goes on; accuracies on the same images that its folder holds
-are not measured again. With --write its log is kept beside the results.
+folder with train/<class>/ and test/<class>/. A run that was cut off goes on; accuracies that its folder holds, of the
+same images, are not measured again. With --write its log is kept beside the results.
 With --quick nothing is measured but the last network, once; each accuracy is printed as it is found.
 """
 

@@ -245,7 +245,8 @@ def main() -> None:
         kept = LOGS / f"{place.name}-{out.name}.log" if options.write else None
         if kept is not None:
             LOGS.mkdir(exist_ok=True)
-            kept.write_text((out / "train.log").read_text().replace(str(options.images), "DIR"))
+            log = (out / "train.log").read_text()
+            kept.write_text(log.replace(str(options.images), "DIR").replace(str(options.out), "OUT"))
         result.log = str(kept or "")
         results.append(result)
         append_json(options, **{result.name: asdict(result)})

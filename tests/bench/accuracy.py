@@ -4,8 +4,8 @@
     python -m tests.bench.accuracy cifar10 --images data/cifar10 --minutes 10 --seeds 2 --write
 
 Options that this command does not know go to train.py, such as --arch, --batch-size, --lr or --recipe. All but digits are a
-folder with train/<class>/ and test/<class>/. A run that was cut off goes on; accuracies that its folder holds, of the
-same images, are not measured again. With --write its log is kept beside the results.
+folder with train/<class>/ and test/<class>/. A run that was cut off goes on; what was measured is read back from its folder.
+With --write the log of each run is kept beside the results.
 With --quick nothing is measured but the last network, once; each accuracy is printed as it is found.
 """
 
@@ -13,7 +13,9 @@ import argparse
 import contextlib
 import importlib
 import json
+import os
 import statistics
+import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -62,7 +64,7 @@ class Result:
 
     def cells(self) -> tuple[str, ...]:
         commits = self.measured if self.begun in ("", self.measured) else f"{self.begun}, measured at {self.measured}"
-        known = {"commit": commits, "epochs": _shown(self.epochs, ".3g"), "minutes": _shown(self.minutes, ".2f"),
+        known = {"commit": commits, "epochs": _shown(self.epochs, ".5g"), "minutes": _shown(self.minutes, ".2f"),
                  "images/s": _shown(self.images_per_second, ".0f"), "log": self.log}
         return self.name, *(known[column] if column in known else _percent(self.accuracies.get(column)) for column in COLUMNS)
 
@@ -75,21 +77,21 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.2f}"
 
 
-def images_of(folder: Path) -> str:
-    """What tells the images of a folder from others."""
-    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
-    return f"{len(sizes)} files of {sum(sizes)} bytes"
+def checksum(images: Path) -> str:
+    """Of the names and sizes of the files in train/ and test/, so that runs on other images are other runs."""
+    files = sorted((str(Path(folder, name).relative_to(images)), Path(folder, name).stat().st_size)
+                   for part in ("train", "test") for folder, _, names in os.walk(images / part, followlinks=True)
+                   for name in names)
+    return f"{zlib.crc32(json.dumps(files).encode()):08x}"
 
 
-def once(file: Path, images: str, make: Callable[[], Result]) -> Result:
-    """What an earlier call has left in `file` on the same images, or what `make` returns, left there if it has accuracies."""
+def once(file: Path, make: Callable[[], Result]) -> Result:
+    """What an earlier call has left in `file`, or what `make` returns, left there if it has accuracies."""
     if file.exists():
-        kept = json.loads(file.read_text())
-        if kept["images"] == images:
-            return Result(**kept["result"])
+        return Result(**json.loads(file.read_text()))
     result = make()
     if result.accuracies:
-        write_json(file, {"images": images, "result": asdict(result)})
+        write_json(file, asdict(result))
     return result
 
 
@@ -167,21 +169,22 @@ def mean_row(results: list[Result]) -> tuple[str, ...]:
     percents = [{key: None if value is None else 100 * value for key, value in result.accuracies.items()}
                 for result in results]
     accuracies = [mean([values.get(key) for values in percents], ".2f") for key in ACCURACIES]
-    return ("mean", "", _shown(results[0].epochs, ".3g"), mean([result.minutes for result in results], ".2f"),
+    return ("mean", "", mean([result.epochs for result in results], ".4g"),
+            mean([result.minutes for result in results], ".2f"),
             mean([result.images_per_second for result in results], ".0f"), *accuracies, "")
 
 
-def baselines(parts: Parts, out: Path, images: str) -> list[Result]:
+def baselines(parts: Parts, out: Path) -> list[Result]:
     """The untrained network of this seed and bare pixels, measured alike."""
     def result(name: str, backbone: nn.Module) -> Result:
         return Result(name, measured(scorer_of(parts, parts.plan), backbone, "last"))
 
-    return [once(out / "untrained.json", images, lambda: result(f"untrained, seed {parts.config.seed}",
-                                                                parts.new_model().online.backbone)),
-            once(out / "pixels.json", images, lambda: result("raw pixels", nn.Flatten()))]
+    return [once(out / "untrained.json", lambda: result(f"untrained, seed {parts.config.seed}",
+                                                        parts.new_model().online.backbone)),
+            once(out / "pixels.json", lambda: result("raw pixels", nn.Flatten()))]
 
 
-def lightly_results(parts: Parts, whose: str, runs: list[tuple[int, Path, float]], images: str) -> list[Result]:
+def lightly_results(parts: Parts, whose: str, runs: list[tuple[int, Path, float]]) -> list[Result]:
     """lightly's recipe for as long as each run of ours.
 
     whose: "ours", the network of `parts`, or "theirs". runs: seed, folder and minutes of each of ours.
@@ -195,7 +198,7 @@ def lightly_results(parts: Parts, whose: str, runs: list[tuple[int, Path, float]
         return Result(f"lightly's recipe in the same minutes, {network}, seed {seed}",
                       measured(scorer_of(parts, plan), backbone, "last"), epochs, took, rate)
 
-    return [once(out / f"lightly-{whose}.json", images, partial(result, seed, length)) for seed, out, length in runs]
+    return [once(out / f"lightly-{whose}.json", partial(result, seed, length)) for seed, out, length in runs]
 
 
 def tell(options: argparse.Namespace, seed: int, found: dict[str, float | None]) -> None:
@@ -232,21 +235,20 @@ def main() -> None:
     own = {word.partition("=")[0] for word in passed_on} & set(OURS)
     if own:
         parser.error(f"{' '.join(sorted(own))}: this command sets that itself")
-    images = [] if options.set == "digits" else [options.images.resolve().name]
+    images = [] if options.set == "digits" else [checksum(options.images)]
     place = options.out / "-".join([options.set, *images, *(word.strip("-").replace("/", "_") for word in passed_on)])
     length = ["--minutes", f"{options.minutes:g}"] if options.minutes else ["--epochs", str(options.epochs or 100)]
 
     outs = [place / f"{length[1]}-{length[0].strip('-')}-seed-{seed}" for seed in range(options.seeds)]
-    shown = "digits" if options.set == "digits" else images_of(options.images)
     results = []
     for seed, out in enumerate(outs):
-        result = once(out / f"measured{'-quick' * options.quick}.json", shown, partial(
+        result = once(out / f"measured{'-quick' * options.quick}.json", partial(
             train_once, arguments, length, seed, out, options.quick, partial(tell, options, seed)))
         kept = LOGS / f"{place.name}-{out.name}.log" if options.write else None
         if kept is not None:
             LOGS.mkdir(exist_ok=True)
             log = (out / "train.log").read_text()
-            kept.write_text(log.replace(str(options.images), "DIR").replace(str(options.out), "OUT"))
+            kept.write_text(log.replace(f"{options.out}/", "OUT/").replace(f"{options.images}/", "DIR/"))
         result.log = str(kept or "")
         results.append(result)
         append_json(options, **{result.name: asdict(result)})
@@ -257,8 +259,8 @@ def main() -> None:
     finished = [(seed, outs[seed], result.minutes or 0.0) for seed, result in enumerate(results) if result.accuracies]
     seed, out, _ = finished[-1]
     parts = parts_of(options_of(arguments, length, seed, out))
-    lightlys = lightly_results(parts, options.lightly, finished, shown) if options.lightly else []
-    bare = [] if options.quick else baselines(parts, out, shown)
+    lightlys = lightly_results(parts, options.lightly, finished) if options.lightly else []
+    bare = [] if options.quick else baselines(parts, out)
     for result in lightlys + bare:
         append_json(options, **{result.name: asdict(result)})
     rows = [result.cells() for result in results]

@@ -1,8 +1,10 @@
 """lightly's documented CIFAR recipe, trained for given minutes on the images of a run of ours."""
 
 import time
+from collections.abc import Iterable
 from functools import partial
 from itertools import chain, islice
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,14 +41,15 @@ def train_lightly(parts: Parts, plan: Plan, minutes: float, seed: int) -> tuple[
     began = time.monotonic()
     trial(islice(batches, timed))
     fit = max(1, int(60 * minutes * timed / (time.monotonic() - began)))
-    epochs = max(1, fit // len(loader))
-    updates = min(fit, len(loader))  # of an epoch
+    epochs = fit // len(loader)
+    rounds, updates = (epochs, len(loader)) if epochs else (min(10, fit), max(1, fit // 10))
+    source: Iterable[Any] = loader if epochs else iter(loader)  # a part of an epoch is trained in ten rounds
 
     epoch, optimizer = rivals.lightly_epochs(backbone, dim, device, optimizer_of)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, rounds)
     began = time.monotonic()
-    for _ in range(epochs):
-        epoch(islice(loader, updates))
+    for _ in range(rounds):
+        epoch(islice(source, updates))
         scheduler.step()
     seconds = time.monotonic() - began
-    return backbone, epochs * updates / len(loader), seconds / 60, epochs * updates * batch / seconds
+    return backbone, rounds * updates / len(loader), seconds / 60, rounds * updates * batch / seconds

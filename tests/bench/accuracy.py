@@ -244,12 +244,7 @@ def main() -> None:
     for seed, out in enumerate(outs):
         result = once(out / f"measured{'-quick' * options.quick}.json", partial(
             train_once, arguments, length, seed, out, options.quick, partial(tell, options, seed)))
-        kept = LOGS / f"{place.name}-{out.name}.log" if options.write else None
-        if kept is not None:
-            LOGS.mkdir(exist_ok=True)
-            log = (out / "train.log").read_text()
-            kept.write_text(log.replace(f"{options.out}/", "OUT/").replace(f"{options.images}/", "DIR/"))
-        result.log = str(kept or "")
+        result.log = str(LOGS / f"{place.name}-{out.name}.log") if options.write else ""
         results.append(result)
         append_json(options, **{result.name: asdict(result)})
     whole = [result for result in results if result.accuracies]
@@ -274,6 +269,11 @@ def main() -> None:
     if not any(choice.name == "batch_size" for choice in plan.choices):
         recipe = f"batch_size {plan.batch_size}; {recipe}"
     keep(options, length, passed_on, rows, recipe, str(parts.runtime.device))
+    for result, out in zip(results, outs):
+        if result.log:  # written last, as they change what git describes
+            LOGS.mkdir(exist_ok=True)
+            log = (out / "train.log").read_text()
+            Path(result.log).write_text(log.replace(f"{options.out}/", "OUT/").replace(f"{options.images}/", "DIR/"))
     if len(whole) < len(results):
         raise SystemExit(1)
 

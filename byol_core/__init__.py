@@ -6,14 +6,14 @@ Names are imported when first used, so that `import byol_core` costs nothing and
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from byol_core.version import __version__
+
 if TYPE_CHECKING:
     from byol_core.ema import ema_update as ema_update
     from byol_core.lars import LARS as LARS
     from byol_core.losses import byol_loss as byol_loss
     from byol_core.networks import BYOL as BYOL
     from byol_core.schedules import cosine_tau as cosine_tau
-
-__version__ = "0.1.0"
 
 _HOME = {"ema_update": "ema", "cosine_tau": "schedules", "byol_loss": "losses", "LARS": "lars", "BYOL": "networks"}
 _MODULES = ("backbones", "evaluate", "networks", "training")

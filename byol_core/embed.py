@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from byol_core.command import backbone_parser, run_in_two_parts, say
-from byol_core.config import Parser
+from byol_core.system.command import Parser, backbone_parser, run_in_two_parts, say
 
 if TYPE_CHECKING:  # torch is loaded when there is something to do: --help need not wait
     from torch import Tensor
 
-    from byol_core.folder import ImageSet
+    from byol_core.images.image_set import ImageSet
     from byol_core.pretrained import Pretrained
     from byol_core.runtime import Runtime
 
@@ -50,10 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def prepare(options: Namespace) -> Embedding:
     """Everything that can be wrong is found here, before any image goes through the network."""
-    from byol_core.data import choose_workers
-    from byol_core.folder import scan
+    from byol_core.images.image_set import scan
     from byol_core.pretrained import load_pretrained
     from byol_core.runtime import Runtime, choose_device, choose_precision
+    from byol_core.views.pixels import choose_workers
 
     out = Path(options.out)
     if out.suffix != ".npz":
@@ -80,10 +79,10 @@ def carry_out(embedding: Embedding) -> None:
     import torch
     from tqdm import tqdm
 
-    from byol_core.checkpoint import atomic_write
-    from byol_core.data import load_images
-    from byol_core.evaluate import embed_batches
-    from byol_core.folder import printable
+    from byol_core.evaluate.features import embed_batches
+    from byol_core.images.image_set import printable
+    from byol_core.system.files import atomic_write
+    from byol_core.views.pixels import load_images
 
     files, pretrained, out = embedding.files, embedding.pretrained, embedding.out
     found = torch.zeros(len(files), dtype=torch.bool)

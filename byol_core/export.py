@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from byol_core.command import backbone_parser, run_in_two_parts, say
-from byol_core.config import Parser
+from byol_core.system.command import Parser, backbone_parser, run_in_two_parts, say
 
 if TYPE_CHECKING:  # torch is loaded when there is something to do: --help need not wait
     from torch import Tensor, nn
@@ -68,7 +67,7 @@ def carry_out(export: Export) -> None:
     """Raises: RuntimeError when what is read back gives other features; then nothing is written."""
     import torch
 
-    from byol_core.checkpoint import atomic_write
+    from byol_core.system.files import atomic_write
 
     pretrained, out = export.pretrained, export.out
     size = pretrained.recipe.size

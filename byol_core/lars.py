@@ -72,6 +72,8 @@ class LARS(Optimizer):
     tensor([[3.0000, 3.7500]])
     """
 
+    skips_on_device = True  # where found_inf is not 0
+
     def __init__(self, params: Iterable[Tensor] | Iterable[dict[str, object]], lr: float, momentum: float = 0.9,
                  weight_decay: float = 0.0, trust: float = 1e-3) -> None:
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust, adapt=True))

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from byol_core.backbones import build_backbone, check_torchvision, load_weights, weights_of_seed
-from byol_core.checkpoint import (CheckpointError, State, backbone_weights, newest_checkpoint, read_checkpoint,
-                                  read_weights, sha256, without_wrappers)
-from byol_core.views import IMAGENET_MEAN, IMAGENET_STD, ViewRecipe
+from byol_core.system.files import (CheckpointError, State, backbone_weights, newest_checkpoint, read_checkpoint, read_weights,
+                                    sha256, without_wrappers)
+from byol_core.views.recipes import IMAGENET_MEAN, IMAGENET_STD, ViewRecipe
 
 
 @dataclass(frozen=True)

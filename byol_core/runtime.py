@@ -3,7 +3,9 @@
 import contextlib
 import inspect
 import os
+import sys
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,10 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from byol_core.cuda_graph import MicroBatch, Recorded, Recorder
-from byol_core.lars import LARS
-from byol_core.processes import ALONE, Processes
 from byol_core.small_maps import use_products_for_small_maps
-from byol_core.watch import WAITING, WORKING
+from byol_core.system.distributed import ALONE, Processes
+from byol_core.system.watch import WAITING, WORKING
 
 # By the beginnings of torchvision's names. On a CPU, depthwise convolutions are faster in float32 than in bf16, and these
 # networks up to 1.8 times as fast with channels last as without; of the others in float32, those that gain by that.
@@ -252,8 +253,8 @@ def _gradients_are_finite(optimizer: Optimizer) -> Tensor:
 
 
 def _skips_on_device(optimizer: Optimizer) -> bool:
-    """Whether it looks at `found_inf` itself, as torch's fused optimizers do for the gradient scaler."""
-    return isinstance(optimizer, LARS) or getattr(optimizer, "_step_supports_amp_scaling", False)
+    """Whether it looks at `found_inf` itself: ours says so, and torch's fused optimizers do it for the gradient scaler."""
+    return getattr(optimizer, "skips_on_device", False) or getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
 def _step_unless(optimizer: Optimizer, skip: Tensor) -> None:
@@ -273,3 +274,20 @@ def _sent_to_host(finite: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     host.copy_(finite, non_blocking=True)
     stream = torch.cuda.current_stream(finite.device)  # which need not be that of torch's current device
     return host, stream.record_event()
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process has used so far: of the GPU where it computes on one, else of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:  # Linux: getrusage there also counts what the process that started this one held at that moment
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.split("VmHWM:")[1].split()[0])
+    except (OSError, IndexError, ValueError):
+        pass
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

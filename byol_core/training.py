@@ -16,10 +16,9 @@ from byol_core.cuda_graph import MicroBatch
 from byol_core.ema import ema_update
 from byol_core.losses import byol_loss
 from byol_core.networks import BYOL
-from byol_core.optim import plateau_scheduler
 from byol_core.runtime import Runtime
 from byol_core.schedules import cosine_tau
-from byol_core.seeds import seed_from
+from byol_core.system.seeds import seed_from
 
 Scheduler = LRScheduler | ReduceLROnPlateau
 
@@ -150,6 +149,11 @@ def train(model: BYOL, batches: SeekableBatches | PlainBatches, epochs: int, *, 
                     after_step(progress, Step(loss, z1, z2, tau, lr, applied))
         runtime.confirm()
     return progress
+
+
+def plateau_scheduler(optimizer: Optimizer) -> ReduceLROnPlateau:
+    """Halve the learning rate after 30 epochs without a lower epoch loss: the source system's default, on a loss it has."""
+    return ReduceLROnPlateau(optimizer, factor=0.5, patience=30)
 
 
 def _with_gradients(model: BYOL, optimizer: Optimizer) -> list[Tensor]:

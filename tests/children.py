@@ -131,7 +131,7 @@ def _server() -> socket.socket:
 
 
 def _serve(connection: socket.socket) -> int:
-    import byol_core.run  # noqa: F401 - what takes seconds to load
+    import byol_core.run.run  # noqa: F401 - what takes seconds to load
     import train  # noqa: F401
 
     gc.freeze()  # or each child would copy all of this memory to tidy it up at its end
@@ -171,7 +171,7 @@ def _train(folder: str, arguments: list[str], moments: list[dict[str, Any]], sta
     import torch.multiprocessing
 
     import train
-    from byol_core import metrics
+    from byol_core.run import log as metrics
 
     os.chdir(folder)
     torch.multiprocessing.set_start_method(start_method, force=True)

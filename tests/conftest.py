@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-import train as command
 from byol_core.networks import BYOL
-from byol_core.run import Run
+from byol_core.run import command
+from byol_core.run.run import Run
 
 HANDLED = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
 

@@ -10,19 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from byol_core import training
-from byol_core.batches import DeviceBatches, Order
-from byol_core.config import TrainConfig
-from byol_core.data import load_images
 from byol_core.ema import ema_update
-from byol_core.folder import scan
+from byol_core.evaluate.scoring import Scorer, Scores
+from byol_core.images.digits import write_digits
+from byol_core.images.image_set import scan
 from byol_core.losses import byol_loss, effective_rank, spread
 from byol_core.networks import BYOL
-from byol_core.optim import build_optimizer, build_scheduler
-from byol_core.plan import Facts, Plan, make_plan
-from byol_core.parts import new_model
+from byol_core.run.config import TrainConfig
+from byol_core.run.optim import build_optimizer, build_scheduler
+from byol_core.run.parts import new_model
+from byol_core.run.plan import Plan, make_plan
 from byol_core.runtime import Runtime
-from byol_core.sample import write_digits
-from byol_core.scoring import Scorer, Scores
+from byol_core.views.batches import DeviceBatches, Order
+from byol_core.views.pixels import Facts, load_images
 
 BAND_EPOCHS = 25
 # Where `train_digits` lands after so many epochs: means of 3 seeds plus and minus 4 standard deviations (of spread 0.07, as

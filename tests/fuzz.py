@@ -25,10 +25,11 @@ import torch
 from PIL import Image
 
 import train
-from byol_core import embed, evaluate_command
-from byol_core.checkpoint import KEYS, CheckpointError, read_backbone, read_checkpoint, read_weights, save_checkpoint
-from byol_core.decoding import MAX_PIXELS, BadImageError, decode
-from byol_core.memory import peak_memory
+from byol_core import embed
+from byol_core.evaluate import __main__ as evaluate_command
+from byol_core.images.decoding import MAX_PIXELS, BadImageError, decode
+from byol_core.runtime import peak_memory
+from byol_core.system.files import KEYS, CheckpointError, read_backbone, read_checkpoint, read_weights, save_checkpoint
 
 HANG = 60  # seconds after which a case is taken to hang
 MEMORY = 1500  # MiB by which decoding may raise the peak of the process: an image just under the limit, composed on white
@@ -212,7 +213,7 @@ class Commanding:
 
 
 def train_parser() -> argparse.ArgumentParser:
-    from byol_core.config import build_parser
+    from byol_core.run.config import build_parser
     return build_parser()
 
 

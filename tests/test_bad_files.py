@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from byol_core import folder as folder_module
-from byol_core.folder import printable
-from byol_core.run import Run
+from byol_core.images import image_set as folder_module
+from byol_core.images.image_set import printable
+from byol_core.run.run import Run
 from tests.test_odd_images import png, saved, tiff
 from tests.test_train_command import SMALL, assert_same_state, checkpoint, metrics, run, summary
 
@@ -274,7 +274,7 @@ def test_a_check_counts_what_cannot_be_read_and_what_is_there_twice(image_folder
     assert "check: of 27 images tried 5 cannot be read (bad_files.txt); of all 27 5 are copies" in said.out
     assert "error: 5 of 27 images cannot be read, more than 10%" in said.err and len(listed("out-check")) == 5
     if options:
-        monkeypatch.setattr("byol_core.run.CHECK_IMAGES", 3)  # the first, and two from further on
+        monkeypatch.setattr("byol_core.run.run.CHECK_IMAGES", 3)  # the first, and two from further on
         assert run("--data", data, "--epochs", 1, "--out", "out", *SMALL, *options, "--check") == 1
         assert "check: of 3 images tried 1 cannot be read" in capsys.readouterr().out
 

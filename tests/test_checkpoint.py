@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from byol_core.checkpoint import (KEYS, CheckpointError, atomic_write, newest_checkpoint, read_checkpoint, read_weights,
-                                  remove_leftovers, save_checkpoint, write_json)
+from byol_core.system.files import (KEYS, CheckpointError, atomic_write, newest_checkpoint, read_checkpoint, read_weights,
+                                    remove_leftovers, save_checkpoint, write_json)
 
 
 def save(folder: Path, number: int) -> None:
@@ -229,7 +229,7 @@ def test_other_files_are_named_for_what_they_are(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="no resource limits there")
 def test_full_disk_keeps_the_old_file_and_leaves_no_other(tmp_path: Path) -> None:
     script = ("import resource, signal, sys, torch\nfrom pathlib import Path\n"
-              "from byol_core.checkpoint import save_checkpoint\nfrom tests.test_checkpoint import save\n"
+              "from byol_core.system.files import save_checkpoint\nfrom tests.test_checkpoint import save\n"
               "folder = Path(sys.argv[1])\nsave(folder, 1)\n"
               "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
               "try:\n    save_checkpoint(folder, {'tensor': torch.zeros(100_000)})\n"

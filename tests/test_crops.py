@@ -18,19 +18,20 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-import train as command
-from byol_core import batches, crops, data
-from byol_core.batches import DeviceBatches, Order, TimedBatches, WorkerBatches, made_ahead
-from byol_core.crops import CropBatches, cut, reduction
-from byol_core.data import ImageData, load_images
-from byol_core.device_views import draw_boxes
-from byol_core.decoding import BadImageError, decode, upright_size
-from byol_core.folder import scan
+from byol_core.images.decoding import BadImageError, decode, upright_size
+from byol_core.images.image_set import scan
 from byol_core.networks import BYOL
-from byol_core.run import Run
+from byol_core.run import command
+from byol_core.run.run import Run
 from byol_core.runtime import Runtime
 from byol_core.training import Progress, Step, train
-from byol_core.views import ViewRecipe, digits_recipes, inverse_normalise, paper_recipes
+from byol_core.views import batches, crops
+from byol_core.views import pixels as data
+from byol_core.views.batches import DeviceBatches, Order, TimedBatches, WorkerBatches, made_ahead
+from byol_core.views.crops import CropBatches, cut, reduction
+from byol_core.views.pixels import ImageData, load_images
+from byol_core.views.recipes import ViewRecipe, digits_recipes, inverse_normalise, paper_recipes
+from byol_core.views.render import draw_boxes
 from tests.conftest import small_backbone
 
 CPU = torch.device("cpu")

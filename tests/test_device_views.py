@@ -15,9 +15,10 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from byol_core import device_views, image_ops
-from byol_core.device_views import ViewParams, draw, draw_boxes, render, render_all
-from byol_core.views import ViewRecipe, cpu_view, digits_recipes, inverse_normalise, normalise, paper_recipes
+from byol_core.views import image_ops
+from byol_core.views import render as device_views
+from byol_core.views.recipes import ViewRecipe, cpu_view, digits_recipes, inverse_normalise, normalise, paper_recipes
+from byol_core.views.render import ViewParams, draw, draw_boxes, render, render_all
 
 BUSY = dataclasses.replace(paper_recipes(32)[1], rotate=20.0, zoom=(0.8, 1.2), shear=10.0, shift=0.2, noise=0.05,
                            blur=0.5)

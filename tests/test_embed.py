@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from byol_core import embed, evaluate
-from byol_core.checkpoint import export_backbone
+from byol_core import embed
 from byol_core.embed import main
-from byol_core.decoding import decode
+from byol_core.evaluate import features as evaluate
+from byol_core.images.decoding import decode
 from byol_core.pretrained import load_pretrained, untrained_backbone
-from byol_core.views import plain_view
+from byol_core.system.files import export_backbone
+from byol_core.views.recipes import plain_view
 
 Folder = Callable[..., Path]
 ROOT = Path(embed.__file__).parent.parent
@@ -158,7 +159,7 @@ def test_rows_are_not_held_in_memory(backbone: Path, image_folder: Folder, tmp_p
         return features
 
     monkeypatch.setattr(evaluate, "_features", count)
-    monkeypatch.setattr("byol_core.data.plain_batches.__defaults__", (0, 4))
+    monkeypatch.setattr("byol_core.views.pixels.plain_batches.__defaults__", (0, 4))
     assert run(backbone, image_folder(classes=2, per_class=20), tmp_path / "e.npz") == 0
     assert len(alive) == 10 and most <= 2
 

@@ -14,10 +14,12 @@ import pytest
 import torch
 
 import train
-from byol_core import embed, evaluate_command, folder
-from byol_core.checkpoint import read_checkpoint
-from byol_core.folder import scan
+from byol_core import embed
+from byol_core.evaluate import __main__ as evaluate_command
+from byol_core.images import image_set as folder
+from byol_core.images.image_set import scan
 from byol_core.runtime import Runtime, choose_device, choose_precision
+from byol_core.system.files import read_checkpoint
 from tests.test_train_command import SMALL
 
 MPS, CUDA = torch.device("mps"), torch.device("cuda", 0)
@@ -98,7 +100,7 @@ def test_two_hundred_thousand_names_take_little_memory(tmp_path: Path) -> None:
     assert len(images) == 200_000 and images.name(123_456) == names[123_456]
     # 52 characters and two numbers of 8 bytes each: in a worker process nothing else is copied
     assert len(pickle.dumps(images)) < 200_000 * (len(names[0]) + 8 + 8) + 10_000
-    script = ("import sys\nfrom byol_core.folder import scan\nfrom tests.fuzz import memory_peak\n"
+    script = ("import sys\nfrom byol_core.images.image_set import scan\nfrom tests.fuzz import memory_peak\n"
               "before = memory_peak()\nimages = scan(sys.argv[1])\nprint(memory_peak() - before)\n")
     (tmp_path / "list.txt").write_text("".join(f"{name}\n" for name in names))
     for place in (tmp_path / "list.txt", tmp_path):

@@ -6,10 +6,9 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
-from byol_core.evaluate import (Features, classifier_accuracy, embed, few_label_accuracy, fit_classifier, knn_accuracy,
-                                load_classifier, split)
-
-from byol_core.scoring import Scorer
+from byol_core.evaluate.features import (Features, classifier_accuracy, embed, few_label_accuracy, fit_classifier,
+                                         knn_accuracy, load_classifier, split)
+from byol_core.evaluate.scoring import Scorer
 
 
 def clusters(per_class: int = 30, classes: int = 3, dim: int = 5, noise: float = 0.3, seed: int = 0) -> Features:

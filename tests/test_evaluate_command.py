@@ -17,19 +17,20 @@ from torch import Tensor, nn
 from torchvision.models import resnet18
 
 import train
-from byol_core import evaluate_command, linear_probe
-from byol_core.checkpoint import export_backbone, read_checkpoint, read_weights
-from byol_core.config import TrainConfig
-from byol_core.copies import overlap
-from byol_core.data import load_images
-from byol_core.evaluate import embed, embed_data, fit_classifier, unconverged
-from byol_core.evaluate_command import confusion_matrix, main
-from byol_core.folder import scan
-from byol_core.plan import Facts, make_plan
+from byol_core.evaluate import __main__ as evaluate_command
+from byol_core.evaluate import linear_probe
+from byol_core.evaluate.__main__ import confusion_matrix, main
+from byol_core.evaluate.features import embed, embed_data, fit_classifier, unconverged
+from byol_core.images.duplicates import overlap
+from byol_core.images.image_set import scan
 from byol_core.pretrained import load_pretrained, untrained_backbone
-from byol_core.parts import new_model
+from byol_core.run.config import TrainConfig
+from byol_core.run.parts import new_model
+from byol_core.run.plan import make_plan
 from byol_core.runtime import Runtime
-from byol_core.views import ViewRecipe
+from byol_core.system.files import export_backbone, read_checkpoint, read_weights
+from byol_core.views.pixels import Facts, load_images
+from byol_core.views.recipes import ViewRecipe
 
 Folder = Callable[..., Path]
 
@@ -382,7 +383,7 @@ def test_overlap_reads_only_files_whose_size_occurs_on_both_sides(tmp_path: Path
     (tmp_path / "list.txt").write_text("a\nb\nc\nd\ne\nf")  # f is missing
     read = []
     files = scan(tmp_path / "list.txt")
-    monkeypatch.setattr("byol_core.copies.sha256", lambda path: read.append(path.name) or path.read_bytes().hex())
+    monkeypatch.setattr("byol_core.images.duplicates.sha256", lambda path: read.append(path.name) or path.read_bytes().hex())
     assert overlap(files, [0, 1, 5], files, [2, 3, 4]) == (0, 1)
     assert sorted(read) == ["a", "c", "d"]
 

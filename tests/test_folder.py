@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from byol_core.data import decode_all
-from byol_core.decoding import BadImageError, decode
-from byol_core.folder import printable, scan, typical_size
+from byol_core.images.decoding import BadImageError, decode
+from byol_core.images.image_set import printable, scan, typical_size
+from byol_core.views.pixels import decode_all
 
 
 def touch(*paths: Path) -> None:

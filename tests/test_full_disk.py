@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from byol_core import checkpoint as files
-from byol_core.checkpoint import KEYS, newest_checkpoint, read_checkpoint, save_checkpoint, tensor_bytes
-from byol_core.run_folder import space_warning
-from byol_core.signals import Stopped
+from byol_core.run.folder import space_warning
+from byol_core.system import files as files
+from byol_core.system.files import KEYS, newest_checkpoint, read_checkpoint, save_checkpoint, tensor_bytes
+from byol_core.system.signals import Stopped
 from tests.children import At, run_child
 from tests.test_checkpoint import save
 from tests.test_kills import STEP, arguments, assert_same_run, run
@@ -147,7 +147,7 @@ def test_a_damaged_file_is_not_kept_in_place_of_a_whole_one(data: Path) -> None:
     Path("parts/last.pt").write_bytes(b"")
     assert newest_checkpoint(Path("parts"))[0]["progress"]["updates"] == 6
     with pytest.raises(KeyboardInterrupt):
-        run(words, "parts", At("byol_core.checkpoint:_keep_as", 2, "tests.test_full_disk:stop", after=True))
+        run(words, "parts", At("byol_core.system.files:_keep_as", 2, "tests.test_full_disk:stop", after=True))
     assert newest_checkpoint(Path("parts"))[0]["progress"]["updates"] == 6
     assert run(words, "parts") == 0
     assert_same_run("whole", "parts")

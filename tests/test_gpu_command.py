@@ -17,9 +17,9 @@ import pytest
 import torch
 from torch import nn
 
-from byol_core import metrics
 from byol_core.cuda_graph import WARM_UP
-from byol_core.run import Run
+from byol_core.run import log as metrics
+from byol_core.run.run import Run
 from tests.bench import end_to_end, gpu, right, stages, table
 from tests.bench.stages import Log, Stage
 

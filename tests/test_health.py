@@ -10,21 +10,21 @@ import pytest
 import torch
 from torch import nn
 
-from byol_core.batches import DeviceBatches, Order
-from byol_core.config import TrainConfig
-from byol_core.data import load_images
-from byol_core.folder import scan
-from byol_core.health import (RANK_COLLAPSED, RANK_COLLAPSING, ROWS, SPREAD_COLLAPSED, SPREAD_COLLAPSING, Verdict,
-                              collapse_advice, find_collapse, judge, measure)
-from byol_core.metrics import RunLog
+from byol_core.evaluate.health import (RANK_COLLAPSED, RANK_COLLAPSING, ROWS, SPREAD_COLLAPSED, SPREAD_COLLAPSING, Verdict,
+                                       collapse_advice, find_collapse, judge, measure)
+from byol_core.images.digits import write_digits
+from byol_core.images.image_set import scan
 from byol_core.networks import BYOL
-from byol_core.optim import build_optimizer, build_scheduler
-from byol_core.plan import Facts, make_plan
-from byol_core.parts import new_model
-from byol_core.report import CURVES
+from byol_core.report.page import CURVES
+from byol_core.run.config import TrainConfig
+from byol_core.run.log import RunLog
+from byol_core.run.optim import build_optimizer, build_scheduler
+from byol_core.run.parts import new_model
+from byol_core.run.plan import make_plan
 from byol_core.runtime import Runtime
-from byol_core.sample import write_digits
 from byol_core.training import train
+from byol_core.views.batches import DeviceBatches, Order
+from byol_core.views.pixels import Facts, load_images
 from tests.digits import VARIATIONS, Setup
 
 

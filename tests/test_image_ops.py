@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional as F
 
-from byol_core import image_ops
+from byol_core.views import image_ops
 
 COLOURS = [(image_ops.brightness, F.adjust_brightness), (image_ops.contrast, F.adjust_contrast),
            (image_ops.saturation, F.adjust_saturation), (image_ops.hue, F.adjust_hue)]

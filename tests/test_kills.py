@@ -9,17 +9,18 @@ from pathlib import Path
 
 import pytest
 
-import train as command
-from byol_core import batches, metrics
-from byol_core.checkpoint import newest_checkpoint
-from byol_core.run import Run
+from byol_core.run import command
+from byol_core.run import log as metrics
+from byol_core.run.run import Run
+from byol_core.system.files import newest_checkpoint
+from byol_core.views import batches
 from tests.children import SMALL, At, run_child
 from tests.test_train_command import assert_same_state, checkpoint
 from tests.test_train_command import metrics as records
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 
-STEP = "byol_core.run:Run._after_step"  # 12 images in batches of 4: 3 updates per epoch, 6 in all
+STEP = "byol_core.run.run:Run._after_step"  # 12 images in batches of 4: 3 updates per epoch, 6 in all
 STEPS = {"first step": 1, "mid-epoch": 2, "last step of an epoch": 3, "first step of the next": 4, "last step": 6}
 OPTIMIZERS, SCHEDULERS = ("lars", "sgd", "adam", "adamw"), ("cosine", "plateau", "constant")
 
@@ -97,7 +98,7 @@ def test_measurements_on_the_way_are_neither_lost_nor_made_twice(image_folder: C
     data = image_folder(per_class=10)
     words = ["--data", str(data), "--epochs", "3", "--eval-every", "1", "--workers", "0", *SMALL]
     assert run(words, "whole") == 0
-    assert run(words, "parts", At("byol_core.run:Run.save", 2, "tests.test_kills:kill")) == 137  # measured, not yet saved
+    assert run(words, "parts", At("byol_core.run.run:Run.save", 2, "tests.test_kills:kill")) == 137  # measured, not yet saved
     assert run(words, "parts") == 0
     assert_same_state(checkpoint("whole"), checkpoint("parts"))
     assert records("whole") == records("parts")
@@ -135,10 +136,10 @@ def test_a_run_that_forgets_its_place_or_seed_differs(data: Path, monkeypatch, f
 
 
 IN_A_SAVE = {  # the second save of a run, in the order of its parts
-    "while writing": At("byol_core.checkpoint:torch.save", 2, "SIGKILL"),
-    "once written": At("byol_core.checkpoint:torch.save", 2, "SIGKILL", after=True),
-    "once the old one is kept": At("byol_core.checkpoint:_keep_as", 1, "SIGKILL", after=True),
-    "once replaced": At("byol_core.checkpoint:_sync_folder", 6, "SIGKILL"),
+    "while writing": At("byol_core.system.files:torch.save", 2, "SIGKILL"),
+    "once written": At("byol_core.system.files:torch.save", 2, "SIGKILL", after=True),
+    "once the old one is kept": At("byol_core.system.files:_keep_as", 1, "SIGKILL", after=True),
+    "once replaced": At("byol_core.system.files:_sync_folder", 6, "SIGKILL"),
 }
 
 

@@ -8,93 +8,81 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "byol_core"
-GROUND = {"cuda_graph", "ema", "schedules", "losses", "lars", "image_ops", "seeds", "small_maps"}
-# Each module and what it may import from the package; layer by layer, from the ground up.
-MAY_IMPORT: dict[str, set[str]] = {
-    **{name: set() for name in GROUND},
-    "backbones": {"failures", "seeds"}, "views": {"image_ops"}, "watch": {"failures"},
-    "memory": set(), "checkpoint": set(), "config": set(),
-    "listing": {"failures"}, "shards": {"checkpoint", "listing"}, "decoding": {"shards"},
-    "folder": {"checkpoint", "decoding", "listing", "shards"},
-    "copies": {"checkpoint", "folder", "listing"},
-    "processes": {"signals", "watch"}, "runtime": {"cuda_graph", "lars", "processes", "small_maps", "watch"},
-    "sample": {"config"},
-    "run_folder": {"checkpoint", "config", "run_facts"}, "failures": set(), "workers": {"signals"},
-    "networks": {"ema"},
-    "device_views": {"image_ops", "views", "seeds"},
-    "health": {"losses"}, "charts": set(),
-    "run_facts": {"health"},
-    "report_style": set(), "report": {"charts", "checkpoint", "config", "failures", "report_style", "run_facts", "sample"},
-    "plan": {"config", "schedules", "views"},
-    "optim": {"lars", "networks", "plan", "schedules"},
-    "data": {"decoding", "folder", "plan", "runtime", "views", "workers"},
-    "batches": {"data", "decoding", "device_views", "seeds", "views", "workers"},
-    "crops": {"batches", "data", "decoding", "device_views", "views"},
-    "buffers": {"runtime"},
-    "training": {"buffers", "cuda_graph", "ema", "losses", "networks", "optim", "runtime", "schedules", "seeds"},
-    "tensorboard": set(),
-    "metrics": {"checkpoint", "failures", "health", "processes", "schedules", "tensorboard", "training"},
-    "evaluate": {"data", "folder", "runtime", "views"},
-    "linear_probe": set(),
-    "pretrained": {"backbones", "checkpoint", "views"},
-    "command": {"config", "failures"},
-    "evaluate_command": {"checkpoint", "command", "config", "copies", "data", "evaluate", "folder", "linear_probe", "losses",
-                         "pretrained", "runtime", "views"},
-    "embed": {"checkpoint", "command", "config", "data", "evaluate", "folder", "pretrained", "runtime"},
-    "export": {"checkpoint", "command", "config", "pretrained"},
-    "pictures": {"batches", "checkpoint", "data", "decoding", "seeds", "views"},
-    "scoring": {"config", "data", "evaluate", "linear_probe", "runtime", "views"},
-    "separation": {"batches", "evaluate", "runtime", "scoring", "seeds"},
-    "signals": set(),
-    "parts": {"backbones", "batches", "checkpoint", "config", "crops", "data", "evaluate", "folder", "memory", "metrics",
-              "networks", "optim", "plan", "processes", "runtime", "scoring", "separation", "tensorboard", "training"},
-    "outcome": {"checkpoint", "evaluate", "failures", "health", "losses", "memory", "parts", "pictures", "report", "run_facts",
-                "sample", "scoring"},
-    "snapshot": {"checkpoint", "config", "data", "outcome", "parts", "plan", "training", "views"},
-    "run": {"checkpoint", "config", "copies", "cuda_graph", "data", "folder", "memory", "outcome", "parts", "plan",
-            "processes", "run_folder", "runtime", "signals", "snapshot", "tensorboard", "training", "workers"},
+FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
+# From the ground up: a folder, or a name for some of the files on top, and what of the package it may use beside itself.
+METHOD = {"ema", "schedules", "losses", "lars", "networks", "training", "runtime", "backbones", "buffers", "cuda_graph",
+          "small_maps"}
+COMMANDS = {"embed", "export", "__main__"}
+MAY_USE = {
+    "version": set(),
+    "system": {"version"},
+    "method": {"system"},
+    "images": {"system"},
+    "views": {"images", "method", "system"},
+    "pretrained": {"views", "method", "system"},
+    "evaluate": {"pretrained", "views", "images", "method", "system"},
+    "report": {"evaluate", "views", "images", "system"},
+    "run": {"report", "evaluate", "views", "images", "method", "system", "version"},
+    "commands": {"run", "evaluate", "pretrained", "views", "images", "method", "system"},
 }
-STANDARD_LIBRARY_ONLY = {"schedules", "seeds", "config", "command", "failures", "signals"}
-TORCH_ONLY = {"ema", "losses", "lars", "image_ops", "networks", "small_maps"}
+STANDARD_LIBRARY_ONLY = {"version.py", "schedules.py", "system/command.py", "system/console.py", "system/seeds.py",
+                         "system/signals.py"}
+TORCH_ONLY = {"ema.py", "losses.py", "lars.py", "networks.py", "small_maps.py", "views/image_ops.py"}
+
+
+def place(module: str) -> str:
+    """Where in the table "system.files", "ema" and the like stand."""
+    first = module.split(".")[0]
+    return "method" if first in METHOD else "commands" if first in COMMANDS else first
 
 
 def imports(path: Path) -> set[str]:
-    """Every module that a file imports, at its top or inside a function; what it does as a command is not counted."""
+    """Every module that a file imports, at its top or inside a function; also the names, which may be modules."""
     found = set()
-    tree = ast.parse(path.read_text())
-    tree.body = [node for node in tree.body if not (isinstance(node, ast.If) and "__main__" in ast.unparse(node.test))]
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {f"{node.module}.{alias.name}" if node.module == "byol_core" else node.module for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: a relative import"
+            found |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
     return found
 
 
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+def own(file: str) -> set[str]:
+    """The package's modules that one of its files uses: "system.files" and the like."""
+    modules = {name.removesuffix(".py").replace("/", ".") for name in FILES}
+    return {name.removeprefix("byol_core.") for name in imports(PACKAGE / file)} & modules
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_module_imports_only_what_its_layer_allows(module: str) -> None:
-    own = {name.split(".")[1] for name in imports(PACKAGE / f"{module}.py") if name.startswith("byol_core.")}
-    own.discard("__version__")
-    assert module in MAY_IMPORT, f"{module} has no place in the table"
-    assert own <= MAY_IMPORT[module]
+@pytest.mark.parametrize("file", FILES)
+def test_imports_go_one_way(file: str) -> None:
+    at = place(file.removesuffix(".py").replace("/", "."))
+    assert {place(module) for module in own(file)} - {at} <= MAY_USE[at]
 
 
-def test_the_table_has_no_cycle_and_no_stale_row() -> None:
-    assert sorted(MAY_IMPORT) == MODULES
+def test_the_table_goes_from_the_ground_up_and_has_no_stale_row() -> None:
+    below: set[str] = set()
+    for name, used in MAY_USE.items():
+        assert used <= below, name
+        below.add(name)
+    assert {place(file.removesuffix(".py").replace("/", ".")) for file in FILES} == below
+    assert {f"{name}.py" for name in METHOD | COMMANDS} | {"version.py", "pretrained.py"} == {
+        file for file in FILES if "/" not in file}
+
+
+def test_no_file_uses_one_that_uses_it() -> None:
+    uses = {file: {f"{module.replace('.', '/')}.py" for module in own(file)} for file in FILES}
     settled: set[str] = set()
-    while settled != set(MAY_IMPORT):
-        ready = {name for name, needed in MAY_IMPORT.items() if needed <= settled} - settled
-        assert ready, f"a cycle among {set(MAY_IMPORT) - settled}"
+    while settled != set(FILES):
+        ready = {file for file, used in uses.items() if used <= settled} - settled
+        assert ready, f"a circle among {set(FILES) - settled}"
         settled |= ready
 
 
-@pytest.mark.parametrize("module", sorted(STANDARD_LIBRARY_ONLY | TORCH_ONLY))
-def test_ground_modules_need_nothing_else_installed(module: str) -> None:
-    foreign = {name.split(".")[0] for name in imports(PACKAGE / f"{module}.py")} - set(sys.stdlib_module_names) - {"byol_core"}
-    assert foreign <= ({"torch"} if module in TORCH_ONLY else set())
+@pytest.mark.parametrize("file", sorted(STANDARD_LIBRARY_ONLY | TORCH_ONLY))
+def test_some_files_need_nothing_else_installed(file: str) -> None:
+    foreign = {name.split(".")[0] for name in imports(PACKAGE / file)} - set(sys.stdlib_module_names) - {"byol_core"}
+    assert foreign <= ({"torch"} if file in TORCH_ONLY else set())
 
 
 def loaded_after(statement: str) -> set[str]:
@@ -117,9 +105,9 @@ def test_public_names_are_where_the_readme_says() -> None:
         byol_core.nonsense
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_module_has_no_print_exit_or_mutable_default(module: str) -> None:
-    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
+@pytest.mark.parametrize("file", FILES)
+def test_no_file_has_print_exit_or_mutable_defaults(file: str) -> None:
+    for node in ast.walk(ast.parse((PACKAGE / file).read_text())):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             assert node.func.id not in ("print", "exit", "quit"), f"line {node.lineno}"
         if isinstance(node, ast.FunctionDef):

@@ -11,15 +11,15 @@ from sklearn.naive_bayes import GaussianNB
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from byol_core import linear_probe, scoring
-from byol_core.data import load_images
-from byol_core.evaluate import Features, classifier_accuracy, embed_data
-from byol_core.folder import scan
-from byol_core.linear_probe import LinearProbe
+from byol_core.evaluate import linear_probe, scoring
+from byol_core.evaluate.features import Features, classifier_accuracy, embed_data
+from byol_core.evaluate.linear_probe import LinearProbe
+from byol_core.images.digits import write_digits
+from byol_core.images.image_set import scan
 from byol_core.pretrained import untrained_backbone
 from byol_core.runtime import Runtime
-from byol_core.sample import write_digits
-from byol_core.views import digits_recipes
+from byol_core.views.pixels import load_images
+from byol_core.views.recipes import digits_recipes
 
 TOLERANCE = 0.02  # of accuracy: 7 of 360 digits; one probe is regularised and the other stops early
 

@@ -12,13 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-from byol_core import folder as folder_module
-from byol_core import listing
-from byol_core.config import TrainConfig, parse_config
-from byol_core.decoding import BadImageError, decode
-from byol_core.folder import LISTING, ImageSet, scan, typical_size
-from byol_core.listing import Found, expand, walk
-from byol_core.run_folder import choose_out
+from byol_core.images import image_set as folder_module
+from byol_core.images import listing
+from byol_core.images.decoding import BadImageError, decode
+from byol_core.images.image_set import LISTING, ImageSet, scan, typical_size
+from byol_core.images.listing import Found, expand, walk
+from byol_core.run.config import TrainConfig, parse_config
+from byol_core.run.folder import choose_out
 from tests.test_folder import touch
 from tests.test_train_command import REPOSITORY, SMALL, run, summary
 
@@ -375,7 +375,8 @@ def test_a_listing_that_cannot_be_used_is_made_again(walked: list[str], content:
 def test_names_that_were_kept_are_the_files_own_memory_for_all_processes(walked: list[str]) -> None:
     touch(*(Path(f"in/{number // 50:03d}/{'long' * 50}{number}.png") for number in range(2_000)))
     scan_keeping("in")
-    script = ("from pathlib import Path\nfrom byol_core.folder import scan\nimages = scan('in', keep_in=Path('kept'))\n"
+    script = ("from pathlib import Path\nfrom byol_core.images.image_set import scan\n"
+              "images = scan('in', keep_in=Path('kept'))\n"
               "assert int(images.names.sum()) and len(images) == 2000\nprint(hex(images.names.data_ptr()))\n"
               "print(Path('/proc/self/maps').read_text())")
     shown = subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, check=True,

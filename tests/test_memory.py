@@ -13,8 +13,7 @@ import torchvision
 from PIL import Image
 from torch import nn
 
-from byol_core.backbones import build_backbone
-from byol_core.memory import recompute_blocks
+from byol_core.backbones import build_backbone, recompute_blocks
 from byol_core.networks import BYOL
 from byol_core.training import train
 
@@ -58,7 +57,8 @@ def test_it_takes_less_memory() -> None:
     script = """
 import sys, torch
 from byol_core.backbones import build_backbone
-from byol_core.memory import peak_memory, recompute_blocks
+from byol_core.runtime import peak_memory
+from byol_core.backbones import recompute_blocks
 from byol_core.networks import BYOL
 from byol_core.training import train
 model = BYOL(*build_backbone("resnet50"), hidden_dim=64, out_dim=32)

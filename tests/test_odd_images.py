@@ -14,9 +14,10 @@ import pytest
 from PIL import Image
 
 import train
-from byol_core import decoding, folder
-from byol_core.decoding import MAX_PIXELS, BadImageError, decode
-from byol_core.folder import scan, typical_size
+from byol_core.images import decoding
+from byol_core.images import image_set as folder
+from byol_core.images.decoding import MAX_PIXELS, BadImageError, decode
+from byol_core.images.image_set import scan, typical_size
 
 WHITE, BLACK = [255, 255, 255], [0, 0, 0]
 
@@ -255,8 +256,8 @@ def test_bombs_are_refused_with_bounded_memory(tmp_path: Path) -> None:
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
         assert len(content) < 500_000
-    script = ("import sys\nfrom byol_core.decoding import BadImageError, decode\n"
-              "from byol_core.folder import scan, typical_size\n"
+    script = ("import sys\nfrom byol_core.images.decoding import BadImageError, decode\n"
+              "from byol_core.images.image_set import scan, typical_size\n"
               "from tests.fuzz import memory_peak\nimages = scan(sys.argv[1])\nbefore = memory_peak()\n"
               "typical_size(images)\n"
               "for index in range(len(images)):\n"

@@ -8,12 +8,12 @@ import pytest
 import torch
 from PIL import Image, ImageColor
 
-from byol_core import pictures
-from byol_core.data import ImageData, load_images
-from byol_core.folder import scan
-from byol_core.pictures import (OTHER, SAME, nearest, project, save_embedding, save_neighbours, save_png, save_views, tile,
-                                write_text_at)
-from byol_core.views import ViewRecipe, inverse_normalise, normalise
+from byol_core.images.image_set import scan
+from byol_core.report import pictures
+from byol_core.report.pictures import (OTHER, SAME, nearest, project, save_embedding, save_neighbours, save_png, save_views,
+                                       tile, write_text_at)
+from byol_core.views.pixels import ImageData, load_images
+from byol_core.views.recipes import ViewRecipe, inverse_normalise, normalise
 
 
 def test_inverse_normalise_gives_back_the_pixels() -> None:

@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 
-from byol_core.config import TrainConfig, build_parser, parse_config
-from byol_core.plan import Facts, Plan, half_life_tau, make_plan
+from byol_core.run.config import TrainConfig, build_parser, parse_config
+from byol_core.run.plan import Plan, half_life_tau, make_plan
+from byol_core.views.pixels import Facts
 
 CIFAR, PHOTOS = Facts(50_000, 32, True), Facts(1_281_167, 375, False)
 

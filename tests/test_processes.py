@@ -13,8 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from byol_core.lars import LARS, parameter_groups
 from byol_core.networks import BYOL
-from byol_core.processes import ALONE, Processes
 from byol_core.runtime import NonFiniteError, Runtime
+from byol_core.system.distributed import ALONE, Processes
 from byol_core.training import Progress, Step, train
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("processes")]

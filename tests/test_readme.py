@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from byol_core import embed, evaluate_command, export
-from byol_core.config import build_parser
+from byol_core import embed, export
+from byol_core.evaluate import __main__ as evaluate_command
+from byol_core.run.config import build_parser
 from tests.test_train_command import FILES
 
 PARSERS = {"train.py": build_parser(), "byol_core.evaluate": evaluate_command.build_parser(),

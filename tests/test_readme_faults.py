@@ -114,7 +114,7 @@ JOINTS = re.compile(r"\.\.\.| - |[;()]|, |^warning: | is (?=damaged)| (?=at epoc
 def messages_of_the_program() -> str:
     """Every string in the sources, with ... for what is filled in."""
     texts = []
-    for path in [ROOT / "train.py", *sorted((ROOT / "byol_core").glob("*.py"))]:
+    for path in [ROOT / "train.py", *sorted((ROOT / "byol_core").rglob("*.py"))]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.JoinedStr):
                 texts.append("".join(part.value if isinstance(part, ast.Constant) else "..." for part in node.values))

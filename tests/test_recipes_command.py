@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from byol_core.config import TrainConfig
-from byol_core.plan import Facts, make_plan
+from byol_core.run.config import TrainConfig
+from byol_core.run.plan import make_plan
+from byol_core.views.pixels import Facts
 from tests.bench import recipes
 from tests.bench.recipes import Variant, change_network, config_of, parse_variant, plan_of, view_of
 

@@ -9,13 +9,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from byol_core import report
-from byol_core.charts import Curve, draw, number_text, smoothed, thinned, ticks
-from byol_core.config import TrainConfig, command_line, parse_config
-from byol_core.pictures import save_grid, tile
-from byol_core.report import compare, flatten, main, write_report
-from byol_core.run_facts import read_run
-from byol_core.sample import with_sample, without_sample
+from byol_core.report import page as report
+from byol_core.report.charts import Curve, draw, number_text, smoothed, thinned, ticks
+from byol_core.report.facts import read_run
+from byol_core.report.page import compare, flatten, main, write_report
+from byol_core.report.pictures import save_grid, tile
+from byol_core.run.config import TrainConfig, command_line, parse_config, with_sample, without_sample
 
 HOSTILE = '</pre><script>alert(1)</script><img src="http://x/y" onerror=alert(1)>\'"&amp;'
 VOID = {"meta", "img"}
@@ -375,7 +374,7 @@ def test_command_line_asks_for_the_same_run(arguments: list[str]) -> None:
                                        ["--data", "runs/data/digits/train"],
                                        ["--data", "runs/data/digits/train", "--eval-data", "mine"]])
 def test_command_of_a_run_on_the_sample_names_the_sample(arguments: list[str], monkeypatch) -> None:
-    monkeypatch.setattr("byol_core.sample.write_digits", lambda root: (root / "train", root / "test"))
+    monkeypatch.setattr("byol_core.images.digits.write_digits", lambda root: (root / "train", root / "test"))
     config = parse_config(arguments)
     assert without_sample(with_sample(config)) == config
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from byol_core.run_folder import open_run_folder
+from byol_core.run.folder import open_run_folder
 from tests.children import At
 from tests.test_kills import STEP, arguments, run
 

@@ -5,8 +5,7 @@ import torch
 from torch import nn
 
 from byol_core.lars import LARS
-from byol_core.runtime import (NonFiniteError, Runtime, allow_tf32, choose_device, choose_precision,
-                               prefers_channels_last)
+from byol_core.runtime import NonFiniteError, Runtime, allow_tf32, choose_device, choose_precision, prefers_channels_last
 
 
 def patch_cuda(monkeypatch, capability: tuple[int, int]) -> None:

@@ -6,9 +6,9 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from byol_core.config import TrainConfig
-from byol_core.folder import scan
-from byol_core.sample import with_sample, write_digits
+from byol_core.images.digits import write_digits
+from byol_core.images.image_set import scan
+from byol_core.run.config import TrainConfig, with_sample
 
 
 def test_digits_are_split_by_class_into_1437_and_360(tmp_path: Path) -> None:

@@ -8,12 +8,12 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
-from byol_core.batches import DeviceBatches, Order
-from byol_core.data import load_images
-from byol_core.folder import scan
+from byol_core.evaluate.separation import PAIRS, SAMPLE, SeparationScorer, retrieval, separation
+from byol_core.images.image_set import scan
 from byol_core.runtime import Runtime
-from byol_core.separation import PAIRS, SAMPLE, SeparationScorer, retrieval, separation
-from byol_core.views import paper_recipes
+from byol_core.views.batches import DeviceBatches, Order
+from byol_core.views.pixels import load_images
+from byol_core.views.recipes import paper_recipes
 
 
 def wilks(features: np.ndarray, ridge: float) -> float:

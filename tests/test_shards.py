@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 
-import byol_core.shards as shards_module
-from byol_core.batches import DeviceBatches, Order, WorkerBatches
-from byol_core.copies import overlap
-from byol_core.data import ImageData, load_images
-from byol_core.decoding import BadImageError, decode
-from byol_core.folder import SHARD_INDEX, ImageSet, scan, typical_size
-from byol_core.run import Run
-from byol_core.views import paper_recipes
+import byol_core.images.shards as shards_module
+from byol_core.images.decoding import BadImageError, decode
+from byol_core.images.duplicates import overlap
+from byol_core.images.image_set import SHARD_INDEX, ImageSet, scan, typical_size
+from byol_core.run.run import Run
+from byol_core.views.batches import DeviceBatches, Order, WorkerBatches
+from byol_core.views.pixels import ImageData, load_images
+from byol_core.views.recipes import paper_recipes
 from tests.test_train_command import SMALL, assert_same_state, checkpoint, metrics, run, summary
 
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-import train as command
+from byol_core.run import command
 from tests.children import SMALL, At, Ended, run_child
 from tests.test_kills import STEP, arguments, assert_same_run, run
 from tests.test_train_command import assert_same_state, checkpoint
@@ -61,8 +61,8 @@ def test_workers_that_are_being_spawned_do_not_see_a_signal_either(data: Path) -
 
 @pytest.mark.slow
 @needs_fork
-@pytest.mark.parametrize("second", [At("byol_core.run:Run.save", 1, "group SIGINT"),
-                                    At("byol_core.checkpoint:torch.save", 1, "group SIGINT", after=True)],
+@pytest.mark.parametrize("second", [At("byol_core.run.run:Run.save", 1, "group SIGINT"),
+                                    At("byol_core.system.files:torch.save", 1, "group SIGINT", after=True)],
                          ids=["before the save", "in the save"])
 def test_a_second_interrupt_stops_at_once_and_leaves_nothing_torn(data: Path, second: At) -> None:
     words = arguments(data, "--views", "cpu", "--workers", 2, "--out", "out")
@@ -74,7 +74,7 @@ def test_a_second_interrupt_stops_at_once_and_leaves_nothing_torn(data: Path, se
 def test_a_signal_in_a_save_waits_for_it_and_for_a_step(data: Path) -> None:
     words = arguments(data, "--workers", 0)
     assert run(words, "whole") == 0
-    assert run(words, "parts", At("byol_core.checkpoint:torch.save", 1, "SIGTERM", after=True)) == 143
+    assert run(words, "parts", At("byol_core.system.files:torch.save", 1, "SIGTERM", after=True)) == 143
     assert checkpoint("parts")["progress"]["updates"] == 4  # the save was that of update 3, the last of its epoch
     assert run(words, "parts") == 0
     assert_same_run("whole", "parts")
@@ -85,7 +85,7 @@ def test_a_signal_while_features_are_measured_on_the_way_is_answered_after_it(im
                                                                               name: str) -> None:
     words = ["--data", str(image_folder(per_class=10)), "--epochs", "2", "--eval-every", "1", "--workers", "0", *SMALL]
     assert run(words, "whole") == 0
-    assert run(words, "parts", At("byol_core.scoring:Scorer.quick", 1, name)) == CODES[name]
+    assert run(words, "parts", At("byol_core.evaluate.scoring:Scorer.quick", 1, name)) == CODES[name]
     assert checkpoint("parts")["progress"]["updates"] == 5 and status("parts") == "stopped"
     assert run(words, "parts") == 0
     assert_same_run_but_for_measurements("whole", "parts")
@@ -102,7 +102,7 @@ def test_a_signal_while_a_network_is_measured_stops_at_once(image_folder: Callab
     words = ["--data", str(image_folder(per_class=10)), "--epochs", "2", "--workers", "0", "--image-size", "20", *SMALL[:6],
              *SMALL[8:]]
     assert run(words, "whole") == 0
-    assert run(words, "parts", At("byol_core.scoring:Scorer.measure", number, "SIGTERM")) == 143
+    assert run(words, "parts", At("byol_core.evaluate.scoring:Scorer.measure", number, "SIGTERM")) == 143
     assert status("parts") == "stopped" and Path("parts/last.pt").exists() == (updates is not None)
     assert run(words, "parts") == 0 and status("parts") == "finished"
     assert_same_run("whole", "parts")
@@ -113,7 +113,7 @@ def test_a_signal_while_a_network_is_measured_stops_at_once(image_folder: Callab
 def test_a_signal_to_a_group_whose_workers_decode_images_to_measure_leaves_nobody(image_folder: Callable[..., Path]) -> None:
     words = ["--data", str(image_folder(per_class=10)), "--epochs", "1", "--workers", "2", "--views", "cpu", "--out", "out",
              *SMALL]
-    ended = run_child(words, [At("byol_core.evaluate:_features", 1, "group SIGTERM")])
+    ended = run_child(words, [At("byol_core.evaluate.features:_features", 1, "group SIGTERM")])
     assert ended.code == 143 and ended.errors == "" and status("out") == "stopped"
 
 
@@ -121,7 +121,7 @@ def test_a_signal_to_a_group_whose_workers_decode_images_to_measure_leaves_nobod
 def test_a_signal_before_training_ends_with_its_code_and_leaves_no_folder(data: Path, capsys, name: str) -> None:
     words = arguments(data, "--workers", 0, "--out", "out")
     with pytest.MonkeyPatch.context() as patched:
-        At("byol_core.plan:make_plan", 1, name).arrange(patched.setattr)
+        At("byol_core.run.plan:make_plan", 1, name).arrange(patched.setattr)
         assert command.main(words) == CODES[name]
     assert capsys.readouterr().err == "" and not Path("out").exists()
 
@@ -139,13 +139,13 @@ def be_broken_off() -> None:
 
 @pytest.mark.parametrize("what", [swallow_a_signal, be_broken_off])
 def test_a_signal_that_something_swallows_before_training_is_answered_all_the_same(data: Path, capsys, what) -> None:
-    moment = At("byol_core.plan:make_plan", 1, f"tests.test_signal_delivery:{what.__name__}")
+    moment = At("byol_core.run.plan:make_plan", 1, f"tests.test_signal_delivery:{what.__name__}")
     assert run(arguments(data, "--workers", 0), "out", moment) == 143
     assert capsys.readouterr().err == "" and not Path("out/last.pt").exists()
 
 
 @pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143)])
-@pytest.mark.parametrize("module", ["argparse", "byol_core.config"])
+@pytest.mark.parametrize("module", ["argparse", "byol_core.run.config"])
 def test_a_signal_while_the_command_itself_is_loaded_ends_it_without_a_word(module: str, name: str, code: int) -> None:
     script = ("import os, runpy, signal, sys\n"
               "class Finder:\n"
@@ -159,8 +159,8 @@ def test_a_signal_while_the_command_itself_is_loaded_ends_it_without_a_word(modu
 
 def test_a_signal_while_a_failure_is_written_down_does_not_hide_it(data: Path, capsys) -> None:
     words = arguments(data, "--workers", 0)
-    failing = At("byol_core.run:Run.save", 1, "tests.test_signal_delivery:fail")
-    assert run(words, "out", failing, At("byol_core.run:Run.write_end", 1, "SIGTERM")) == 1
+    failing = At("byol_core.run.run:Run.save", 1, "tests.test_signal_delivery:fail")
+    assert run(words, "out", failing, At("byol_core.run.run:Run.write_end", 1, "SIGTERM")) == 1
     assert capsys.readouterr().err.endswith("error: no luck\n") and status("out") == "failed"
 
 

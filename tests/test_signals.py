@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from byol_core.signals import Stopped, StopRequest
+from byol_core.system.signals import Stopped, StopRequest
 
 CASES = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGHUP, 143)]
 

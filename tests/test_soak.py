@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from byol_core.checkpoint import LAST, PREVIOUS, CheckpointError, read_checkpoint
+from byol_core.system.files import LAST, PREVIOUS, CheckpointError, read_checkpoint
 from tests.children import SMALL, At, run_child
 from tests.test_kills import STEP, assert_same_run
 
 SESSIONS_AT_MOST = 60
 SIGNALS = {"SIGKILL": -9, "SIGTERM": 143, "SIGINT": 130, "SIGUSR1": 143, "group SIGTERM": 143, "group SIGINT": 130}
-PLACES = {STEP: 5, "byol_core.checkpoint:torch.save": 1, "byol_core.checkpoint:_keep_as": 1,
-          "byol_core.checkpoint:os.replace": 9, "byol_core.checkpoint:os.fsync": 9}  # and up to which call of a session
+PLACES = {STEP: 5, "byol_core.system.files:torch.save": 1, "byol_core.system.files:_keep_as": 1,
+          "byol_core.system.files:os.replace": 9, "byol_core.system.files:os.fsync": 9}  # and up to which call of a session
 OUT = Path("soaked")
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]

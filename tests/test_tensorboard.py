@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
-import train as command
-from byol_core.run import Run
-from byol_core.tensorboard import Board
+from byol_core.run import command
+from byol_core.run.run import Run
+from byol_core.run.tensorboard import Board
 from tests.test_train_command import SMALL
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")

@@ -20,15 +20,16 @@ import torch
 import torchvision
 from PIL import Image
 
-import train as command
-from byol_core import plan, report, scoring
-from byol_core.config import parse_config
-from byol_core.outcome import Outcome
+from byol_core.evaluate import scoring
 from byol_core.pretrained import load_pretrained
-from byol_core.processes import ALONE, Processes
-from byol_core.run import CHECK_STEPS, Run
+from byol_core.report import page as report
+from byol_core.run import command, plan
+from byol_core.run.config import parse_config
+from byol_core.run.results import Outcome
+from byol_core.run.run import CHECK_STEPS, Run
 from byol_core.runtime import Runtime
-from byol_core.views import normalise
+from byol_core.system.distributed import ALONE, Processes
+from byol_core.views.recipes import normalise
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 
@@ -135,9 +136,9 @@ def test_a_report_that_fails_stops_no_run(image_folder: Callable[..., Path], mon
     def fail(folder: Path, under_way: bool = False) -> None:
         raise KeyError("plan")
 
-    monkeypatch.setattr("byol_core.outcome.write_report", fail)
-    monkeypatch.setattr("byol_core.outcome.read_run", fail)
-    monkeypatch.setattr("byol_core.outcome.REPORT_EVERY", 0.0)
+    monkeypatch.setattr("byol_core.run.results.write_report", fail)
+    monkeypatch.setattr("byol_core.run.results.read_run", fail)
+    monkeypatch.setattr("byol_core.run.results.REPORT_EVERY", 0.0)
     assert run("--data", image_folder(), "--epochs", 3, "--no-eval", "--out", "out", *SMALL) == 0
     said = capsys.readouterr().out
     assert said.count("warning: no report for now: KeyError: 'plan' - the run goes on") == 1
@@ -370,7 +371,7 @@ def test_a_float16_run_whose_steps_are_all_skipped_at_first_goes_on(image_folder
 
 def test_a_signal_while_images_are_decoded_stops_the_run_and_blames_no_file(image_folder: Callable[..., Path],
                                                                             monkeypatch) -> None:
-    from byol_core import decoding
+    from byol_core.images import decoding
     real = decoding._to_rgb
 
     def interrupted(image):
@@ -411,8 +412,8 @@ def test_resuming_before_the_first_checkpoint_starts_clean(image_folder: Callabl
 def test_the_best_network_goes_along_into_another_folder(image_folder: Callable[..., Path], monkeypatch) -> None:
     arguments = ["--data", image_folder(per_class=10), "--epochs", 3, "--eval-every", 1, *SMALL]
     knn = iter([0.9, 0.2, 0.3])
-    monkeypatch.setattr("byol_core.scoring.Scorer.quick", lambda *_: next(knn))
-    monkeypatch.setattr("byol_core.scoring.Scorer.measure", lambda *_: {"knn": 0.1, "linear": 0.1})
+    monkeypatch.setattr("byol_core.evaluate.scoring.Scorer.quick", lambda *_: next(knn))
+    monkeypatch.setattr("byol_core.evaluate.scoring.Scorer.measure", lambda *_: {"knn": 0.1, "linear": 0.1})
     with monkeypatch.context() as patched:
         patched.setattr(Run, "_share_bad_files", lambda run: run.stop._handle(signal.SIGTERM, None))  # at the end of epoch 1
         assert run(*arguments, "--out", "one") == 143
@@ -652,7 +653,7 @@ def test_no_whole_checkpoint_is_wrong_input_and_never_a_fresh_start(image_folder
 
 def test_a_folder_that_cannot_be_written_to_is_told_before_the_images_are_looked_for(image_folder: Callable[..., Path],
                                                                                      monkeypatch, capsys) -> None:
-    monkeypatch.setattr("byol_core.folder.walk", lambda *_: pytest.fail("it took a while for nothing"))
+    monkeypatch.setattr("byol_core.images.image_set.walk", lambda *_: pytest.fail("it took a while for nothing"))
     data = image_folder()
     Path("out").touch()
     assert run("--data", data, "--epochs", 1, "--out", "out", *SMALL) == 2
@@ -660,7 +661,7 @@ def test_a_folder_that_cannot_be_written_to_is_told_before_the_images_are_looked
 
 
 def test_a_second_run_in_the_same_folder_is_refused(image_folder: Callable[..., Path], capsys) -> None:
-    from byol_core.run_folder import open_run_folder
+    from byol_core.run.folder import open_run_folder
     with open_run_folder(Path("out"), may_be_used=False):
         assert run("--data", image_folder(), "--epochs", 1, "--out", "out", *SMALL) == 2
     said = capsys.readouterr().err
@@ -710,7 +711,7 @@ def test_a_check_times_updates_once_they_are_as_they_will_be(
             clock[0] += seconds
             after_step(progress, None)
 
-    monkeypatch.setattr("byol_core.run.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("byol_core.run.run.time.monotonic", lambda: clock[0])
     runtime = SimpleNamespace(cuda_graph=graph, confirm=lambda: None)
     run: Any = SimpleNamespace(parts=SimpleNamespace(runtime=runtime), _train=train)
     assert Run.seconds_per_update(run) == expected

@@ -15,8 +15,8 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 import byol_core
-from byol_core.views import (IMAGENET_MEAN, IMAGENET_STD, ViewRecipe, cpu_view, digits_recipes, inverse_normalise,
-                             normalise, paper_recipes, plain_view)
+from byol_core.views.recipes import (IMAGENET_MEAN, IMAGENET_STD, ViewRecipe, cpu_view, digits_recipes, inverse_normalise,
+                                     normalise, paper_recipes, plain_view)
 
 
 def picture(width: int, height: int) -> Image.Image:
@@ -73,7 +73,7 @@ def test_recipe_refuses_a_number_out_of_range_and_names_it(field: str, value: ob
 
 def test_recipes_are_importable_without_torch_and_without_loading_it() -> None:
     script = ("import sys; sys.modules['torch'] = sys.modules['torchvision'] = None\n"
-              "from byol_core.views import paper_recipes; assert paper_recipes(32)[0].size == 32")
+              "from byol_core.views.recipes import paper_recipes; assert paper_recipes(32)[0].size == 32")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
                           cwd=Path(byol_core.__file__).parents[1])
     assert done.returncode == 0, done.stderr

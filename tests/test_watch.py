@@ -6,8 +6,8 @@ import threading
 import pytest
 import torch.distributed as dist
 
-from byol_core import watch
-from byol_core.watch import FAILED, WAITING, WORKING, Sign, Watch
+from byol_core.system import watch
+from byol_core.system.watch import FAILED, WAITING, WORKING, Sign, Watch
 
 
 def judged(signs: list[Sign], later: list[Sign], capsys: pytest.CaptureFixture[str]) -> str:

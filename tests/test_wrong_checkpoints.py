@@ -17,11 +17,12 @@ from PIL import Image
 from torch import nn
 
 import train
-from byol_core import __version__, embed, evaluate_command
+from byol_core import __version__, embed
 from byol_core.backbones import build_backbone
-from byol_core.checkpoint import CheckpointError, read_backbone, read_checkpoint, read_weights, save_checkpoint
+from byol_core.evaluate import __main__ as evaluate_command
 from byol_core.pretrained import load_pretrained
-from byol_core.run import Run
+from byol_core.run.run import Run
+from byol_core.system.files import CheckpointError, read_backbone, read_checkpoint, read_weights, save_checkpoint
 from tests import format1
 from tests.fuzz import Payload, fuzz
 from tests.test_train_command import SMALL, assert_same_state, checkpoint, metrics, run, summary
@@ -369,7 +370,7 @@ def test_a_renamed_image_is_another_set_of_images(image_folder: Folder, stopped_
 
 def test_the_checkpoint_of_format_1_loads_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """tests/data/format1/last.pt, which stays as it is while the code changes."""
-    monkeypatch.setattr("byol_core.parts.build_backbone", format1.tiny_backbone)
+    monkeypatch.setattr("byol_core.run.parts.build_backbone", format1.tiny_backbone)
     state = read_checkpoint(format1.PLACE)
     assert state["format"] == 1 and state["progress"]["updates"] == format1.STOPPED_AT  # type: ignore[index]
     data = format1.write_images(Path("imgs"))

@@ -30,8 +30,8 @@ DRIVER = """
 import os, signal, sys, time
 sys.path.insert(0, {repository!r})
 import train
-from byol_core import watch
-from byol_core.run import Run
+from byol_core.system import watch
+from byol_core.run.run import Run
 watch.STUCK_S = {stuck}
 {setup}
 rank, attempt = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])

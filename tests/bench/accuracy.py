@@ -24,15 +24,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-import train as command
-from byol_core.checkpoint import write_json
-from byol_core.config import parse_config
-from byol_core.data import look_at
-from byol_core.evaluate import knn_accuracy
-from byol_core.parts import Parts
-from byol_core.plan import Plan, make_plan
-from byol_core.processes import ALONE
-from byol_core.scoring import Scorer
+from byol_core.evaluate.features import knn_accuracy
+from byol_core.evaluate.scoring import Scorer
+from byol_core.run import command
+from byol_core.run.config import parse_config
+from byol_core.run.parts import Parts
+from byol_core.run.plan import Plan, make_plan
+from byol_core.system.distributed import ALONE
+from byol_core.system.files import write_json
+from byol_core.views.pixels import look_at
 from tests.bench.lightly_recipe import train_lightly
 from tests.bench.table import add_output, append_json, commit, environment, markdown, show
 

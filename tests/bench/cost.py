@@ -16,11 +16,12 @@ from unittest import mock
 import torch
 
 import train
-from byol_core import run, training
-from byol_core.metrics import RunLog
-from byol_core.outcome import Outcome
+from byol_core import training
 from byol_core.networks import BYOL
-from byol_core.run import Run
+from byol_core.run import run
+from byol_core.run.log import RunLog
+from byol_core.run.results import Outcome
+from byol_core.run.run import Run
 from byol_core.runtime import Runtime
 from tests.bench.table import add_output, environment, markdown, show
 

@@ -19,9 +19,9 @@ import torchvision
 from PIL import Image
 
 from byol_core import embed
-from byol_core.checkpoint import export_backbone
 from byol_core.pretrained import load_pretrained, untrained_backbone
-from byol_core.views import IMAGENET_MEAN, IMAGENET_STD
+from byol_core.system.files import export_backbone
+from byol_core.views.recipes import IMAGENET_MEAN, IMAGENET_STD
 from tests.bench.table import arguments, environment, markdown, show, side_by_side
 
 IMAGES, SIZE, BATCH = 512, 32, 256  # what one core does in half a minute

@@ -15,8 +15,8 @@ epoch, and a CUDA graph is recorded anew. Both are long beside these short turns
 import argparse
 import contextlib
 import io
-import tempfile
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,15 +25,15 @@ from pathlib import Path
 
 from torch.utils.data import DataLoader
 
-from byol_core.config import TrainConfig
 from byol_core.cuda_graph import WARM_UP
-from byol_core.data import choose_workers, look_at
-from byol_core.folder import scan
-from byol_core.metrics import RECORD_EVERY
-from byol_core.plan import make_plan
-from byol_core.run import Run
+from byol_core.images.image_set import scan
+from byol_core.run.config import TrainConfig
+from byol_core.run.log import RECORD_EVERY
+from byol_core.run.plan import make_plan
+from byol_core.run.run import Run
 from byol_core.runtime import Runtime
 from byol_core.training import Progress, Step, train
+from byol_core.views.pixels import choose_workers, look_at
 from tests.bench import rivals, step
 from tests.bench.table import environment, markdown, parse, show, side_by_side, wait_for
 from tests.bench.views import find

@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from byol_core.backbones import build_backbone
-from byol_core.parts import Parts
-from byol_core.plan import Plan
+from byol_core.run.parts import Parts
+from byol_core.run.plan import Plan
 from tests.bench import rivals
 
 BATCH, RATE = 128, 0.06  # its benchmark; momentum, weight decay and a cosine to 0 as there, tau constant at 0.99

@@ -32,14 +32,14 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from byol_core.config import TrainConfig, build_parser, parse_config
-from byol_core.data import ImageData, look_at
-from byol_core.folder import scan
-from byol_core.plan import Choice, Facts, Plan, make_plan
-from byol_core.run import Run, fit_into
-from byol_core.run_folder import open_run_folder
-from byol_core.scoring import Scorer
-from byol_core.views import ViewRecipe
+from byol_core.evaluate.scoring import Scorer
+from byol_core.images.image_set import scan
+from byol_core.run.config import TrainConfig, build_parser, parse_config
+from byol_core.run.folder import open_run_folder
+from byol_core.run.plan import Choice, Plan, make_plan
+from byol_core.run.run import Run, fit_into
+from byol_core.views.pixels import Facts, ImageData, look_at
+from byol_core.views.recipes import ViewRecipe
 from tests.bench.table import add_output, environment, markdown, show
 
 ACCURACIES = ("kNN 20", "linear", "1 label", "5 labels")

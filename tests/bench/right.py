@@ -28,8 +28,9 @@ from torch import Tensor, nn
 from torch.nn.modules._functions import SyncBatchNorm
 
 import train
-from byol_core import metrics, processes
+from byol_core.run import log as metrics
 from byol_core.runtime import Runtime, allow_tf32, choose_precision, prefers_channels_last
+from byol_core.system import distributed as processes
 from tests.bench import rivals
 from tests.bench.end_to_end import CASES
 from tests.bench.table import append_json, environment, parse
@@ -109,7 +110,7 @@ def resume(options: argparse.Namespace) -> str:
     run_of(*words, "--out", "whole")
     run_of(*words, "--out", "again")
     with pytest.MonkeyPatch.context() as patched:
-        At("byol_core.run:Run._after_step", STOPPED_AFTER, "SIGTERM").arrange(patched.setattr)
+        At("byol_core.run.run:Run._after_step", STOPPED_AFTER, "SIGTERM").arrange(patched.setattr)
         run_of(*words, "--out", "parts", code=128 + signal.SIGTERM)
     run_of(*words, "--out", "parts", "--resume")
     whole, again, parts = (state_of(Path(name)) for name in ("whole", "again", "parts"))

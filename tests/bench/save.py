@@ -11,11 +11,12 @@ from pathlib import Path
 
 import torch
 
-from byol_core.checkpoint import KEYS, LAST, State, read_checkpoint, save_checkpoint
-from byol_core.config import TrainConfig
-from byol_core.optim import build_optimizer
-from byol_core.parts import new_model
-from byol_core.plan import Facts, make_plan
+from byol_core.run.config import TrainConfig
+from byol_core.run.optim import build_optimizer
+from byol_core.run.parts import new_model
+from byol_core.run.plan import make_plan
+from byol_core.system.files import KEYS, LAST, State, read_checkpoint, save_checkpoint
+from byol_core.views.pixels import Facts
 from tests.bench.table import environment, markdown, parse, show, side_by_side
 
 NETWORKS = {"conv6": Facts(1_797, 8, True), "resnet18": Facts(50_000, 32, True), "resnet50": Facts(1_281_167, 224, False)}

@@ -18,10 +18,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from byol_core.backbones import build_backbone
-from byol_core.folder import scan
-from byol_core.memory import peak_memory, recompute_blocks
+from byol_core.backbones import build_backbone, recompute_blocks
+from byol_core.images.image_set import scan
 from byol_core.networks import BYOL
+from byol_core.runtime import peak_memory
 from byol_core.training import Progress, Step, train
 from tests.bench.table import add_output, environment, markdown, show
 

@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from byol_core.run_facts import read_run
+from byol_core.report.facts import read_run
 from tests.bench.table import DEVICE, add_output, environment, markdown, show
 
 ROOT = Path(__file__).parent.parent.parent

@@ -12,11 +12,12 @@ from functools import partial
 
 import torch
 
-from byol_core.config import TrainConfig
-from byol_core.optim import build_optimizer, build_scheduler
-from byol_core.plan import Facts, make_plan
+from byol_core.run.config import TrainConfig
+from byol_core.run.optim import build_optimizer, build_scheduler
+from byol_core.run.plan import make_plan
 from byol_core.runtime import Runtime, choose_precision, prefers_channels_last
 from byol_core.training import train
+from byol_core.views.pixels import Facts
 from tests.bench import rivals
 from tests.bench.table import environment, markdown, parse, show, side_by_side
 

@@ -20,9 +20,9 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
-from byol_core.crops import cut
-from byol_core.device_views import draw, draw_boxes, render
-from byol_core.views import ViewRecipe, cpu_view, paper_recipes
+from byol_core.views.crops import cut
+from byol_core.views.recipes import ViewRecipe, cpu_view, paper_recipes
+from byol_core.views.render import draw, draw_boxes, render
 from tests.bench import rivals
 from tests.bench.table import environment, markdown, parse, show, side_by_side
 

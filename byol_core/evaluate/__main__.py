@@ -1,0 +1,301 @@
+"""`python -m byol_core.evaluate`: what a trained backbone's features are worth, beside what can be had without training."""
+
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from byol_core.system.command import Parser, backbone_parser, run_in_two_parts, say
+
+if TYPE_CHECKING:  # torch and scikit-learn are loaded when there is something to do: --help need not wait
+    from torch import Tensor, nn
+
+    from byol_core.evaluate.features import Classifier, Features
+    from byol_core.images.image_set import ImageSet
+    from byol_core.pretrained import Pretrained
+    from byol_core.runtime import Runtime
+    from byol_core.views.pixels import ImageData
+    from byol_core.views.recipes import ViewRecipe
+
+NEIGHBOURS = (20, 200)
+FEW_LABELS, FEW_LABELS_CLASSES = (1, 5, 10), 100  # labels per class; classes above which these probes take too long
+COLLAPSED = 0.01  # spread below which features tell images apart no more; that of untrained networks is higher
+SHOWN_CLASSES, SHOWN_CONFUSIONS = 20, 20  # on the console; --json holds the whole matrix
+
+
+@dataclass
+class Evaluation:
+    """What is to be measured, found to be in order; `notes` are the remarks made on the way."""
+
+    options: Namespace
+    pretrained: "Pretrained"
+    networks: "dict[str, tuple[nn.Module, ViewRecipe]]"
+    runtime: "Runtime"
+    workers: int
+    files: "ImageSet"
+    eval_files: "ImageSet | None"
+    classifier: "Classifier | None"
+    notes: list[str] = field(default_factory=list)
+
+    def note(self, line: str) -> None:
+        if line not in self.notes:
+            self.notes.append(line)
+            say(line)
+
+
+def build_parser() -> Parser:
+    parser = backbone_parser("python -m byol_core.evaluate", "Measure the frozen features of a trained backbone, beside the "
+                             "untrained network and the majority class.")
+    parser.add_argument("--eval-data", metavar="DIR", help="labelled folder to measure on (default: a fifth of every class "
+                        "of --data, whose labels the probes do not see)")
+    parser.add_argument("--classifier", metavar="NAME", help="one more classifier: knn, logistic, or the dotted name of "
+                        "any of scikit-learn's, such as sklearn.svm.LinearSVC")
+    parser.add_argument("--linear", default="auto", choices=("auto", "sklearn", "sgd"), help="the linear probe: "
+                        "scikit-learn's logistic regression, or SGD as published, for large sets (default: auto, by size)")
+    parser.add_argument("--baseline-weights", metavar="FILE", help="torchvision's weights for the same architecture, to "
+                        "stand beside it")
+    parser.add_argument("--json", metavar="FILE", help="write all results to FILE as well")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = build_parser().parse_args(arguments)
+    return run_in_two_parts(lambda: prepare(options), carry_out, options.debug)
+
+
+def prepare(options: Namespace) -> Evaluation:
+    """Everything that can be wrong is found here, before any image goes through a network."""
+    from byol_core.evaluate.features import load_classifier
+    from byol_core.pretrained import load_pretrained, load_torchvision
+    from byol_core.runtime import Runtime, choose_device, choose_precision
+    from byol_core.views.pixels import choose_workers
+
+    classifier = None if options.classifier is None else load_classifier(options.classifier)
+    if options.json is not None and not Path(options.json).absolute().parent.is_dir():
+        raise ValueError(f"--json {options.json}: there is no such folder - create it, or give another place")
+    device = choose_device(options.device)[0]
+    pretrained = load_pretrained(options.checkpoint, options.network)
+    networks = {"untrained": (pretrained.untrained(), pretrained.recipe)}
+    if options.baseline_weights is not None:
+        networks["weights"] = load_torchvision(Path(options.baseline_weights), pretrained)
+    networks[options.network] = pretrained.backbone, pretrained.recipe
+    files = _labelled("--data", options.data)
+    eval_files = None if options.eval_data is None else _labelled("--eval-data", options.eval_data)
+    runtime = Runtime(device, choose_precision("auto", device, pretrained.arch)[0], channels_last=True)
+    evaluation = Evaluation(options, pretrained, networks, runtime, choose_workers(options.workers), files, eval_files,
+                            classifier)
+    for line in pretrained.notes:
+        evaluation.note(f"warning: {line}")
+    _check_classes(evaluation)
+    _check_overlap(evaluation)
+    return evaluation
+
+
+def _labelled(flag: str, data: str | Sequence[str]) -> "ImageSet":
+    from byol_core.images.image_set import scan
+
+    files = scan(data, flag)
+    for line in files.remarks:
+        say(f"warning: {line}")
+    if files.labels is None:
+        raise ValueError(f"{flag} {files.given} has fewer than the 2 classes that measuring needs - put the images of each "
+                         "class in a sub-folder of its own")
+    return files
+
+
+def _check_classes(evaluation: Evaluation) -> None:
+    """Report classes that cannot be predicted. Raises: ValueError when that is all of them."""
+    if evaluation.eval_files is None:
+        return
+    unknown = [name for name in evaluation.eval_files.classes if name not in evaluation.files.classes]
+    if len(unknown) == len(evaluation.eval_files.classes):
+        raise ValueError(f"no class of --eval-data {evaluation.eval_files.given} is a class of --data "
+                         f"{evaluation.files.given} - name the sub-folders alike")
+    if unknown:
+        images = int((_known_labels(evaluation) < 0).sum())
+        evaluation.note(f"warning: classes of --eval-data that --data does not have: {', '.join(unknown)}; "
+                        f"their {images} images count as wrong")
+
+
+def _known_labels(evaluation: Evaluation) -> "Tensor":
+    """Labels of --eval-data as positions among the classes of --data; -1, which is never predicted, where it lacks one."""
+    import torch
+
+    assert evaluation.eval_files is not None and evaluation.eval_files.labels is not None
+    place = {name: number for number, name in enumerate(evaluation.files.classes)}
+    return torch.tensor([place.get(name, -1) for name in evaluation.eval_files.classes])[evaluation.eval_files.labels]
+
+
+def _check_overlap(evaluation: Evaluation) -> None:
+    """Warn when images measured on are fitted on too. Raises: ValueError when the labels of --data allow no split."""
+    import torch
+
+    from byol_core.evaluate.features import Features, split
+    from byol_core.images.duplicates import overlap
+
+    files, eval_files = evaluation.files, evaluation.eval_files
+    fit: Sequence[int] = range(len(files))
+    if eval_files is not None:
+        test: Sequence[int] = range(len(eval_files))
+    else:
+        assert files.labels is not None
+        fit, test = (rows.tolist() for rows in split(Features(torch.empty(len(files), 0), files.labels)))
+        eval_files = files
+    same_file, same_content = overlap(files, fit, eval_files, test)
+    if same_file or same_content:
+        evaluation.note(f"warning: {same_file + same_content} of {len(test)} images measured on are also fitted on "
+                        f"({same_file} the same file, {same_content} a file of the same content), which flatters the "
+                        "accuracies")
+
+
+def carry_out(evaluation: Evaluation) -> None:
+    """Raises: ValueError, OSError or RuntimeError for what only shows while running, such as too many broken files."""
+    from byol_core.system.files import write_json
+    from byol_core.views.pixels import load_images
+
+    device = evaluation.runtime.device
+    workers = evaluation.workers
+    data = load_images(evaluation.files, "auto", device, evaluation.note, workers)[0]
+    eval_data = (None if evaluation.eval_files is None
+                 else load_images(evaluation.eval_files, "auto", device, evaluation.note, workers)[0])
+    accuracies: dict[str, dict[str, float]] = {"majority": {}}
+    for name, (backbone, recipe) in evaluation.networks.items():
+        fit, test = _features(evaluation, backbone, recipe, data, eval_data)
+        say(f"{name}: {len(fit.y)} images to fit on, {len(test.y)} to measure on")
+        _check_spread(evaluation, name, fit)
+        accuracies[name], predicted = _measure(evaluation, name, fit, test)
+    majority = float((test.y == fit.y.mode().values).double().mean())
+    accuracies["majority"] = dict.fromkeys(accuracies[name], majority)
+    split = (f"fitted on {len(fit.y)} images of {data.files.given}, measured on " +
+             (f"the {len(test.y)} held out of it, a fifth of every class" if eval_data is None
+              else f"{len(test.y)} images of {eval_data.files.given}"))
+    confusion = confusion_matrix(test.y, predicted, len(data.files.classes))
+    if evaluation.options.json is not None:
+        write_json(Path(evaluation.options.json), _as_json(evaluation, accuracies, confusion, split))
+    sys.stdout.write(f"{split}\n{_table(accuracies)}\n\n{_confusion_text(evaluation, confusion)}\n")
+
+
+def _features(evaluation: Evaluation, backbone: "nn.Module", recipe: "ViewRecipe", data: "ImageData",
+              eval_data: "ImageData | None") -> "tuple[Features, Features]":
+    """(features to fit on, features to measure on)."""
+    import torch
+
+    from byol_core.evaluate.features import Features, embed_data, split
+
+    runtime, workers = evaluation.runtime, evaluation.workers
+    runtime.place_model(backbone)
+    assert data.files.labels is not None
+    rows, x = embed_data(backbone, data, recipe, torch.arange(len(data)), runtime, workers)
+    features = Features(x, data.files.labels[rows])
+    if eval_data is None:
+        fit, test = split(features)
+        return features.at(fit), features.at(test)
+    rows, x = embed_data(backbone, eval_data, recipe, torch.arange(len(eval_data)), runtime, workers)
+    return features, Features(x, _known_labels(evaluation)[rows])
+
+
+def _check_spread(evaluation: Evaluation, name: str, features: "Features") -> None:
+    from byol_core.losses import spread
+
+    value = float(spread(features.x))
+    if value < COLLAPSED:
+        evaluation.note(f"warning: the {name} network has collapsed: its features of all images are nearly the same (spread "
+                        f"{value:.2g}, under {COLLAPSED}); compare with the majority class")
+
+
+def _measure(evaluation: Evaluation, name: str, fit: "Features", test: "Features") -> "tuple[dict[str, float], Tensor]":
+    """(accuracies in [0, 1] by metric, the linear probe's predictions)."""
+    import torch
+    from sklearn.base import clone
+
+    from byol_core.evaluate.features import few_label_accuracy, fit_classifier, knn_accuracy, unconverged
+    from byol_core.evaluate.linear_probe import LinearProbe, too_large_for_sklearn
+
+    def predict(classifier: "Classifier | None", metric: str) -> "Tensor":
+        fitted = fit_classifier(fit.x, fit.y, classifier)
+        remark = unconverged(fitted)
+        if remark is not None:
+            evaluation.note(f"note: {metric} of {name}: {remark}")
+        predicted = torch.as_tensor(fitted.predict(test.x.numpy()))
+        accuracies[metric] = float((predicted == test.y).double().mean())
+        return predicted
+
+    accuracies: dict[str, float] = {}
+    for k in NEIGHBOURS:
+        if k > len(fit.y):
+            evaluation.note(f"note: knn_{k} uses {len(fit.y)} neighbours, all images there are to fit on")
+        accuracies[f"knn_{k}"] = knn_accuracy(fit.x, fit.y, test.x, test.y, k)
+    per_class = torch.bincount(fit.y)
+    fewest = int(per_class[per_class > 0].min())
+    for count in FEW_LABELS:
+        if len(per_class) > FEW_LABELS_CLASSES or count > fewest:
+            evaluation.note(f"note: no linear_{count}: " + (f"more than {FEW_LABELS_CLASSES} classes" if count <= fewest else
+                                                            f"a class has only {fewest} images to fit on"))
+        else:
+            accuracies[f"linear_{count}"] = few_label_accuracy(fit, test, count)
+    large = too_large_for_sklearn(fit.x, len(per_class))
+    by_sgd = evaluation.options.linear == "sgd" or large and evaluation.options.linear == "auto"
+    evaluation.note("note: linear is " + ("SGD on frozen features, the published protocol" if by_sgd else
+                                          "scikit-learn's logistic regression on standardised features"))
+    predicted = predict(LinearProbe(device=evaluation.runtime.device) if by_sgd else None, "linear")
+    if evaluation.options.classifier is not None:
+        fresh = None if evaluation.classifier is None else clone(evaluation.classifier, safe=False)
+        try:
+            predict(fresh, evaluation.options.classifier)
+        except Exception as error:  # classifiers raise whatever they like
+            raise RuntimeError(f"--classifier {evaluation.options.classifier} failed on the features of the {name} network: "
+                               f"{error}") from error
+    return accuracies, predicted
+
+
+def confusion_matrix(true: "Tensor", predicted: "Tensor", classes: int) -> "Tensor":
+    """(classes + 1, classes) counts: row by true class, the last for -1, which stands for all others; column by prediction."""
+    import torch
+
+    rows = torch.where(true < 0, classes, true)
+    return torch.bincount(rows * classes + predicted, minlength=(classes + 1) * classes).view(classes + 1, classes)
+
+
+def _table(accuracies: dict[str, dict[str, float]]) -> str:
+    metrics = list(next(reversed(accuracies.values())))
+    width = max(map(len, [*metrics, "accuracy"])) + 2
+    lines = [f"{'accuracy':<{width}}" + "".join(f"{name:>12}" for name in accuracies)]
+    lines += [f"{metric:<{width}}" + "".join(f"{values[metric]:>12.1%}" for values in accuracies.values())
+              for metric in metrics]
+    return "\n".join(lines)
+
+
+def _confusion_text(evaluation: Evaluation, confusion: "Tensor") -> str:
+    """The matrix of the linear probe on the trained network, or the most frequent confusions where it would be too large."""
+    columns = evaluation.files.classes
+    rows = [*columns, "others"]
+    title = f"linear probe of the {evaluation.options.network} network: true class by row, predicted class by column"
+    if len(columns) <= SHOWN_CLASSES:
+        width = max(len(str(int(confusion.max()))), *(min(len(name), 12) for name in columns)) + 2
+        lines = [f"{'':<14}" + "".join(f"{name[:12]:>{width}}" for name in columns)]
+        lines += [f"{name[:12]:<14}" + "".join(f"{count:>{width}}" for count in counts)
+                  for name, counts in zip(rows, confusion.tolist()) if name != "others" or sum(counts)]
+        return "\n".join([title, *lines])
+    wrong = confusion.clone()
+    wrong[:len(columns)].fill_diagonal_(0)
+    counts, places = wrong.flatten().topk(min(SHOWN_CONFUSIONS, wrong.numel()))
+    lines = [f"{count:>6}  {rows[place // len(columns)]} taken for {columns[place % len(columns)]}"
+             for count, place in zip(counts.tolist(), places.tolist()) if count]
+    return "\n".join([f"most frequent confusions of the linear probe of the {evaluation.options.network} network", *lines])
+
+
+def _as_json(evaluation: Evaluation, accuracies: dict[str, dict[str, float]], confusion: "Tensor",
+             split: str) -> dict[str, object]:
+    pretrained = evaluation.pretrained
+    return {
+        "checkpoint": str(pretrained.path), "network": pretrained.network, "arch": pretrained.arch,
+        "image_size": pretrained.recipe.size, "feature_dim": pretrained.feature_dim, "seed": pretrained.seed,
+        "results": [{"network": name, "metric": metric, "accuracy": value, "split": split}
+                    for name, values in accuracies.items() for metric, value in values.items()],
+        "confusion": {"network": pretrained.network, "metric": "linear", "split": split,
+                      "true": [*evaluation.files.classes, None], "predicted": list(evaluation.files.classes),
+                      "counts": confusion.tolist()},
+        "notes": evaluation.notes,
+    }

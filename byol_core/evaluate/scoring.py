@@ -1,0 +1,96 @@
+"""The numbers by which a run is judged, on images whose labels the training never sees."""
+
+from collections.abc import Callable
+
+import torch
+from sklearn.base import clone
+from torch import Tensor, nn
+
+from byol_core.evaluate.features import (Classifier, Features, accuracy_of, embed_data, few_label_accuracy, fit_classifier,
+                                         knn_accuracy, split, unconverged)
+from byol_core.evaluate.linear_probe import LinearProbe, too_large_for_sklearn
+from byol_core.runtime import Runtime
+from byol_core.system.console import one_line
+from byol_core.views.pixels import ImageData
+from byol_core.views.recipes import ViewRecipe
+
+# Accuracies in [0, 1]: knn, linear (None where it failed), linear_N: N labels per class; without labels, separation and the
+# accuracy of retrieval.
+Scores = dict[str, float | None]
+MEASURED_AT_MOST = 50_000  # images per set; probes on more take longer than they tell
+FEW_LABELS, FEW_LABELS_CLASSES = (1, 5), 100  # labels per class for which a probe is measured too; classes at most
+
+
+class Scorer:
+    """Measures backbones on the labelled images of a run: fits on --data, tests on --eval-data or a fifth kept apart.
+
+    data: labelled. eval_data: labelled, or None. classifier: a scikit-learn classifier; None for logistic regression, by SGD
+    on large sets. report: takes what is to be said of it.
+    """
+
+    chosen_by = "knn"  # what `quick` gives, and the best network is chosen by
+    measured_images: int | None = None  # on how many accuracies rest, once there are any
+
+    def __init__(self, data: ImageData, eval_data: ImageData | None, recipe: ViewRecipe, runtime: Runtime, workers: int,
+                 classifier: Classifier | None = None, report: Callable[[str], None] = lambda line: None) -> None:
+        self.data, self.eval_data = data, eval_data
+        self.recipe, self.runtime, self.workers = recipe, runtime, workers
+        self.classifier, self.report = classifier, report
+        self.measured_on = ("a fifth of the images, whose labels the probe did not see" if eval_data is None
+                            else f"{len(eval_data)} images of {eval_data.files.given}")
+
+    def quick(self, backbone: nn.Module) -> float:
+        """Accuracy of weighted kNN alone, for measuring on the way."""
+        fit, test = self.features(backbone)
+        return knn_accuracy(fit.x, fit.y, test.x, test.y)
+
+    def measure(self, backbone: nn.Module) -> Scores:
+        """All accuracies. Raises: ValueError when the labels do not allow any."""
+        fit, test = self.features(backbone)
+        per_class = torch.bincount(fit.y)
+        classifier = None if self.classifier is None else clone(self.classifier, safe=False)
+        if classifier is None and too_large_for_sklearn(fit.x, len(per_class)):
+            classifier = LinearProbe(device=self.runtime.device)
+        scores: Scores = {"knn": knn_accuracy(fit.x, fit.y, test.x, test.y), "linear": None}
+        try:
+            fitted = fit_classifier(fit.x, fit.y, classifier)
+            scores["linear"] = accuracy_of(fitted, test.x, test.y)
+            remark = unconverged(fitted)
+        except ValueError as error:  # the labels do not suit this classifier
+            remark = f"the classifier failed, so there is no linear accuracy: {one_line(error)}"
+        if remark is not None:
+            self.report(f"warning: {remark}")
+        if len(per_class) <= FEW_LABELS_CLASSES:
+            scores |= {f"linear_{count}": few_label_accuracy(fit, test, count) for count in FEW_LABELS
+                       if count <= per_class[per_class > 0].min()}
+        return scores
+
+    def features(self, backbone: nn.Module) -> tuple[Features, Features]:
+        """(features to fit on, features to measure on)."""
+        fit, test = self._features(backbone)
+        self.measured_images = len(test.y)
+        return fit, test
+
+    def _features(self, backbone: nn.Module) -> tuple[Features, Features]:
+        features = self._embed(backbone, self.data)
+        if self.eval_data is None:
+            fit, test = split(features)
+            return features.at(fit), features.at(test)
+        test_features = self._embed(backbone, self.eval_data)
+        place = {name: number for number, name in enumerate(self.data.files.classes)}
+        known = torch.tensor([place.get(name, -1) for name in self.eval_data.files.classes])
+        return features, Features(test_features.x, known[test_features.y])  # -1 is never predicted, so counts as wrong
+
+    def _embed(self, backbone: nn.Module, data: ImageData) -> Features:
+        assert data.files.labels is not None
+        indices, x = embed_data(backbone, data, self.recipe, some_indices(len(data), MEASURED_AT_MOST), self.runtime,
+                                self.workers)
+        return Features(x, data.files.labels[indices])
+
+
+def some_indices(images: int, at_most: int) -> Tensor:
+    """All images, or a fixed random choice of them, in order."""
+    if images <= at_most:
+        return torch.arange(images)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randperm(images, generator=generator)[:at_most].sort().values

@@ -1,0 +1,1 @@
+"""Which images there are, and how one file becomes pixels."""

@@ -1,0 +1,441 @@
+"""A run folder as one offline page: the verdict, numbers beside their baselines, curves, pictures, and how to go on."""
+
+import base64
+import html
+import json
+import math
+import re
+import shlex
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from byol_core.report.charts import Curve, Points, draw
+from byol_core.report.facts import VERDICT, RunFacts, parse_object, read_run, read_text
+from byol_core.system.files import LAST, PREVIOUS, write_text
+
+STYLE = Path(__file__).with_name("style.css")
+PICTURES_AT_MOST = 4_500_000  # bytes of the page that pictures may take
+PNG = b"\x89PNG\r\n\x1a\n"  # how such files begin
+SKIPPED_AT_MOST = 200  # files named on the page
+SCORES = {"knn": "k nearest neighbours, all labels", "linear": "linear probe, all labels",
+          "linear_5": "linear probe, 5 labels per class", "linear_1": "linear probe, 1 label per class"}
+# Title, what is healthy, what it is.
+HEALTH = {"spread": ("spread", "near 1", "how far apart different images lie; 0 when all look alike"),
+          "rank": ("effective rank", "far above 1", "dimensions in use by the projections"),
+          "cosine": ("mean cosine", "near 0", "likeness of different images; 1 when all look alike"),
+          "alignment": ("alignment", "falling", "squared distance of two views of one image, 0 to 4"),
+          "uniformity": ("uniformity", "well below 0", "how evenly the features fill their sphere; 0 when all look alike")}
+# Key, title, what to know when reading it, and how to draw it.
+CURVES: tuple[tuple[str, str, str, Callable[..., Curve]], ...] = (
+    ("loss", "Loss", "0 to 8; may rise again while the features improve",
+     partial(Curve, low=0.0, smooth=True)),
+    ("spread", "Spread", "1 is healthy, 0 is collapsed", partial(Curve, low=0.0, high=1.0)),
+    ("rank", "Effective rank", "dimensions in use; a collapse leaves fewer than 5", partial(Curve, low=0.0)),
+    ("knn", "kNN accuracy", "on images whose labels the vote did not see", partial(Curve, percent=True)),
+    ("separation", "Separation", "of a few images, each in several views; higher is better", partial(Curve, low=0.0)),
+    ("cosine", "Mean cosine", "of different images; 0 is healthy, 1 is collapsed", partial(Curve, low=0.0)),
+    ("alignment", "Alignment", "squared distance of two views, 0 to 4", partial(Curve, low=0.0, smooth=True)),
+    ("uniformity", "Uniformity", "lower is more even", partial(Curve, high=0.0)),
+    ("lr", "Learning rate", "after scaling by the batch", partial(Curve, low=0.0)),
+    ("tau", "Target momentum tau", "1 stands still", partial(Curve, high=1.0)),
+    ("images_per_second", "Images per second", "in training", partial(Curve, low=0.0, smooth=True)),
+    ("wait", "Waiting for data", "share of the time; high means: more --workers",
+     partial(Curve, low=0.0, percent=True, smooth=True)),
+)
+GOOD, BAD = ("learning", "learned"), ("collapsing", "collapsed", "worse than untrained")
+
+
+def write_report(folder: Path, under_way: bool = False) -> None:
+    """Write report.html from summary.json, config.json, metrics.jsonl and the pictures in `folder`, whichever exist.
+
+    under_way: it is the run itself that writes it, and goes on.
+    """
+    run = read_run(folder, under_way)
+    curves = "".join(_figure(key, title, note, _curve_of(run, key, kind)) for key, title, note, kind in CURVES)
+    legend = "".join(f'<span><i class="mark {kind}"></i>{text}</span>' for kind, text in
+                     (("resume", "resumed"), ("skip", "steps skipped by the float16 scaler")) if f'"mark {kind}"' in curves)
+    sections = [
+        ("", _verdict(run) + _facts(run)),
+        ("What it learned", _scores(run)),
+        ("Health, without labels", _health(run)),
+        ("Curves", f'<div class="curves">{curves}</div><p class="legend">{legend}</p>' if curves else ""),
+        ("Pictures", _pictures(folder)),
+        ("Use the backbone", _use(run)),
+        ("Go on", _go_on(run)),
+        ("Configuration, and why", _choices(run)),
+        ("The two views", _views(run)),
+        ("Environment", _environment(run)),
+        (f"Skipped files ({len(run.skipped)})", _skipped(run)),
+        ("All options", _details("as resolved", json.dumps(run.config["config"], indent=1)) if run.config["config"] else ""),
+    ]
+    write_text(folder / "report.html", _page(run.name, "BYOL run", sections, _footer(run)))
+
+
+def compare(folders: Sequence[Path], out: Path) -> None:
+    """Write one page that sets several runs side by side."""
+    runs = [read_run(folder) for folder in folders]
+    names = [str(folder) for folder in folders]
+    legend = "".join(f'<span><i class="swatch s{number % 8}"></i>{html.escape(name)}</span>'
+                     for number, name in enumerate(names))
+    curves = "".join(_overlaid(key, title, note, kind, {name: run.points(key) for name, run in zip(names, runs)})
+                     for key, title, note, kind in CURVES)
+    verdicts = [{"status": run.status, "verdict": run.verdict.word, "why": run.verdict.why} for run in runs]
+    options = [flatten({**run.config["config"], **run.plan, "data": " ".join(_data(run.config["config"])),
+                        **run.config["versions"], "images": run.config["data"].get("images")}) for run in runs]
+    results = [{key: value for key, value in run.summary.items() if key not in ("status", "images", *VERDICT)}
+               for run in runs]
+    sections = [
+        ("", f'<p class="legend">{legend}</p>'),
+        ("Results", _side_by_side(names, verdicts, results)),
+        ("Curves", f'<div class="curves">{curves}</div><p class="legend">{legend}</p>' if curves else ""),
+        ("Differences in configuration", _side_by_side(names, [{} for _ in runs], options)
+         or "<p>None: the runs were asked for in the same way.</p>"),
+    ]
+    write_text(out, _page(f"{len(runs)} runs compared", "BYOL runs", sections, ""))
+
+
+def flatten(value: object, prefix: str = "") -> dict[str, object]:
+    """{"views": [{"blur": 1}]} as {"views 1 blur": 1}."""
+    if isinstance(value, Mapping):
+        parts = [(str(key), item) for key, item in value.items()]
+    elif isinstance(value, Sequence) and any(isinstance(item, Mapping) for item in value):
+        parts = [(str(number), item) for number, item in enumerate(value, 1)]
+    else:
+        return {prefix: value}
+    return {key: leaf for name, item in parts for key, leaf in flatten(item, f"{prefix} {name}".strip()).items()}
+
+
+def _page(title: str, kind: str, sections: Sequence[tuple[str, str]], footer: str) -> str:
+    body = "".join(f"<section>{f'<h2>{heading}</h2>' if heading else ''}{content}</section>"
+                   for heading, content in sections if content)
+    name = html.escape(title)
+    return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f"<title>{name} - {kind}</title><style>{STYLE.read_text()}</style></head><body><main>"
+            f'<header><p class="kind">{kind}</p><h1>{name}</h1></header>{body}{footer}</main></body></html>'
+            "\n")
+
+
+def _table(rows: Sequence[Sequence[str]], head: Sequence[str] = (), kinds: str = "") -> str:
+    """Cells are HTML already. kinds: a letter per column, n for numbers, w for text to be broken anywhere."""
+    def row(cells: Sequence[str], tag: str) -> str:
+        return "<tr>" + "".join(f'<{tag} class="{kind}">{cell}</{tag}>' if (kind := kinds[place:place + 1]) else
+                                f"<{tag}>{cell}</{tag}>" for place, cell in enumerate(cells)) + "</tr>"
+
+    top = f"<thead>{row(head, 'th')}</thead>" if head else ""
+    return f'<div class="wide"><table>{top}<tbody>{"".join(row(cells, "td") for cells in rows)}</tbody></table></div>'
+
+
+def _details(title: str, text: str) -> str:
+    return f"<details><summary>{title}</summary><pre>{html.escape(text)}</pre></details>"
+
+
+def _verdict(run: RunFacts) -> str:
+    verdict, epochs = run.verdict, run.plan.get("epochs")
+    done = run.summary["epochs"]
+    place = f"after {done} of {epochs} epochs" if epochs is not None else f"after {done} epochs"
+    by = f" by {run.summary['reason']}" if run.summary.get("reason") else ""
+    headline, tone = {
+        "finished": (f"finished, but {verdict.word}" if verdict.word in ("flat", "undecided") else verdict.word,
+                     "good" if verdict.word in GOOD else "bad" if verdict.word == "flat" else "warn"),
+        "stopped": (f"stopped {place}{by}", "warn"), "failed": (f"failed {place}", "bad"),
+        "running": (f"{verdict.word}, {place}", "good" if verdict.word in GOOD else "warn"),
+    }.get(run.status, (f"has not ended, or was cut off, {place}", "warn"))
+    if verdict.word == "starting" and run.status == "finished":
+        headline, tone = "finished, but without records to judge by" if run.summary["updates"] else \
+            "finished without training", "warn"
+    if verdict.word in BAD:
+        tone = "bad"
+    lines = [f'<p class="headline">{html.escape(headline[0].upper() + headline[1:])}</p>']
+    if run.status == "failed" and run.summary.get("reason"):
+        lines.append(f"<p>{html.escape(str(run.summary['reason']))}</p>")
+    state = "" if verdict.word in headline else f"{verdict.word}: "
+    if verdict.word != "starting":
+        told = state + verdict.why
+        lines.append(f"<p>{html.escape(told[0].upper() + told[1:])}.</p>")
+    if verdict.advice:
+        lines.append(f"<p><strong>What to do:</strong> {html.escape(verdict.advice)}.</p>")
+    return f'<div class="verdict {tone}">{"".join(lines)}</div>'
+
+
+def _facts(run: RunFacts) -> str:
+    summary, classes = run.summary, _classes(run)
+    machine = [str(summary[key]) for key in ("device", "amp") if (summary.get(key) or "off") != "off"]
+    if (summary.get("world_size") or 1) != 1:
+        machine.append(f"{summary['world_size']} processes")
+    facts = [("images", _count(summary.get("images", run.config["data"].get("images")))),
+             ("classes", _count(classes) if classes else "no labels"),
+             ("network", html.escape(str(run.plan.get("arch", "")))),
+             ("updates", _count(summary["updates"])),
+             ("training time", _duration(summary.get("seconds"))),
+             ("images per second", _count(summary.get("images_per_second"))),
+             ("waiting for data", _percent(summary.get("wait_fraction"))),
+             ("device", html.escape(", ".join(machine)))]
+    return '<dl class="facts">' + "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts if value) \
+        + "</dl>"
+
+
+def _classes(run: RunFacts) -> int:
+    return run.summary.get("classes") or len(run.config["data"].get("classes") or [])
+
+
+def _scores(run: RunFacts) -> str:
+    scores, trained, on_the_way = run.summary, "trained", run.recorded("knn")
+    if scores.get("knn") is None and on_the_way:
+        scores, trained = {**scores, "knn": on_the_way[-1][1]}, f"after epoch {on_the_way[-1][0]:.0f}"
+    columns = [(suffix, title) for suffix, title in (("", trained), ("_untrained", "untrained"), ("_pixels", "raw pixels"))
+               if scores.get("knn" + suffix) is not None]
+    if not columns:
+        return f"<p>{_why_no_scores(run)}</p>{_best(run)}"
+    rows = []
+    for key, title in SCORES.items():
+        if any(scores.get(key + suffix) is not None for suffix, _ in columns):
+            rows.append([title, *(_bar(scores.get(key + suffix), suffix) for suffix, _ in columns)])
+    later = "" if run.summary.get("knn") is not None else " The trained network is measured when the run is complete."
+    return (f"<p>Accuracy on {html.escape(str(scores.get('measured_on') or 'held-out images'))}.{later}</p>"
+            + _table(rows, ["", *(title for _, title in columns)]) + _best(run))
+
+
+def _why_no_scores(run: RunFacts) -> str:
+    asked = run.config["config"]
+    if not asked.get("eval", True):
+        return "Not measured, as asked (--no-eval)."
+    if not _classes(run) and asked.get("eval_data") is None:
+        return "There are no class folders, so no accuracy: judge by the health below, and by the neighbours."
+    return "Not measured: the labels do not allow it; train.log says why." if run.status == "finished" else "Not measured yet."
+
+
+def _best(run: RunFacts) -> str:
+    best, epoch = run.summary.get("best_knn"), run.summary.get("best_epoch")
+    separation = run.summary.get("best_separation")
+    if separation is not None and epoch is not None:
+        return (f"<p>Best separation on the way: <b>{separation:.2f}</b> after epoch {epoch}; that network is best.pt, to be "
+                "used as backbone.pt is.</p>")
+    return "" if best is None or epoch is None else (
+        f"<p>Best k nearest neighbours on the way: <b>{best:.1%}</b> after epoch {epoch}; that network is best.pt, to be used "
+        "as backbone.pt is. Chosen by these images, it is a little flattered on them.</p>")
+
+
+def _bar(value: float | None, suffix: str) -> str:
+    if value is None:
+        return ""
+    kind = "baseline" if suffix else "trained"
+    return f'<span class="bar"><i class="{kind}" style="width:{100 * value:.1f}%"></i></span><b>{value:.1%}</b>'
+
+
+def _health(run: RunFacts) -> str:
+    records = [record for record in run.records if "spread" in record]
+    rows = []
+    for key, (title, healthy, meaning) in HEALTH.items():
+        values = [record[key] for record in records if key in record]
+        if values:
+            limit = f" of {records[-1]['rank_limit']:.0f}" if key == "rank" and "rank_limit" in records[-1] else ""
+            rows.append([_named(title, f"{meaning}; healthy: {healthy}"), f"{values[0]:.3g}", f"{values[-1]:.3g}{limit}"])
+    if run.summary.get("separation_untrained") is not None:
+        meaning = "of images from each other, against the scatter of their own views, in the features; healthy: rising"
+        found = run.recorded("separation")
+        last = run.summary.get("separation", found[-1][1] if found else None)
+        rows.append([_named("separation", meaning), _plain(run.summary["separation_untrained"], 3), _plain(last, 3)])
+    if run.summary.get("retrieval_untrained") is not None:
+        meaning = "how often a view's nearest one is of the same image; healthy: rising"
+        rows.append([_named("retrieval", meaning), *(_percent(run.summary.get(key))
+                                                     for key in ("retrieval_untrained", "retrieval"))])
+    if run.summary.get("rank_features") is not None:
+        meaning = "of the backbone, over whole images; much lower than in a like run: dimensions were lost. High is no proof"
+        rows.append([_named("effective rank of the features", meaning),
+                     *(_plain(run.summary.get(key), 3) for key in ("rank_features_untrained", "rank_features"))])
+    return _table(rows, ["", "first", "last"], "tnn") if rows else ""
+
+
+def _named(title: str, meaning: str) -> str:
+    return f"{title}<small>{meaning}</small>"
+
+
+def _curve_of(run: RunFacts, key: str, kind: Callable[..., Curve]) -> Curve:
+    skipped = [record["epoch"] for before, record in zip([{}, *run.records], run.records)
+               if record.get("skipped", 0) > before.get("skipped", record.get("skipped", 0) if before else 0)]
+    untrained = run.summary.get(f"{key}_untrained")
+    baseline = None if untrained is None else (
+        untrained, f"untrained {untrained:.1%}" if key == "knn" else f"untrained {untrained:.2f}")
+    return kind({"": run.points(key)}, marks={"resume": run.resumed, "skip": skipped}, baseline=baseline)
+
+
+def _figure(key: str, title: str, note: str, curve: Curve) -> str:
+    drawing = draw(title, curve)
+    if not drawing:
+        return ""
+    points: Points = next(iter(curve.lines.values()))
+    last = "" if len(curve.lines) > 1 or not points else \
+        f"<b>{_percent(points[-1][1]) if curve.percent else _plain(points[-1][1], 3)}</b>"
+    return (f'<figure class="curve" id="curve-{key}"><figcaption><span>{title}</span>{last}<small>{note}</small></figcaption>'
+            f"{drawing}</figure>")
+
+
+def _overlaid(key: str, title: str, note: str, kind: Callable[..., Curve], lines: Mapping[str, Points]) -> str:
+    """Curves of several runs; learning rates over ten times apart by their power of ten, or all but one would lie flat."""
+    peaks = [max(y for _, y in points) for points in lines.values() if points]
+    if key != "lr" or not peaks or not max(peaks) > 10 * min(peaks) > 0:
+        return _figure(key, title, note, kind(lines))
+    floor = min(peaks) / 100  # schedules end near 0, which has no power of ten
+    powers = {name: [(x, math.log10(max(y, floor))) for x, y in points] for name, points in lines.items()}
+    return _figure(key, f"{title}, powers of ten", f"{note}; -3 is 0.001", Curve(powers))
+
+
+def _pictures(folder: Path) -> str:
+    titles = {"embedding.png": "All features on a plane: what lies together looks alike to the network",
+              "views.png": "What it is trained on: originals and their two views, in true colours",
+              "neighbours.png": "Random images and the others most like them, by the trained and by the untrained network"}
+    parts, left = [], PICTURES_AT_MOST
+    for name, title in titles.items():
+        try:
+            png = (folder / name).read_bytes()
+        except OSError:
+            continue
+        if not png.startswith(PNG) or len(png) < 24:  # damaged: its size is not known
+            continue
+        data = base64.b64encode(png).decode()
+        if len(data) > left:
+            parts.append(f"<p>{title}: see {name} in the run folder, which is too large for this page.</p>")
+            continue
+        left -= len(data)
+        width, height = struct.unpack(">II", png[16:24])  # of the PNG header
+        parts.append(f'<figure style="max-width:{width}px"><figcaption><span>{title}</span></figcaption>'
+                     f'<img alt="{title}" width="{width}" height="{height}" src="data:image/png;base64,{data}"></figure>')
+    return f'<div class="pictures">{"".join(parts)}</div>' if parts else ""
+
+
+def how_to_load(folder: Path, about: Mapping[str, object]) -> str:
+    """Lines of Python that load the exported backbone of the run in `folder`. about: what backbone.json says."""
+    return ("import torch; from byol_core.backbones import build_backbone\n"
+            f"backbone, dim = build_backbone({about['arch']!r}, small_images={about['small_stem']}, "
+            f"image_size={about['image_size']})\n"
+            f"backbone.load_state_dict(torch.load({str(folder / 'backbone.pt')!r}, weights_only=True)); backbone.eval()")
+
+
+def _use(run: RunFacts) -> str:
+    about = parse_object(read_text(run.folder / "backbone.json"))
+    if not about.keys() >= {"arch", "small_stem", "image_size", "mean", "std"}:
+        return ""
+    return (f"<pre>{html.escape(how_to_load(run.folder, about))}</pre>"
+            f"<p>Give it images of {html.escape(str(about['image_size']))} pixels in [0, 1], normalised by mean "
+            f"{html.escape(_plain(about['mean']))} and std {html.escape(_plain(about['std']))}. In evaluation mode, as here, "
+            "features do not depend on the other images of a batch; backbone.train() is for training it further.</p>")
+
+
+def _go_on(run: RunFacts) -> str:
+    command, elsewhere = (str(run.config["commands"].get(key, "")) for key in ("this", "elsewhere"))
+    if not command or not elsewhere:  # older runs have none
+        return ""
+    processes = run.summary.get("world_size") or 1
+    if processes != 1:
+        command = command.replace("python", f"torchrun --nproc-per-node={processes}", 1)
+    if run.status == "finished":
+        again = f"{elsewhere} --out NEW-FOLDER --init-from {shlex.quote(str(run.folder / 'backbone.pt'))}"
+        return f"<p>The run is complete. A new one may start from its weights:</p><pre>{html.escape(again)}</pre>"
+    if run.status == "failed" and "not finite" in str(run.summary.get("reason")):
+        return "<p>Gone on with, the run would fail in the same place: see the reason above, and what it advises.</p>"
+    if not any((run.folder / name).exists() for name in (LAST, PREVIOUS)):
+        what = "begins anew: no checkpoint was saved yet."
+    elif run.status == "running":
+        what = "goes on after an interruption, exactly."
+    else:
+        what = "goes on from the last checkpoint, exactly."
+    return f"<p>In the folder where the run was started:</p><pre>{html.escape(command)} --resume</pre><p>{what}</p>"
+
+
+def _data(asked: Mapping[str, Any]) -> tuple[str, ...]:
+    """The paths of --data; runs from before there could be several have one text."""
+    data = asked.get("data", ())
+    return (data,) if isinstance(data, str) else tuple(data)
+
+
+def _choices(run: RunFacts) -> str:
+    rows = []
+    for choice in run.choices:
+        value = f"{choice['value']:.6g}" if isinstance(choice["value"], float) else str(choice["value"])
+        if choice["name"] == "lr" and run.plan.keys() >= {"lr", "batch_size"}:
+            value += f" x {run.plan['batch_size']}/256 = {run.plan['lr']:.6g}"
+        rows.append([html.escape(str(choice["name"])), _named(html.escape(value), html.escape(str(choice["reason"])))])
+    asked = run.config["config"]
+    rows += [[name, _named(html.escape(str(run.plan[name])), "per update" if name == "batch_size" else "as asked")]
+             for name in ("epochs", "batch_size") if name in run.plan]
+    if "seed" in asked:
+        rows.append(["seed", _named(html.escape(str(asked["seed"])), "of everything random")])
+    return _table(rows, ["", "value, and why"]) if rows else ""
+
+
+def _views(run: RunFacts) -> str:
+    views = run.plan.get("views") or []
+    if len(views) != 2:
+        return ""
+    rows = [[html.escape(key.replace("_", " ")), *(html.escape(_plain(view.get(key))) for view in views)] for key in views[0]]
+    return _table(rows, ["", "view 1", "view 2"])
+
+
+def _environment(run: RunFacts) -> str:
+    facts = {**run.config["versions"], **{key: run.summary[key] for key in ("device", "amp", "world_size")
+                                          if run.summary.get(key) is not None}, "run folder": str(run.folder)}
+    return _table([[html.escape(str(key)), html.escape(str(value))] for key, value in facts.items()])
+
+
+def _skipped(run: RunFacts) -> str:
+    rows = []
+    for line in run.skipped[:SKIPPED_AT_MOST]:
+        name, _, why = line.partition("\t")
+        why = re.sub(rf" ?(['\"]).*?{re.escape(name)}\1", "", why).strip(" :")  # its path, which the name says already
+        rows.append([html.escape(name), html.escape(why)])
+    more = len(run.skipped) - len(rows)
+    rest = f"<p>and {more} more, in bad_files.txt</p>" if more else ""
+    return _table(rows, ["file", "why"], "ww") + rest if rows else ""
+
+
+def _footer(run: RunFacts) -> str:
+    path = run.folder / "metrics.jsonl"
+    if not path.exists():
+        return ""
+    return f"<footer>Last record {datetime.fromtimestamp(path.stat().st_mtime).isoformat(' ', 'minutes')}.</footer>"
+
+
+def _side_by_side(names: Sequence[str], always: Sequence[Mapping[str, object]],
+                  differing: Sequence[Mapping[str, object]]) -> str:
+    """A column per run: all of `always`, and of `differing` what is not the same in all runs, or of one run what is known."""
+    keys = list(dict.fromkeys(key for column in differing for key in column))
+    values = {key: [column.get(key) for column in differing] for key in keys}
+    values = {key: found for key, found in values.items()
+              if (found != [None] if len(found) == 1 else any(value != found[0] for value in found))}
+    values = {key: [column[key] for column in always] for key in always[0]} | values
+    rows = []
+    for key, found in values.items():
+        accuracy = key.startswith((*SCORES, "best_knn"))
+        cells = [_percent(value) if accuracy and isinstance(value, float) else html.escape(_plain(value)) for value in found]
+        rows.append([html.escape(key.replace("_", " ")), *cells])
+    return _table(rows, ["", *map(html.escape, names)]) if rows else ""
+
+
+def _plain(value: object, digits: int = 6) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_plain(item, digits) for item in value)
+    return f"{float(f'{value:.{digits}g}'):.6g}" if isinstance(value, float) else str(value)
+
+
+def _percent(value: object) -> str:
+    return f"{value:.1%}" if isinstance(value, (int, float)) else ""
+
+
+def _count(value: object) -> str:
+    return f"{value:,.0f}" if isinstance(value, (int, float)) else ""
+
+
+def _duration(seconds: object) -> str:
+    if not isinstance(seconds, (int, float)):
+        return ""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.0f} s"
+    return f"{whole // 3600} h {whole // 60 % 60} min" if whole >= 3600 else f"{whole // 60} min {whole % 60} s"

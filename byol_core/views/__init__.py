@@ -1,0 +1,1 @@
+"""How the pixels of images become batches of two random views."""

@@ -1,14 +1,18 @@
 """The embedded digits are real files with the source's pixels, written once."""
 
+import json
+import shlex
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from byol_core.images.digits import write_digits
 from byol_core.images.image_set import scan
-from byol_core.run.config import TrainConfig, with_sample
+from byol_core.run import command
+from byol_core.run.config import TrainConfig, parse_config, with_sample
 
 
 def test_digits_are_split_by_class_into_1437_and_360(tmp_path: Path) -> None:
@@ -41,3 +45,14 @@ def test_the_sample_brings_its_recipe_and_a_folder_of_its_own_does_not(tmp_path:
     assert config.recipe == "digits" and Path(config.data[0]).is_dir() and config.eval_data is not None
     assert with_sample(TrainConfig(recipe="paper")).recipe == "paper"
     assert with_sample(TrainConfig(data=("./imgs",))) == TrainConfig(data=("./imgs",))
+
+
+@pytest.mark.parametrize("arguments", [[], ["--recipe", "quadra", "--out", "there"]])
+def test_the_commands_kept_in_the_run_folder_name_the_sample_as_it_was_asked_for(
+        arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = ["--epochs", "0", "--no-eval", "--arch", "conv6", *arguments]
+    assert command.main(asked) == 0
+    kept = json.loads(next(tmp_path.glob("**/config.json")).read_text())["commands"]
+    assert parse_config(shlex.split(kept["this"])[2:]) == parse_config(asked)
+    assert parse_config(shlex.split(kept["elsewhere"])[2:]) == parse_config(asked[:-2] if "--out" in asked else asked)

@@ -50,7 +50,7 @@ def main() -> int:
             self.stop.signal = signal.SIGTERM
         after_step(self, progress, step)
 
-    with tempfile.TemporaryDirectory() as place, mock.patch("byol_core.run.parts.build_backbone", tiny_backbone), \
+    with tempfile.TemporaryDirectory() as place, mock.patch("byol_core.run.setup.build_backbone", tiny_backbone), \
             mock.patch.object(Run, "_after_step", stop):
         data, out = write_images(Path(place) / "imgs"), Path(place) / "out"
         if train.main(["--data", str(data), "--out", str(out), *OPTIONS]) != 143:

@@ -17,9 +17,9 @@ from byol_core.evaluate.scoring import Scorer
 from byol_core.report.facts import read_run
 from byol_core.report.page import write_report
 from byol_core.run import command
-from byol_core.run.results import Outcome
+from byol_core.run.results import Results
 from byol_core.run.run import Run
-from tests.test_train_command import SMALL, checkpoint
+from tests.test_train_command import REPOSITORY, SMALL, checkpoint
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 
@@ -32,12 +32,12 @@ def run(*arguments: object) -> int:
 
 def script_scores(monkeypatch: pytest.MonkeyPatch, knn: dict[int, float], last: float) -> None:
     """Let kNN on the way and in the end be these, by epoch."""
-    def on_the_way(self: Outcome) -> None:
-        monkeypatch.setattr(Scorer, "quick", lambda scorer, backbone: knn[self.parts.progress.epoch])
+    def on_the_way(self: Results) -> None:
+        monkeypatch.setattr(Scorer, "quick", lambda scorer, backbone: knn[self.state.progress.epoch])
         original(self)
 
-    original = Outcome.measure_on_the_way
-    monkeypatch.setattr(Outcome, "measure_on_the_way", on_the_way)
+    original = Results.measure_on_the_way
+    monkeypatch.setattr(Results, "measure_on_the_way", on_the_way)
     monkeypatch.setattr(Scorer, "measure", lambda scorer, backbone: {"knn": last, "linear": None})
 
 
@@ -47,7 +47,7 @@ def keep_weights(monkeypatch: pytest.MonkeyPatch, kept: dict[int, dict]) -> None
 
     def remember(self: Run, progress, step) -> None:
         if progress.batch == 0:
-            weights = self.parts.backbone.state_dict()
+            weights = self.state.backbone.state_dict()
             kept[progress.epoch] = {name: tensor.clone() for name, tensor in weights.items()}
         original(self, progress, step)
 
@@ -89,7 +89,7 @@ def test_a_resumed_run_knows_the_best_and_does_not_overwrite_it(image_folder: Fo
     original = Run._after_step
 
     def terminate(self: Run, progress, step) -> None:
-        if progress.epoch == stop_at and progress.batch == 1 and self.parts.config.resume is None:
+        if progress.epoch == stop_at and progress.batch == 1 and self.setup.config.resume is None:
             os.kill(os.getpid(), signal.SIGTERM)
         original(self, progress, step)
 
@@ -121,7 +121,7 @@ def test_without_labels_the_best_goes_along_and_classes_of_one_image_are_none(im
     original = Run._after_step
 
     def terminate(self: Run, progress, step) -> None:
-        if progress.epoch == 2 and progress.batch == 1 and self.parts.config.resume is None:
+        if progress.epoch == 2 and progress.batch == 1 and self.setup.config.resume is None:
             os.kill(os.getpid(), signal.SIGTERM)
         original(self, progress, step)
 
@@ -172,7 +172,7 @@ def test_separation_is_measured_alike_before_a_stop_and_after_it(image_folder: F
     original = Run._after_step
 
     def terminate(self: Run, progress, step) -> None:
-        if progress.epoch == 1 and progress.batch == 1 and self.parts.config.resume is None:
+        if progress.epoch == 1 and progress.batch == 1 and self.setup.config.resume is None:
             os.kill(os.getpid(), signal.SIGTERM)
         original(self, progress, step)
 
@@ -218,7 +218,7 @@ def test_the_lines_that_load_the_backbone_run_as_printed(image_folder: Folder, c
         "\n")
     script = f"{snippet}print(dim, float(backbone.conv1.weight.sum()), backbone.training)"
     done = subprocess.run([sys.executable, "-c", script], text=True,
-                          capture_output=True, env={**os.environ, "PYTHONPATH": str(Path(command.__file__).parent)})
+                          capture_output=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
     expected = float(torch.load("a 'run'/backbone.pt", weights_only=True)["conv1.weight"].sum())
     assert done.stdout == f"128 {expected} False\n", done.stderr
     assert "In evaluation mode, as here, features do not depend on the other images" in Path("a 'run'/report.html").read_text()

@@ -271,9 +271,9 @@ def test_a_run_on_images_of_different_sizes_stopped_and_resumed_is_the_run_never
     after_step = Run._after_step
 
     def stop_once(self: Run, progress: Any, step: Any) -> None:
-        if progress.updates == 3 and self.parts.config.resume is None:
+        if progress.updates == 3 and self.setup.config.resume is None:
             self.stop.signal = 15
-        assert isinstance(self.parts.batches.batches, CropBatches) and self.parts.batches.aside is None
+        assert isinstance(self.batches.batches, CropBatches) and self.batches.aside is None
         after_step(self, progress, step)
 
     monkeypatch.setattr(Run, "_after_step", stop_once)

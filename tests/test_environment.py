@@ -16,7 +16,6 @@ import torch
 import train
 from byol_core import embed
 from byol_core.evaluate import __main__ as evaluate_command
-from byol_core.images import image_set as folder
 from byol_core.images.image_set import scan
 from byol_core.runtime import Runtime, choose_device, choose_precision
 from byol_core.system.files import read_checkpoint
@@ -105,7 +104,7 @@ def test_two_hundred_thousand_names_take_little_memory(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("".join(f"{name}\n" for name in names))
     for place in (tmp_path / "list.txt", tmp_path):
         done = subprocess.run([sys.executable, "-c", script, place], capture_output=True, text=True, check=True,
-                              cwd=Path(folder.__file__).parent.parent)
+                              cwd=Path(__file__).parent.parent)
         assert float(done.stdout.splitlines()[-1]) < 40, place  # MiB; Path objects alone would take over 100
 
 

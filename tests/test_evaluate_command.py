@@ -25,8 +25,8 @@ from byol_core.images.duplicates import overlap
 from byol_core.images.image_set import scan
 from byol_core.pretrained import load_pretrained, untrained_backbone
 from byol_core.run.config import TrainConfig
-from byol_core.run.parts import new_model
 from byol_core.run.plan import make_plan
+from byol_core.run.setup import new_model
 from byol_core.runtime import Runtime
 from byol_core.system.files import export_backbone, read_checkpoint, read_weights
 from byol_core.views.pixels import Facts, load_images

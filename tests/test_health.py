@@ -18,9 +18,9 @@ from byol_core.networks import BYOL
 from byol_core.report.page import CURVES
 from byol_core.run.config import TrainConfig
 from byol_core.run.log import RunLog
-from byol_core.run.optim import build_optimizer, build_scheduler
-from byol_core.run.parts import new_model
 from byol_core.run.plan import make_plan
+from byol_core.run.setup import new_model
+from byol_core.run.state import build_optimizer, build_scheduler
 from byol_core.runtime import Runtime
 from byol_core.training import train
 from byol_core.views.batches import DeviceBatches, Order

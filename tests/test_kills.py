@@ -114,7 +114,7 @@ def forget_updates(run: Run) -> None:
 
 
 def forget_seed(run: Run) -> None:
-    run.parts.batches.batches.order = batches.Order(12, 4, 1, seed=1)
+    run.batches.batches.order = batches.Order(12, 4, 1, seed=1)
 
 
 @pytest.mark.parametrize("forget", [forget_batch, forget_updates, forget_seed])

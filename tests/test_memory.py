@@ -47,7 +47,7 @@ def test_training_is_the_same_to_the_last_bit_statistics_included() -> None:
 
 def test_memory_of_the_process_that_started_it_does_not_count() -> None:
     ballast = torch.ones(2**28)  # 1 GiB
-    script = "import torch; from byol_core.memory import peak_memory; print(peak_memory(torch.device('cpu')))"
+    script = "import torch; from byol_core.runtime import peak_memory; print(peak_memory(torch.device('cpu')))"
     used = int(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, cwd=ROOT).stdout)
     assert 2**26 < used < 4 * len(ballast)
 

@@ -15,7 +15,6 @@ from PIL import Image
 
 import train
 from byol_core.images import decoding
-from byol_core.images import image_set as folder
 from byol_core.images.decoding import MAX_PIXELS, BadImageError, decode
 from byol_core.images.image_set import scan, typical_size
 
@@ -265,7 +264,7 @@ def test_bombs_are_refused_with_bounded_memory(tmp_path: Path) -> None:
               "    except BadImageError as error:\n        print(images.name(index), error)\n"
               "print('peak', memory_peak() - before)\n")
     done = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True, check=True,
-                          cwd=Path(folder.__file__).parent.parent)
+                          cwd=Path(__file__).parent.parent)
     said = dict(line.split(" ", 1) for line in done.stdout.splitlines())
     assert done.stderr == "" and said.keys() == {*contents, "peak"}
     for name in ("10000.png", "20000.png", "2147483647.png", "claims.bmp", "claims.jpg", "claims.webp", "claims.tif",

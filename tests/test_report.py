@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from byol_core.report import page as report
+from byol_core.report.__main__ import main
 from byol_core.report.charts import Curve, draw, number_text, smoothed, thinned, ticks
 from byol_core.report.facts import read_run
-from byol_core.report.__main__ import main
 from byol_core.report.page import compare, flatten, write_report
 from byol_core.report.pictures import save_grid, tile
 from byol_core.run.config import TrainConfig, command_line, parse_config

@@ -58,9 +58,9 @@ def test_a_run_goes_on_without_what_is_only_to_look_at(data: Path, monkeypatch, 
         raise OSError("no room for pictures")
 
     monkeypatch.chdir(data.parent)
-    for place in ("run.write_json", "outcome.write_json", "outcome.save_views", "outcome.save_neighbours",
-                  "outcome.write_report"):
-        monkeypatch.setattr(f"byol_core.{place}", fail)
+    for place in ("describe.write_json", "results.write_json", "results.save_views", "results.save_neighbours",
+                  "results.write_report"):
+        monkeypatch.setattr(f"byol_core.run.{place}", fail)
     assert run([word for word in arguments(data, "--workers", 0) if word != "--no-eval"], "out") == 0
     assert capsys.readouterr().out.count("warning: no room for pictures - the run goes on\n") == 5
     assert (data.parent / "out" / "backbone.pt").exists()

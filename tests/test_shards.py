@@ -397,7 +397,7 @@ def test_a_run_on_shards_equals_one_on_the_folder_and_resumes_exactly(image_fold
     original = Run._after_step
 
     def terminate_at(self: Run, progress, step) -> None:
-        if progress.updates == 4 and self.parts.config.resume is None:  # the middle of the second epoch
+        if progress.updates == 4 and self.setup.config.resume is None:  # the middle of the second epoch
             os.kill(os.getpid(), signal.SIGTERM)
         original(self, progress, step)
 

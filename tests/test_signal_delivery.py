@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import train
 from byol_core.run import command
 from tests.children import SMALL, At, Ended, run_child
 from tests.test_kills import STEP, arguments, assert_same_run, run
@@ -152,8 +153,8 @@ def test_a_signal_while_the_command_itself_is_loaded_ends_it_without_a_word(modu
               "    def find_spec(self, name, *_):\n"
               f"        if name == {module!r}: os.kill(os.getpid(), signal.{name})\n"
               "sys.modules.pop('argparse', None)\nsys.meta_path.insert(0, Finder())\n"
-              f"runpy.run_path({command.__file__!r}, run_name='__main__')\n")
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(command.__file__).parent)
+              f"runpy.run_path({train.__file__!r}, run_name='__main__')\n")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(train.__file__).parent)
     assert done.returncode == code and done.stdout + done.stderr == ""
 
 

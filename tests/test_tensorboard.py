@@ -13,7 +13,7 @@ import pytest
 from byol_core.run import command
 from byol_core.run.run import Run
 from byol_core.run.tensorboard import Board
-from tests.test_train_command import SMALL
+from tests.test_train_command import REPOSITORY, SMALL
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 
@@ -109,5 +109,5 @@ def test_a_run_without_it_loads_nothing_of_it(image_folder: Folder) -> None:
     script = (f"import sys, train\ncode = train.main({arguments!r})\n"
               "sys.exit(code or any('tensorboard' in name and not name.startswith('byol_core') for name in sys.modules))")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(Path(command.__file__).parent)})
+                          env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
     assert done.returncode == 0, done.stdout + done.stderr

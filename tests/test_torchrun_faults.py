@@ -41,7 +41,7 @@ def test_a_frozen_process_is_named_and_killed_by_torchrun(image_folder: Callable
 
 
 # The first process is busy, and so in no exchange; then, and not before, something happens to another.
-BUSY = "from byol_core.run.results import Outcome\nOutcome.{} = lambda outcome: (open('busy', 'w').close(), time.sleep(600))"
+BUSY = "from byol_core.run.results import Results\nResults.{} = lambda results: (open('busy', 'w').close(), time.sleep(600))"
 LATER = ("import threading; threading.Thread(daemon=True, target=lambda: ([time.sleep(0.05) for _ in iter(lambda: "
          "os.path.exists('busy'), True)], time.sleep(1), os.kill({}, signal.{}))).start()")
 
@@ -93,8 +93,9 @@ def test_a_stale_environment_ends_at_once_or_after_the_meeting_time(missing: str
     env = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     env.pop(missing, None)
     driver = tmp_path / "driver.py"
-    driver.write_text(f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\nimport train\nfrom byol_core.system import distributed as processes\n"
-                      "processes.MEETING_S = 1.0\nsys.exit(train.main(sys.argv[1:]))")
+    driver.write_text(f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\nimport train\n"
+                      "from byol_core.system import distributed\n"
+                      "distributed.MEETING_S = 1.0\nsys.exit(train.main(sys.argv[1:]))")
     done = watched([sys.executable, str(driver), "--data", str(image_folder()), "--out", "out", *SMALL], tmp_path, 60.0, env)
     assert done.code == 2 and len(done.err.splitlines()) == 1 and "unset WORLD_SIZE" in done.err
 

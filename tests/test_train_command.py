@@ -22,10 +22,10 @@ from PIL import Image
 
 from byol_core.evaluate import scoring
 from byol_core.pretrained import load_pretrained
-from byol_core.report import page as report
+from byol_core.report import __main__ as report
 from byol_core.run import command, plan
 from byol_core.run.config import parse_config
-from byol_core.run.results import Outcome
+from byol_core.run.results import Results
 from byol_core.run.run import CHECK_STEPS, Run
 from byol_core.runtime import Runtime
 from byol_core.system.distributed import ALONE, Processes
@@ -33,7 +33,7 @@ from byol_core.views.recipes import normalise
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 
-REPOSITORY = Path(command.__file__).parent
+REPOSITORY = Path(__file__).parent.parent
 SMALL = ["--arch", "conv6", "--hidden-dim", "16", "--projection-dim", "8", "--image-size", "16", "--batch-size", "4",
          "--workers", "0", "--device", "cpu"]
 FILES = {"config.json", "metrics.jsonl", "train.log", "last.pt", "previous.pt", "backbone.pt", "backbone.json", "views.png",
@@ -188,7 +188,7 @@ def test_a_stopped_run_continues_to_the_same_result_bit_for_bit(image_folder: Ca
     original = Run._after_step
 
     def terminate_at(self: Run, progress, step) -> None:
-        if progress.updates == stop_at and self.parts.config.resume is None and step.applied:
+        if progress.updates == stop_at and self.setup.config.resume is None and step.applied:
             os.kill(os.getpid(), signal.SIGTERM)
         original(self, progress, step)
 
@@ -240,10 +240,10 @@ def test_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_file(image
     def poison(self: Run, progress, step) -> None:
         original(self, progress, step)
         if progress.updates == 5:
-            self.parts.data.pixels = None
-            self.parts.batches.batches.recipes = tuple(
+            self.images.pixels = None
+            self.batches.batches.recipes = tuple(
                 __import__("dataclasses").replace(recipe, mean=(3e38,) * 3, std=(1e-30,) * 3)
-                for recipe in self.parts.batches.batches.recipes)
+                for recipe in self.batches.batches.recipes)
 
     monkeypatch.setattr(Run, "_after_step", poison)
     assert run("--data", image_folder(classes=0, per_class=16), "--epochs", 3, "--out", "out", "--no-eval", *SMALL) == 1
@@ -268,7 +268,7 @@ def test_a_network_that_is_not_finite_is_not_saved(image_folder: Callable[..., P
 
     def poison(self: Run, progress, step) -> None:
         if progress.updates == 4:
-            self.parts.model.online.predictor[1].running_var[0] = float("inf")
+            self.state.model.online.predictor[1].running_var[0] = float("inf")
         original(self, progress, step)
 
     monkeypatch.setattr(Run, "_after_step", poison)
@@ -312,15 +312,15 @@ def test_resuming_a_finished_run_touches_nothing(image_folder: Callable[..., Pat
 
 def test_a_run_stopped_while_it_is_measured_is_finished_by_resuming(image_folder: Callable[..., Path], monkeypatch) -> None:
     arguments = ["--data", image_folder(per_class=10), "--epochs", 1, "--out", "out", *SMALL]
-    original = Outcome.measure
+    original = Results.measure
 
-    def interrupt(self: Outcome, name: str, backbone) -> None:
+    def interrupt(self: Results, name: str, backbone) -> None:
         if name == "trained":
             os.kill(os.getpid(), signal.SIGINT)
         original(self, name, backbone)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Outcome, "measure", interrupt)
+        patched.setattr(Results, "measure", interrupt)
         assert run(*arguments) == 130
     assert summary("out")["status"] == "stopped" and summary("out")["knn"] is None
     assert run(*arguments, "--resume") == 0
@@ -713,7 +713,7 @@ def test_a_check_times_updates_once_they_are_as_they_will_be(
 
     monkeypatch.setattr("byol_core.run.run.time.monotonic", lambda: clock[0])
     runtime = SimpleNamespace(cuda_graph=graph, confirm=lambda: None)
-    run: Any = SimpleNamespace(parts=SimpleNamespace(runtime=runtime), _train=train)
+    run: Any = SimpleNamespace(setup=SimpleNamespace(runtime=runtime), _train=train)
     assert Run.seconds_per_update(run) == expected
 
 
@@ -895,11 +895,11 @@ def test_minutes_are_measured_with_the_network_that_is_trained(
     """16 images are two updates an epoch: fewer than are timed."""
     tried: list[tuple[str, int]] = []
     monkeypatch.setattr(Run, "images_in", lambda self, minutes: tried.append(
-        (self.parts.plan.arch, self.parts.plan.total_updates)) or int(60 * minutes / 0.5) * 8 or 8)
+        (self.setup.plan.arch, self.setup.plan.total_updates)) or int(60 * minutes / 0.5) * 8 or 8)
     config = parse_config([str(word) for word in ["--data", image_folder(), "--minutes", minutes, "--out", "out", "--device",
                                                   "cpu", "--workers", 0]])
     with contextlib.ExitStack() as stack:
-        made = command.prepare(config, ALONE, stack).parts.plan
+        made = command.prepare(config, ALONE, stack).setup.plan
     assert (made.arch, made.batch_size) == (network, batch) and tried[-1][0] == network
     assert [arch for arch, _ in tried] == (["resnet18", "conv4"] if network == "conv4" else ["resnet18"])
     assert all(updates > CHECK_STEPS for _, updates in tried) and made.total_updates == max(1, int(120 * minutes))

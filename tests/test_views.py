@@ -80,7 +80,7 @@ def test_recipes_are_importable_without_torch_and_without_loading_it() -> None:
 
 
 def test_normalisation_constants_exist_once_in_the_package() -> None:
-    sources = [path.read_text() for path in Path(byol_core.__file__).parent.glob("*.py")]
+    sources = [path.read_text() for path in Path(byol_core.__file__).parent.rglob("*.py")]
     for constant in (*IMAGENET_MEAN, *IMAGENET_STD):
         digits = f"{constant:.3f}".lstrip("0")
         assert sum(source.count(digits) for source in sources) == 1, digits

@@ -370,7 +370,7 @@ def test_a_renamed_image_is_another_set_of_images(image_folder: Folder, stopped_
 
 def test_the_checkpoint_of_format_1_loads_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """tests/data/format1/last.pt, which stays as it is while the code changes."""
-    monkeypatch.setattr("byol_core.run.parts.build_backbone", format1.tiny_backbone)
+    monkeypatch.setattr("byol_core.run.setup.build_backbone", format1.tiny_backbone)
     state = read_checkpoint(format1.PLACE)
     assert state["format"] == 1 and state["progress"]["updates"] == format1.STOPPED_AT  # type: ignore[index]
     data = format1.write_images(Path("imgs"))
@@ -378,8 +378,8 @@ def test_the_checkpoint_of_format_1_loads_and_goes_on(monkeypatch: pytest.Monkey
     original = Run.train
 
     def spy(self: Run) -> None:
-        restored.update(model=self.parts.model.state_dict(), optimizer=self.parts.optimizer.state_dict(),
-                        scheduler=self.parts.scheduler.state_dict(), progress=self.progress.state_dict())
+        restored.update(model=self.state.model.state_dict(), optimizer=self.state.optimizer.state_dict(),
+                        scheduler=self.state.scheduler.state_dict(), progress=self.progress.state_dict())
         restored.update(pickle.loads(pickle.dumps(restored)))  # as they are now
         original(self)
 

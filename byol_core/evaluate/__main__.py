@@ -299,3 +299,7 @@ def _as_json(evaluation: Evaluation, accuracies: dict[str, dict[str, float]], co
                       "counts": confusion.tolist()},
         "notes": evaluation.notes,
     }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -123,31 +123,31 @@ def carry_out(run: "Run") -> int:
     except Stopped as stopped:
         with contextlib.suppress(OSError):  # on a full disk
             run.write_end("stopped", str(stopped))
-        run.log.say(f"{stopped}: the check was broken off" if run.parts.config.check else
+        run.log.say(f"{stopped}: the check was broken off" if run.setup.config.check else
                     f"{stopped}: stopped at epoch {run.progress.epoch}, update {run.progress.updates}; {run.what_is_saved()}; "
                     "the same command with --resume goes on")
         return stopped.code
     except Exception as error:  # a mistake of the program's own is told in a line too; train.log has the rest
         run.stop.ignore()
         run.log.note(traceback.format_exc())
-        line = in_plain_words(error, str(run.parts.runtime.device), run.parts.plan.batch_size, run.parts.plan.accum_steps,
-                              run.parts.runtime.amp_dtype is not None)
+        line = in_plain_words(error, str(run.setup.runtime.device), run.setup.plan.batch_size, run.setup.plan.accum_steps,
+                              run.setup.runtime.amp_dtype is not None)
         if line != str(error):
             line += f"; {run.what_is_saved()}"
-        reason = complain(run.parts.config, run.processes, error, line)
+        reason = complain(run.setup.config, run.processes, error, line)
         with contextlib.suppress(Exception):  # on a full disk, or of what made it fail
             run.write_end("failed", reason)
         return 1
     finally:
         run.stop.ignore()  # all is written
-        run.parts.batches.close()  # workers left over would be waited for at the exit, and never end
+        run.batches.close()  # workers left over would be waited for at the exit, and never end
 
 
 def work(run: "Run") -> None:
-    if run.outcome.is_complete():
+    if run.results.is_complete():
         if run.processes.first:  # nothing is touched
-            show(sys.stdout, f"already complete ({run.progress.epoch}/{run.parts.plan.epochs} epochs)\n")
-    elif run.parts.config.check:
+            show(sys.stdout, f"already complete ({run.progress.epoch}/{run.setup.plan.epochs} epochs)\n")
+    elif run.setup.config.check:
         run.describe()
         run.check()
     else:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from byol_core.run.config import TrainConfig
 from byol_core.schedules import scaled_lr
-from byol_core.views.pixels import Facts
+from byol_core.views.pixels import Facts, usual_size
 from byol_core.views.recipes import ViewRecipe, digits_recipes, paper_recipes
 
 SMALL_SET = 200_000  # images; below it the recipe follows published CIFAR settings, above it the paper's ImageNet ones
@@ -98,7 +98,7 @@ def make_plan(config: TrainConfig, facts: Facts, world_size: int = 1, seen: int 
         Choice("batch_size", config.batch_size, "as asked")
     batch_size = int(batch.value)
     _check_batch(batch_size, config.accum_steps, world_size, facts.images)
-    network = network or _arch(config, config.image_size or _image_size(facts), about)
+    network = network or _arch(config, config.image_size or usual_size(facts), about)
     arch = str(network.value)
     edge = _edge(facts, arch) if config.image_size is None else Choice("image_size", config.image_size, "as asked")
     of_views = _view_size(config, arch, int(edge.value))
@@ -193,15 +193,8 @@ def _check_rates(chosen: dict[str, Choice], epochs: int) -> None:
         raise ValueError(f"--lr {chosen['lr'].value:g} is no learning rate - use {LARGEST_LR:g} or less")
 
 
-def _image_size(facts: Facts) -> int:
-    """Native size for small images, else 128 or 224: the sizes of published results."""
-    if facts.side <= 96:
-        return max(facts.side, 8)
-    return 128 if facts.side <= 160 else 224
-
-
 def _edge(facts: Facts, arch: str) -> Choice:
-    size, reason = _image_size(facts), f"images are about {facts.side} pixels"
+    size, reason = usual_size(facts), f"images are about {facts.side} pixels"
     if arch == "conv4" and size > CONV4_SIZE:
         return Choice("image_size", CONV4_SIZE, f"{reason}, of which conv4 learns more at {CONV4_SIZE} in the same time")
     return Choice("image_size", size, reason + ("" if size == facts.side else "; larger ones are shown at 128 or 224"))

@@ -5,6 +5,7 @@ import json
 import math
 import time
 from dataclasses import asdict
+from functools import partial
 from typing import cast
 
 import torch
@@ -17,10 +18,15 @@ from byol_core.losses import effective_rank
 from byol_core.report.facts import VERDICT, read_run
 from byol_core.report.page import how_to_load, write_report
 from byol_core.report.pictures import save_embedding, save_neighbours, save_views
-from byol_core.run.parts import Parts
+from byol_core.run.data import Measuring
+from byol_core.run.log import RunLog
+from byol_core.run.setup import Setup
+from byol_core.run.state import TrainingState
 from byol_core.runtime import peak_memory
 from byol_core.system.console import own_words
 from byol_core.system.files import State, export_backbone, write_json, write_text
+from byol_core.views.pixels import ImageData
+from byol_core.views.sources import Batches
 
 PICTURED_AT_MOST = 2_000  # images among which neighbours are looked for
 PIXELS_UP_TO = 16  # image size up to which raw pixels are a baseline
@@ -32,20 +38,20 @@ def in_words(score: str, value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}" if score == "separation" else f"{value:.1%}"
 
 
-class Outcome:
+class Results:
     """Scores by name of the network (pixels, untrained, trained) and what is made of them.
 
     Of several processes, the first one alone measures and writes.
     """
 
-    def __init__(self, parts: Parts) -> None:
-        self.parts = parts
+    def __init__(self, setup: Setup, log: RunLog, state: TrainingState, images: ImageData, measuring: Measuring) -> None:
+        self.setup, self.log, self.state, self.images, self.measuring = setup, log, state, images, measuring
         self.scores: dict[str, Scores] = {}
         self.best: dict[str, float] = {}  # of best.pt: epoch, and knn or, without labels, separation
         self.ranks: dict[str, float | None] = {"rank_features": None, "rank_features_untrained": None}
         self.report_due, self.report_failed = 0.0, False
         # What scores depend on beside the network: those of another classifier or test set are not to be compared.
-        self.how_measured = f"{parts.config.classifier}; {parts.scorer.measured_on if parts.scorer else None}"
+        self.how_measured = f"{setup.config.classifier}; {measuring.measured_on}"
 
     def state_dict(self) -> State:
         return {"scores": self.scores, "best": self.best, "measured": self.how_measured}
@@ -57,78 +63,70 @@ class Outcome:
             if "separation" in untrained and "retrieval" not in untrained:  # of a run from before there was that score
                 del self.scores["untrained"]
             if "separation" in untrained:  # the labels allowed no accuracy
-                self.parts.scorer = self.parts.without_labels()
-            if (self.parts.folder / "best.pt").exists():
+                self.measuring.do_without_labels()
+            if (self.setup.folder / "best.pt").exists():
                 self.best = cast(dict[str, float], state.get("best", {}))
 
     def is_complete(self) -> bool:
         """Whether nothing is left to do, as the summary in the run folder says; the same answer in all processes."""
-        parts = self.parts
-        return parts.processes.from_first(lambda: parts.progress.epoch >= parts.plan.epochs and self._ended() == "finished")
+        return self.setup.processes.from_first(
+            lambda: self.state.progress.epoch >= self.setup.plan.epochs and self._ended() == "finished")
 
     def _ended(self) -> object:
         """How summary.json says that the run ended; None where it does not, or is damaged."""
         try:
-            return json.loads((self.parts.folder / "summary.json").read_text("utf-8"))["status"]
+            return json.loads((self.setup.folder / "summary.json").read_text("utf-8"))["status"]
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def picture_views(self) -> None:
+    def picture_views(self, batches: Batches) -> None:
         """views.png, of the first images and views that the run trains on."""
-        parts = self.parts
-        batches = parts.batches.batches
-        save_views(parts.folder / "views.png", parts.data, parts.plan.views, batches.order.epoch(0)[0], next(batches.epoch(0)))
+        save_views(self.setup.folder / "views.png", self.images, self.setup.plan.views, batches.order.epoch(0)[0],
+                   next(batches.epoch(0)))
         self._show_on_board("views.png")
 
     def _show_on_board(self, *pictures: str) -> None:
-        if self.parts.log.board is not None:
+        if self.log.board is not None:
             for name in pictures:
-                self.parts.log.board.picture(self.parts.progress.updates, self.parts.folder / name)
+                self.log.board.picture(self.state.progress.updates, self.setup.folder / name)
 
     def measure_untrained(self) -> None:
         """What the network gives before it has learned anything, and, for images that small, what bare pixels give."""
-        config = self.parts.config
+        asked = self.setup.asked
         if "untrained" not in self.scores:
-            self.measure("untrained", self.parts.new_model().online.backbone)
-        if self.parts.plan.image_size <= PIXELS_UP_TO and isinstance(self.parts.scorer, Scorer):
+            self.measure("untrained", self.setup.new_model().online.backbone)
+        if self.setup.plan.image_size <= PIXELS_UP_TO and isinstance(self.measuring.scorer, Scorer):
             self.measure("pixels", nn.Flatten())
-        for option, value in (("--eval-every", config.eval_every), ("--eval-data", self.parts.asked.eval_data)):
-            if value and not config.eval:
-                self.parts.log.say(f"note: {option} {value} has no effect with --no-eval")
+        for option, value in (("--eval-every", asked.eval_every), ("--eval-data", asked.eval_data)):
+            if value and not asked.eval:
+                self.log.say(f"note: {option} {value} has no effect with --no-eval")
 
     def measure(self, name: str, backbone: nn.Module) -> None:
         """Scores of `backbone` under `name`, unless it was measured before the run was resumed; with labels or without."""
-        parts = self.parts
-        if parts.scorer is None or name in self.scores:
-            return
-        try:
-            self.scores[name] = parts.scorer.measure(backbone)
-        except ValueError as error:
-            with_labels = isinstance(parts.scorer, Scorer)
-            parts.log.say(f"{'no accuracy' if with_labels else 'nothing measured'}: {error}")
-            parts.scorer = parts.without_labels() if with_labels else None
-            return self.measure(name, backbone)
-        parts.log.say(f"{name}: " + "  ".join(f"{key} {in_words(key, value)}" for key, value in self.scores[name].items()
-                                              if value is not None))
+        scores = None if name in self.scores else self.measuring.measure(backbone)
+        if scores is not None:
+            self.scores[name] = scores
+            self.log.say(f"{name}: " + "  ".join(f"{key} {in_words(key, value)}" for key, value in scores.items()
+                                                 if value is not None))
 
     def measure_on_the_way(self) -> None:
-        parts = self.parts
-        if parts.scorer is not None:
+        scorer, progress = self.measuring.scorer, self.state.progress
+        if scorer is not None:
             with contextlib.suppress(ValueError):  # a feature is not finite, and the run about to say so
-                value = parts.scorer.quick(parts.backbone)
-                parts.log.record(parts.progress, **{parts.scorer.chosen_by: value})
-                self._keep_best(parts.scorer.chosen_by, value)
-            parts.log.start(parts.progress)
+                value = scorer.quick(self.state.backbone)
+                self.log.record(progress, **{scorer.chosen_by: value})
+                self._keep_best(scorer.chosen_by, value)
+            self.log.start(progress)
 
     def _keep_best(self, score: str, value: float) -> None:
         """best.pt is the network as it is now, unless one measured before was better; of equals it is the later one."""
         if value >= self.best.get(score, -math.inf):
-            self.best = {score: value, "epoch": self.parts.progress.epoch}
+            self.best = {score: value, "epoch": self.state.progress.epoch}
             self._export("best", **self.best)
 
     def _export(self, name: str, **about: float) -> None:
-        parts = self.parts
-        export_backbone(parts.folder, parts.backbone.state_dict(), {**parts.about_backbone(), **about}, name)
+        described = {**self.setup.about_backbone(self.state.model), **about}
+        export_backbone(self.setup.folder, self.state.backbone.state_dict(), described, name)
 
     def report_under_way(self) -> None:
         """The facts and report.html as the run goes, to be true whenever someone looks; they never stop the run."""
@@ -137,111 +135,108 @@ class Outcome:
             return
         try:
             self._write_facts("running")
-            write_report(self.parts.folder, under_way=True)
+            write_report(self.setup.folder, under_way=True)
         except Exception as error:  # also of a file in the run folder that somebody has damaged
-            tell = self.parts.log.note if self.report_failed else self.parts.log.say
+            tell = self.log.note if self.report_failed else self.log.say
             tell(f"warning: no report for now: {own_words(error)} - the run goes on")
             self.report_failed = True
         self.report_due = began + max(REPORT_EVERY, 100 * (time.monotonic() - began))
-        self.parts.log.start(self.parts.progress)
+        self.log.start(self.state.progress)
 
     def finish(self) -> None:
         """Everything that is made of a trained network: export, scores, pictures, summary, report."""
         self._export("backbone")
-        self.measure("trained", self.parts.backbone)
-        if self.parts.config.eval_every and self.parts.scorer is not None:
-            score = self.parts.scorer.chosen_by
+        self.measure("trained", self.state.backbone)
+        if self.setup.config.eval_every and self.measuring.scorer is not None:
+            score = self.measuring.scorer.chosen_by
             value = self.scores.get("trained", {}).get(score)
             if value is not None:
                 self._keep_best(score, value)
-        if self.parts.config.eval:
+        if self.setup.config.eval:
             self._picture_features()
         self.write_end("finished")
 
     def _picture_features(self) -> None:
-        parts, recipe, labels = self.parts, self.parts.plan.plain, self.parts.data.files.labels
-        indices = some_indices(len(parts.data), PICTURED_AT_MOST)
-        readable, trained = embed_data(parts.backbone, parts.data, recipe, indices, parts.runtime, parts.workers)
-        untrained = parts.new_model().online.backbone
-        _, before = embed_data(untrained, parts.data, recipe, readable, parts.runtime, parts.workers)
-        with self.parts.log.warn_only():
-            save_neighbours(parts.folder / "neighbours.png", parts.data, readable, trained, before, parts.config.seed)
-            save_embedding(parts.folder / "embedding.png", trained, None if labels is None else labels[readable],
-                           parts.data.files.classes, parts.config.seed)
+        setup, images, seed = self.setup, self.images, self.setup.config.seed
+        features = partial(embed_data, data=images, recipe=setup.plan.plain, runtime=setup.runtime, workers=setup.workers)
+        readable, trained = features(self.state.backbone, indices=some_indices(len(images), PICTURED_AT_MOST))
+        _, before = features(setup.new_model().online.backbone, indices=readable)
+        labels = None if images.files.labels is None else images.files.labels[readable]
+        with self.log.warn_only():
+            save_neighbours(setup.folder / "neighbours.png", images, readable, trained, before, seed)
+            save_embedding(setup.folder / "embedding.png", trained, labels, images.files.classes, seed)
         self.ranks = {"rank_features": float(effective_rank(trained)),
                       "rank_features_untrained": float(effective_rank(before))}
         self._show_on_board("neighbours.png", "embedding.png")
 
     def write_end(self, status: str, reason: str | None = None) -> None:
         """The facts and report.html, whatever way the run ended. reason: of a run that did not finish."""
-        with self.parts.log.warn_only():
+        with self.log.warn_only():
             self._write_facts(status, reason)
-        with self.parts.log.warn_only():
-            write_report(self.parts.folder)
-        if self.parts.log.board is not None:
-            self.parts.log.board.close()
+        with self.log.warn_only():
+            write_report(self.setup.folder)
+        if self.log.board is not None:
+            self.log.board.close()
 
     def _write_facts(self, status: str, reason: str | None = None) -> None:
         """summary.json and bad_files.txt."""
         summary = self._summary(status, reason)
         try:
-            records, plan = read_run(self.parts.folder).records, self.parts.plan
+            records, plan = read_run(self.setup.folder).records, self.setup.plan
             verdict = judge(records, plan.epochs, status, summary, asdict(plan))
             summary |= dict(zip(VERDICT, (verdict.word, verdict.why, verdict.advice)))
         finally:  # should it fail, the rest is written
-            write_json(self.parts.folder / "summary.json", summary)
+            write_json(self.setup.folder / "summary.json", summary)
         self.write_bad_files()
 
     def write_bad_files(self) -> None:
         """bad_files.txt, where there are any."""
-        parts = self.parts
-        listing = parts.data.bad.listing()
-        if parts.bad_eval_files is not None:
-            listing += parts.bad_eval_files.listing(f"{parts.config.eval_data}/")
+        listing, eval_data = self.images.bad.listing(), self.measuring.eval_data
+        if eval_data is not None:
+            listing += eval_data.bad.listing(f"{self.setup.config.eval_data}/")
         if listing:
-            write_text(parts.folder / "bad_files.txt", listing)
+            write_text(self.setup.folder / "bad_files.txt", listing)
 
     def _summary(self, status: str, reason: str | None = None) -> dict[str, object]:
-        parts, progress, log = self.parts, self.parts.progress, self.parts.log
+        setup, images, progress, log = self.setup, self.images, self.state.progress, self.log
+        eval_data = self.measuring.eval_data
         scores: dict[str, float | None] = {}
         for name, suffix in (("trained", ""), ("untrained", "_untrained"), ("pixels", "_pixels")):
             measured = {"knn": None, "linear": None, **self.scores.get(name, {})}
             scores |= {key + suffix: value for key, value in measured.items()}
         return {
-            "status": status, "reason": reason, "images": len(parts.data), "classes": len(parts.data.files.classes),
-            "bad_files": len(parts.data.bad.reasons),
-            "bad_eval_files": len(parts.bad_eval_files.reasons) if parts.bad_eval_files else 0,
+            "status": status, "reason": reason, "images": len(images), "classes": len(images.files.classes),
+            "bad_files": len(images.bad.reasons), "bad_eval_files": 0 if eval_data is None else len(eval_data.bad.reasons),
             "epochs": progress.epoch, "updates": progress.updates, "seconds": round(log.seconds, 3),
-            "images_per_second": round(progress.updates * parts.plan.batch_size / max(log.seconds, 1e-9), 2),
+            "images_per_second": round(progress.updates * setup.plan.batch_size / max(log.seconds, 1e-9), 2),
             "wait_fraction": round(log.waited / max(log.seconds, 1e-9), 4),
             "loss": log.last.get("loss"), "spread": log.last.get("spread"), **scores, **self.ranks,
             "best_knn": self.best.get("knn"), "best_separation": self.best.get("separation"),
             "best_epoch": self.best.get("epoch"),
-            "measured_on": parts.scorer.measured_on if parts.scorer else None,
-            "measured_images": parts.scorer.measured_images if parts.scorer else None,
-            "world_size": parts.processes.world_size, "device": str(parts.runtime.device),
-            "amp": AMP_FLAGS[parts.runtime.amp_dtype], "peak_memory_mb": round(peak_memory(parts.runtime.device) / 1e6)}
+            "measured_on": self.measuring.measured_on, "measured_images": self.measuring.measured_images,
+            "world_size": setup.processes.world_size, "device": str(setup.runtime.device),
+            "amp": AMP_FLAGS[setup.runtime.amp_dtype], "peak_memory_mb": round(peak_memory(setup.runtime.device) / 1e6)}
 
     def say(self) -> None:
         """The closing lines: what was reached, and how to use it."""
-        say, data, folder = self.parts.log.say, self.parts.data, self.parts.folder
+        say, images, folder = self.log.say, self.images, self.setup.folder
         names = [name for name in ("pixels", "untrained", "trained") if name in self.scores]
         if names:
             say(f"{'accuracy' if 'knn' in self.scores[names[-1]] else '':<12}" + "".join(f"{name:>12}" for name in names))
             for key in self.scores[names[-1]]:
                 say(f"{key:<12}" + "".join(f"{in_words(key, self.scores[name].get(key)):>12}" for name in names))
-        if self.parts.config.eval and data.files.labels is None and self.parts.config.eval_data is None:
+        if self.setup.config.eval and images.files.labels is None and self.setup.config.eval_data is None:
             say("no class folders, so no accuracy: look at neighbours.png, or pass a labelled folder as --eval-data")
-        if data.bad.reasons:
-            say(f"skipped {len(data.bad.reasons)} of {len(data)} images (bad_files.txt)")
-        with self.parts.log.warn_only():
+        if images.bad.reasons:
+            say(f"skipped {len(images.bad.reasons)} of {len(images)} images (bad_files.txt)")
+        with self.log.warn_only():
             verdict = read_run(folder).verdict
             if verdict.word != "starting":  # there are records to judge by
                 say(f"{verdict.word}: {verdict.why}" + (f" - {verdict.advice}" if verdict.advice else ""))
         if self.best:
             score, value = next((name, self.best[name]) for name in self.best if name != "epoch")
             say(f"best: {score} {in_words(score, value)} after epoch {self.best['epoch']}, in {folder / 'best.pt'}")
-        about, recipe = self.parts.about_backbone(), self.parts.plan.plain
+        about, recipe = self.setup.about_backbone(self.state.model), self.setup.plan.plain
         mean, std = (", ".join(f"{value:.6g}" for value in values) for values in (recipe.mean, recipe.std))
         say(f"report: {folder / 'report.html'}\nuse it:\n{how_to_load(folder, about)}\n"
             f"# images: RGB in [0, 1] of {recipe.size} pixels, less the mean ({mean}), divided by the std ({std})")

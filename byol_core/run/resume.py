@@ -1,25 +1,28 @@
-"""A whole run as one checkpoint, and a run gone on with from there."""
+"""Save and restore a whole run."""
 
 import contextlib
 import json
 import shutil
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 
 from byol_core.run.config import TrainConfig, check_option
-from byol_core.run.parts import IN_WORDS, Parts
+from byol_core.run.data import order_of
+from byol_core.run.log import RunLog
 from byol_core.run.plan import Plan, make_plan, with_min_scale
-from byol_core.run.results import Outcome
-from byol_core.system.files import LAST, CheckpointError, State, check_tensors, newest_checkpoint, read_checkpoint
-from byol_core.training import Progress
+from byol_core.run.results import Results
+from byol_core.run.setup import Setup
+from byol_core.run.state import TrainingState
+from byol_core.system.files import LAST, CheckpointError, State, newest_checkpoint, read_checkpoint
 from byol_core.version import __version__
-from byol_core.views.pixels import BAD_LIMIT, Facts
+from byol_core.views.pixels import BAD_LIMIT, Facts, ImageData
 from byol_core.views.recipes import ViewRecipe
 
+IN_WORDS = {"views": "the view recipe", "image names": "the names of the image files"}  # of keys of `identity`
 # Options that are chosen where nothing is asked for.
 RECIPE = ("arch", "image_size", "view_size", "small_stem", "hidden_dim", "projection_dim", "batch_size", "optimizer", "lr",
           "predictor_lr", "weight_decay", "warmup_epochs", "scheduler", "scheduler_interval", "tau_base", "tau_schedule")
@@ -27,34 +30,46 @@ MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeE
 NOT_LISTED = {"resume", "debug", "amp", "device", "compile"}  # options; of the last ones it is told what came of them
 
 
-def snapshot(parts: Parts, outcome: Outcome) -> State:
-    """All that a run needs to go on exactly."""
-    return {
-        "identity": json.dumps(parts.identity()), "version": __version__, "torch": str(torch.__version__),
-        "progress": parts.progress.state_dict(), "model": parts.model.state_dict(),
-        "optimizer": parts.optimizer.state_dict(), "scheduler": parts.scheduler.state_dict(),
-        "scaler": parts.runtime.scaler.state_dict(), "precision": parts.precision, "log": parts.log.state_dict(),
-        "device": parts.runtime.device.type, "compiled": parts.config.compile,
-        "world_size": parts.processes.world_size, "bad_files": parts.data.bad.reasons, **outcome.state_dict(),
-    }
+def identity(setup: Setup, images: ImageData) -> dict[str, object]:
+    """What must be equal for a resumed run to be the same run."""
+    plan = asdict(setup.plan)
+    del plan["choices"], plan["micro_batch"]  # the latter follows from the number of processes
+    return json.loads(json.dumps({
+        "images": len(images), "image names": images.files.fingerprint(), **plan, "seed": setup.config.seed,
+        **({} if setup.config.minutes is None else {"minutes": setup.config.minutes}),
+        "views made": ("on the device" if images.pixels is not None else
+                       "on the cpu" if setup.config.views == "cpu" else "of worker crops")}))
 
 
-def find_snapshot(parts: Parts) -> tuple[State | None, bool]:
+def compare_processes(setup: Setup, images: ImageData) -> None:
+    """Raises: ValueError when the processes of the run were not given the same images and options."""
+    config = setup.config
+    schedule = {"--resume": config.resume is not None, "--check": config.check, "--save-every": config.save_every,
+                "--eval-every": config.eval_every}  # what decides when processes meet
+    identities = setup.processes.gather({**identity(setup, images), "precision": setup.precision, **schedule})
+    for rank, other in enumerate(identities):
+        for key, value in identities[0].items():
+            if other[key] != value:
+                raise ValueError(f"{IN_WORDS.get(key, key)} differ: {value} in rank 0, {other[key]} in rank {rank} - "
+                                 "all processes of a run need the same images and options")
+
+
+def find_saved(setup: Setup, say: Callable[[str], None]) -> tuple[State | None, bool]:
     """(what --resume asks for, or None in a folder where there is nothing yet; whether the run's own last.pt is damaged).
 
     Raises: CheckpointError for a file that cannot be used.
     """
-    asked = Path(parts.config.resume or parts.folder)
+    asked = Path(setup.config.resume or setup.folder)
     if not asked.is_dir():
         return read_checkpoint(asked), False
     state, damaged = newest_checkpoint(asked)
     for line in damaged:
-        parts.log.say(f"warning: {line}; using the checkpoint before it")
-    if state is None and parts.config.resume:
+        say(f"warning: {line}; using the checkpoint before it")
+    if state is None and setup.config.resume:
         raise CheckpointError(f"no checkpoint in {asked}")
     if state is None:
-        parts.log.say(f"nothing to resume in {asked}: starting afresh")
-    return state, bool(damaged) and asked.resolve() == parts.folder.resolve()
+        say(f"nothing to resume in {asked}: starting afresh")
+    return state, bool(damaged) and asked.resolve() == setup.folder.resolve()
 
 
 def begun_as(config: TrainConfig, folder: Path) -> dict[str, object] | None:
@@ -110,96 +125,104 @@ def _go_on(begun: dict[str, Any], config: TrainConfig, facts: Facts, world_size:
     return replace(plan, **kept, views=views, choices=tuple(choices))
 
 
-def restore(parts: Parts, outcome: Outcome, state: State) -> None:
-    """Make of a run that has just been built the one that `state` was taken of.
+@dataclass(frozen=True)
+class Saveable:
+    """All that a run needs to go on exactly: what it was set up with, to compare, and what changes as it trains."""
 
-    Raises: CheckpointError for a state that is of no such run, ValueError when it is of a different one; nothing has
-    been changed then.
-    """
-    try:
-        _check_identity(parts, state)
-        _check_state(parts, state)
-        _restore(parts, outcome, state)
-    except (KeyError, TypeError, AttributeError, IndexError, RecursionError, json.JSONDecodeError, CheckpointError) as error:
-        raise CheckpointError(f"the checkpoint to resume from is not one that this version makes ({type(error).__name__}: "
-                              f"{error}) - take another, or start a new run in another --out") from error
+    setup: Setup
+    state: TrainingState
+    images: ImageData
+    results: Results
+    log: RunLog
+
+    def snapshot(self) -> State:
+        setup = self.setup
+        return {
+            "identity": json.dumps(identity(setup, self.images)), "version": __version__, "torch": str(torch.__version__),
+            **self.state.state_dict(), "precision": setup.precision, "log": self.log.state_dict(),
+            "device": setup.runtime.device.type, "compiled": setup.config.compile,
+            "world_size": setup.processes.world_size, "bad_files": self.images.bad.reasons, **self.results.state_dict()}
+
+    def restore(self, saved: State) -> None:
+        """Make of a run that has just been built the one that `saved` was taken of.
+
+        Raises: CheckpointError for a state that is of no such run, ValueError when it is of a different one; nothing has
+        been changed then.
+        """
+        try:
+            self._check_identity(saved)
+            self._check(saved)
+            self._restore(saved)
+        except (KeyError, TypeError, AttributeError, IndexError, RecursionError, json.JSONDecodeError,
+                CheckpointError) as error:
+            raise CheckpointError("the checkpoint to resume from is not one that this version makes "
+                                  f"({type(error).__name__}: {error}) - take another, or start a new run in another "
+                                  "--out") from error
+
+    def _check_identity(self, saved: State) -> None:
+        before, own, setup = _identity(saved), identity(self.setup, self.images), self.setup
+        changed = [IN_WORDS.get(key, f"{key} {before.get(key)} -> {own[key]}") for key in own if before.get(key) != own[key]]
+        if changed:
+            raise ValueError(
+                f"cannot resume exactly: {'; '.join(changed)} - repeat the options of the run, or start a new one in another "
+                f"--out, from these weights with --arch {setup.plan.arch} --init-from {setup.folder / LAST}")
+
+    def _check(self, saved: State) -> None:
+        order = order_of(self.setup, len(self.images))
+        self.state.check(saved, self.setup.plan.epochs, len(order))
+        if not all(isinstance(text, str) and text.isidentifier() for text in (saved["precision"],
+                                                                              saved.get("device", "cpu"))) \
+                or not isinstance(saved.get("compiled", False), bool):
+            raise CheckpointError("what it was computed with is not told")
+        bad = saved.get("bad_files", {})
+        if not isinstance(bad, dict) or len(bad) > BAD_LIMIT * len(self.images) or not all(
+                isinstance(index, int) and isinstance(reason, str) for index, reason in bad.items()):
+            raise CheckpointError("its list of bad files is malformed")
+
+    def _restore(self, saved: State) -> None:
+        setup, say = self.setup, self.log.say
+        self.state.load_state_dict(saved)
+        arithmetic = {"precision": setup.precision, "device": setup.runtime.device.type, "compiled": setup.config.compile}
+        for name, here in arithmetic.items():
+            if saved.get(name, here) != here:
+                say(f"note: {name} {saved[name]} -> {here}, so this is not an exact resume")
+        before, now = saved.get("world_size", 1), setup.processes.world_size
+        if before != now:
+            say(f"note: {before} -> {now} processes: every update uses the same images and views as before, but sums and "
+                "batch statistics are taken over other parts, so this is not an exact resume")
+        self.images.bad.reasons.update(saved.get("bad_files", {}))  # type: ignore[call-overload]
+        asked = Path(setup.config.resume or setup.folder)
+        source = asked if asked.is_dir() else asked.parent
+        _take_along(source, setup, saved)
+        self.results.load_state_dict(saved)
+        if not self.results.is_complete():
+            progress = self.state.progress
+            self.log.resume(saved["log"], progress, source)  # type: ignore[arg-type]
+            say(f"resuming at epoch {progress.epoch}, update {progress.updates}{_other_changes(setup)}")
 
 
-def _check_identity(parts: Parts, state: State) -> None:
-    saved, own = _identity(state), parts.identity()
-    changed = [IN_WORDS.get(key, f"{key} {saved.get(key)} -> {own[key]}") for key in own if saved.get(key) != own[key]]
-    if changed:
-        raise ValueError(f"cannot resume exactly: {'; '.join(changed)} - repeat the options of the run, or start a new one in "
-                         f"another --out, from these weights with --arch {parts.plan.arch} --init-from {parts.folder / LAST}")
-
-
-def _check_state(parts: Parts, state: State) -> None:
-    own, model, optimizer = parts.model.state_dict(), state["model"], state["optimizer"]
-    if not isinstance(model, dict) or model.keys() != own.keys() or not all(isinstance(v, Tensor) for v in model.values()):
-        raise CheckpointError("its networks are not like these")
-    check_tensors(model, own)  # type: ignore[arg-type]
-    parameters = [p for group in parts.optimizer.param_groups for p in group["params"]]
-    check_tensors(optimizer["state"], dict(enumerate(parameters)))  # type: ignore[index]
-    if not all(isinstance(text, str) and text.isidentifier() for text in (state["precision"], state.get("device", "cpu"))) \
-            or not isinstance(state.get("compiled", False), bool):
-        raise CheckpointError("what it was computed with is not told")
-    progress, bad = Progress(**state["progress"]), state.get("bad_files", {})  # type: ignore[arg-type]
-    if not (0 <= progress.epoch <= parts.plan.epochs and 0 <= progress.batch <= len(parts.batches)
-            and progress.updates >= 0):
-        raise CheckpointError("it stands where no run like this one can be")
-    if not isinstance(bad, dict) or len(bad) > BAD_LIMIT * len(parts.data) or not all(
-            isinstance(index, int) and isinstance(reason, str) for index, reason in bad.items()):
-        raise CheckpointError("its list of bad files is none")
-
-
-def _restore(parts: Parts, outcome: Outcome, state: State) -> None:
-    say = parts.log.say
-    parts.model.load_state_dict(state["model"])  # type: ignore[arg-type]
-    parts.optimizer.load_state_dict(state["optimizer"])  # type: ignore[arg-type]
-    parts.scheduler.load_state_dict(state["scheduler"])  # type: ignore[arg-type]
-    if parts.runtime.scaler.is_enabled() and state["scaler"]:
-        parts.runtime.scaler.load_state_dict(state["scaler"])  # type: ignore[arg-type]
-    arithmetic = {"precision": parts.precision, "device": parts.runtime.device.type, "compiled": parts.config.compile}
-    for name, here in arithmetic.items():
-        if state.get(name, here) != here:
-            say(f"note: {name} {state[name]} -> {here}, so this is not an exact resume")
-    before, now = state.get("world_size", 1), parts.processes.world_size
-    if before != now:
-        say(f"note: {before} -> {now} processes: every update uses the same images and views as before, but sums and batch "
-            "statistics are taken over other parts, so this is not an exact resume")
-    parts.progress = Progress(**state["progress"])  # type: ignore[arg-type]
-    parts.data.bad.reasons.update(state.get("bad_files", {}))  # type: ignore[call-overload]
-    asked = Path(parts.config.resume or parts.folder)
-    source = asked if asked.is_dir() else asked.parent
-    _take_along(source, parts, state)
-    outcome.load_state_dict(state)
-    if not outcome.is_complete():
-        parts.log.resume(state["log"], parts.progress, source)  # type: ignore[arg-type]
-        say(f"resuming at epoch {parts.progress.epoch}, update {parts.progress.updates}{_other_changes(parts)}")
-
-
-def _take_along(source: Path, parts: Parts, state: State) -> None:
-    """What was made on the way, where a run goes on in another folder; the best network only if it is that of `state`."""
-    if not parts.processes.first or source.resolve() == parts.folder.resolve():
+def _take_along(source: Path, setup: Setup, saved: State) -> None:
+    """What was made on the way, where a run goes on in another folder; the best network only if it is that of `saved`."""
+    if not setup.processes.first or source.resolve() == setup.folder.resolve():
         return
     names = ["views.png"]
     with contextlib.suppress(OSError, ValueError):
         about = json.loads((source / "best.json").read_text("utf-8"))
-        best = cast(dict[str, float], state.get("best") or {})
+        best = cast(dict[str, float], saved.get("best") or {})
         if best and all(about.get(key) == value for key, value in best.items()):
             names += ["best.pt", "best.json"]
     for name in names:
         if (source / name).is_file():
-            shutil.copyfile(source / name, parts.folder / name)
+            shutil.copyfile(source / name, setup.folder / name)
 
 
-def _other_changes(parts: Parts) -> str:
+def _other_changes(setup: Setup) -> str:
     """Which options differ from those that the run was last started with and do not change its result."""
     try:
-        before = json.loads((parts.folder / "config.json").read_text("utf-8"))["config"]
+        before = json.loads((setup.folder / "config.json").read_text("utf-8"))["config"]
     except (OSError, ValueError, KeyError, TypeError):
         return ""
-    now = json.loads(json.dumps(asdict(parts.config)))
+    now = json.loads(json.dumps(asdict(setup.config)))
     changed = [f"{key} {before[key]} -> {now[key]}" for key in now
                if key in before and key not in NOT_LISTED and before[key] != now[key]]
     return f"; changed, without effect on the result: {', '.join(changed)}" if changed else ""

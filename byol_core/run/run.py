@@ -2,33 +2,34 @@
 
 import contextlib
 import math
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import sklearn
 import torch
-import torchvision
 
 from byol_core.cuda_graph import WARM_UP
 from byol_core.images.duplicates import find_copies
-from byol_core.images.image_set import ImageSet, printable, with_several_frames
-from byol_core.run.config import TrainConfig, command_line
-from byol_core.run.folder import COPIES, lock_of, space_warning
-from byol_core.run.parts import Parts
+from byol_core.images.image_set import ImageSet, printable
+from byol_core.run.config import TrainConfig
+from byol_core.run.data import Loaded, Measuring, load, open_views, order_of
+from byol_core.run.describe import describe, write_config
+from byol_core.run.folder import COPIES, lock_of
+from byol_core.run.log import RunLog
 from byol_core.run.plan import RESNET_FROM, Choice, Plan
-from byol_core.run.results import Outcome
-from byol_core.run.resume import find_snapshot, restore, snapshot
+from byol_core.run.results import Results
+from byol_core.run.resume import Saveable, compare_processes, find_saved
+from byol_core.run.setup import set_up
+from byol_core.run.state import TrainingState
 from byol_core.run.tensorboard import Board
 from byol_core.runtime import NonFiniteError, peak_memory
 from byol_core.system.distributed import ALONE, Processes
-from byol_core.system.files import LAST, State, replace_damaged, save_checkpoint, write_json, write_text
+from byol_core.system.files import LAST, State, replace_damaged, save_checkpoint, write_text
 from byol_core.system.signals import Stopped, StopRequest
 from byol_core.training import Progress, Step, train
-from byol_core.version import __version__
-from byol_core.views.pixels import BAD_LIMIT, ImageData
+from byol_core.views.batches import TimedBatches
+from byol_core.views.pixels import BAD_LIMIT
 from byol_core.views.workers import WorkerError
 
 CHECK_STEPS, CHECK_IMAGES = 5, 1_000  # of a check: updates that are timed, images that are decoded
@@ -40,13 +41,25 @@ class _EnoughMeasured(Exception):
 
 
 class Run:
-    """What happens to the parts of a run, and when. Raises: ValueError for what cannot be trained with."""
+    """A run from its options to its results; Raises: ValueError for what cannot be trained with.
+
+    config, asked: as `Setup` has them; asked is config where they are one. loaded: the images of `files` and where their views
+    are made, if another run of these options has loaded them already.
+    """
 
     def __init__(self, config: TrainConfig, plan: Plan, files: ImageSet, folder: Path, processes: Processes = ALONE,
-                 loaded: tuple[ImageData, str] | None = None, asked: TrainConfig | None = None) -> None:
-        self.parts = Parts(config, plan, files, folder, processes, loaded, asked)
-        self.outcome = Outcome(self.parts)
-        self.processes, self.log = processes, self.parts.log
+                 loaded: Loaded | None = None, asked: TrainConfig | None = None) -> None:
+        self.setup = set_up(asked or config, config, plan, folder, processes)
+        self.processes, runtime = processes, self.setup.runtime
+        self.log = RunLog(folder, plan.epochs, plan.updates_per_epoch, plan.batch_size, processes, asdict(plan))
+        self.state = TrainingState(self.setup.new_model(), plan, runtime.scaler)
+        self.images, self.views_reason = loaded or load(self.setup, files, self.log.say, config.views)
+        compare_processes(self.setup, self.images)
+        self.measuring = Measuring(self.setup, self.images, self.log.say)
+        order = order_of(self.setup, len(self.images))
+        self.batches = TimedBatches(open_views(self.setup, self.images, order), runtime.device)
+        self.results = Results(self.setup, self.log, self.state, self.images, self.measuring)
+        self.saveable = Saveable(self.setup, self.state, self.images, self.results, self.log)
         self.saved_updates = 0
         self._lock = lock_of(folder)
         self.stop = StopRequest(patient=processes.several)
@@ -55,56 +68,24 @@ class Run:
 
     @property
     def progress(self) -> Progress:
-        return self.parts.progress
+        return self.state.progress
 
     def resume(self) -> None:
         """Go on from --resume's checkpoint, where there is one; a fresh start in an empty folder.
 
         Raises: CheckpointError for a file that cannot be used, ValueError when it belongs to a different run.
         """
-        state, damaged = self.processes.from_first(lambda: find_snapshot(self.parts))
-        if state is None:
+        saved, damaged = self.processes.from_first(lambda: find_saved(self.setup, self.log.say))
+        if saved is None:
             return
-        restore(self.parts, self.outcome, state)
+        self.saveable.restore(saved)
         if damaged:
-            self.processes.on_first(lambda: replace_damaged(self.parts.folder))
+            self.processes.on_first(lambda: replace_damaged(self.setup.folder))
         self.saved_updates = self.progress.updates
 
     def describe(self) -> None:
         """Say what is about to be done, and why so."""
-        parts, plan, files, say = self.parts, self.parts.plan, self.parts.data.files, self.log.say
-        for remark in files.remarks:
-            say(f"warning: {remark}")
-        several = with_several_frames(files)
-        if several:
-            say(f"note: {several} of the files looked at have several frames; of each file the first one is used")
-        kinds = f"{len(files.classes)} classes, used only to measure" if files.labels is not None else "no class folders"
-        say(f"data: {len(files)} images in {files.given} ({kinds})")
-        weights = sum(p.numel() for p in parts.model.online.parameters())
-        say(f"network: {weights / 1e6:.1f} M parameters; {plan.updates_per_epoch} updates of {plan.batch_size} images per "
-            f"epoch, {plan.total_updates} in all")
-        if parts.config.minutes is not None:
-            say(f"length: {plan.epochs} epochs of {plan.updates_per_epoch} updates take about "
-                f"{parts.config.minutes:g} minutes of training here")
-        for choice in plan.choices:
-            shown = f"{choice.value:.6g}" if isinstance(choice.value, float) else str(choice.value)
-            if choice.name == "lr":
-                shown += f" x {plan.batch_size}/256 = {plan.lr:.6g}"
-            say(f"  {choice.name} {shown} ({choice.reason})")
-        say(f"device: {parts.runtime.device} ({parts.device_reason}); precision: {parts.precision} ({parts.amp_reason})"
-            f"{', TF32 where float32 remains' if parts.tf32 else ''}{', compiled' if parts.config.compile else ''}"
-            f"{', CUDA graph' if parts.runtime.cuda_graph else ''}"
-            f"{', channels_last' if parts.runtime.channels_last else ''}; views: {parts.views_reason}")
-        if parts.config.cuda_graph and not parts.runtime.cuda_graph:
-            say("note: --cuda-graph is left out, as it is for one process on a CUDA device")
-        if self.processes.several:
-            alike = "all of them" if parts.runtime.device.type == "cuda" else "each alone, as on this device it must be"
-            say(f"processes: {self.processes.world_size}, each with {plan.micro_batch} images at a time; batch statistics "
-                f"over {alike}")
-        say(f"run folder: {parts.folder}")
-        warning = space_warning(parts.folder, parts.checkpoint_bytes()) if self.processes.first else None  # whose folder it is
-        if warning is not None:
-            say(warning)
+        describe(self.setup, self.images.files, self.state, self.views_reason, self.log.say)
 
     def write_start(self) -> None:
         """config.json and views.png, before the first step."""
@@ -112,28 +93,15 @@ class Run:
 
     def _write_start(self) -> None:
         with self.log.warn_only():
-            self._write_config()
+            if self.setup.config.tensorboard and not self.setup.config.check:
+                self.log.board = Board(self.setup.folder, self.progress.updates, self.log.say)
+            write_config(self.setup, self.images.files)
         with self.log.warn_only():
-            if self.parts.plan.epochs and self.progress.updates == 0:
-                self.outcome.picture_views()
-
-    def _write_config(self) -> None:
-        parts = self.parts
-        if parts.config.tensorboard and not parts.config.check:
-            self.log.board = Board(parts.folder, self.progress.updates, self.log.say)
-        write_json(parts.folder / "config.json", {
-            "config": asdict(parts.config),
-            "commands": {"this": command_line(parts.asked), "elsewhere": command_line(replace(parts.asked, out=None))},
-            "choices": [asdict(choice) for choice in parts.plan.choices],
-            "plan": {key: value for key, value in asdict(parts.plan).items() if key != "choices"},
-            "data": {"images": len(parts.data), "classes": list(parts.data.files.classes),
-                     "image_names": parts.data.files.fingerprint()},
-            "versions": {"byol_core": __version__, "torch": str(torch.__version__),
-                         "torchvision": torchvision.__version__, "scikit-learn": sklearn.__version__,
-                         "python": platform.python_version(), "system": platform.platform()}})
+            if self.setup.plan.epochs and self.progress.updates == 0:
+                self.results.picture_views(self.batches.batches)
 
     def measure_untrained(self) -> None:
-        self.processes.on_first(self.outcome.measure_untrained)
+        self.processes.on_first(self.results.measure_untrained)
 
     def train(self) -> None:
         """The loop, from wherever the run stands to its end; saves as it goes.
@@ -141,16 +109,16 @@ class Run:
         Raises: Stopped after a signal, NonFiniteError with where it happened; the last good state is saved.
         """
         if self.processes.first:
-            self.outcome.report_under_way()
+            self.results.report_under_way()
         self.log.start(self.progress)
         try:
             self.stop.waits_for_a_step = True
             self._train(self.progress, self._after_step)
         except NonFiniteError as error:
-            amp_dtype = self.parts.runtime.amp_dtype
+            amp_dtype = self.setup.runtime.amp_dtype
             raise NonFiniteError(
                 f"{error} at epoch {self.progress.epoch + 1}, update {self.progress.updates + (not error.late)} (lr "
-                f"{self.parts.optimizer.param_groups[0]['lr']:.3g}, precision {amp_dtype or torch.float32}); "
+                f"{self.state.optimizer.param_groups[0]['lr']:.3g}, precision {amp_dtype or torch.float32}); "
                 f"{self.what_is_saved()} - start again with a lower --lr{' or --amp off' if amp_dtype else ''} "
                 "and another --out") from error
         except WorkerError as error:
@@ -161,25 +129,25 @@ class Run:
         finally:
             self.stop.waits_for_a_step = False
             self.log.close()
-            self.parts.batches.close()
-        if not self.processes.from_first(lambda: (self.parts.folder / LAST).exists()):  # no update was left to be made here
+            self.batches.close()
+        if not self.processes.from_first(lambda: (self.setup.folder / LAST).exists()):  # no update was left to be made here
             self.save()
 
     def _train(self, progress: Progress, after_step: Callable[[Progress, Step], None]) -> None:
-        parts, plan = self.parts, self.parts.plan
-        train(parts.model, parts.batches, plan.epochs, optimizer=parts.optimizer, lr_scheduler=parts.scheduler,
+        state, plan = self.state, self.setup.plan
+        train(state.model, self.batches, plan.epochs, optimizer=state.optimizer, lr_scheduler=state.scheduler,
               lr_scheduler_interval=plan.scheduler_interval, tau_base=plan.tau_base, tau_schedule=plan.tau_schedule,
-              accum_steps=plan.accum_steps, seed=parts.config.seed, runtime=parts.runtime, progress=progress,
+              accum_steps=plan.accum_steps, seed=self.setup.config.seed, runtime=self.setup.runtime, progress=progress,
               after_step=after_step)
 
     def _after_step(self, progress: Progress, step: Step) -> None:
-        config, epochs = self.parts.config, self.parts.plan.epochs
-        self.log.step(progress, step, self.parts.batches.take_waited())
+        config, epochs = self.setup.config, self.setup.plan.epochs
+        self.log.step(progress, step, self.batches.take_waited())
         ended_epoch = progress.batch == 0
         if ended_epoch:
             self._share_bad_files()
         if ended_epoch and config.eval_every and progress.epoch % config.eval_every == 0:
-            self.processes.on_first(self.outcome.measure_on_the_way)
+            self.processes.on_first(self.results.measure_on_the_way)
         asked = self.processes.agree_on_stop(self.stop.signal, now=ended_epoch)
         if asked is not None:
             self.save()
@@ -187,46 +155,46 @@ class Run:
         if ended_epoch and (progress.epoch % config.save_every == 0 or progress.epoch == epochs):
             self.save()
         if ended_epoch and self.processes.first:
-            self.outcome.report_under_way()
+            self.results.report_under_way()
 
     def _share_bad_files(self) -> None:
         """Every process knows of the bad files that the others met."""
-        data = self.parts.data
+        data = self.images
         if self.processes.several and data.pixels is None:
             for reasons in self.processes.gather(data.bad.reasons):
                 for index, reason in reasons.items():
                     data.bad.add(index, reason)
 
     def save(self) -> None:
-        self.parts.runtime.confirm()
+        self.setup.runtime.confirm()
         self._refuse_what_is_not_finite()
-        state = snapshot(self.parts, self.outcome)
-        self.processes.on_first(lambda: self._write(state))
+        saved = self.saveable.snapshot()
+        self.processes.on_first(lambda: self._write(saved))
         self.saved_updates = self.progress.updates
 
     def _refuse_what_is_not_finite(self) -> None:
         """A finite step may still have brought batch norm's running statistics, or a weight, to infinity."""
-        tensors = [tensor for tensor in self.parts.model.state_dict().values() if tensor.is_floating_point()]
+        tensors = [tensor for tensor in self.state.model.state_dict().values() if tensor.is_floating_point()]
         if not torch.isfinite(torch.nn.utils.get_total_norm([tensor.float() for tensor in tensors])):
             raise NonFiniteError("a weight or a statistic of batch norm is not finite", late=True)
 
-    def _write(self, state: State) -> None:
+    def _write(self, saved: State) -> None:
         if not self._is_in_its_folder():
-            raise RuntimeError(f"{self.parts.folder} was removed or replaced while the run went on, so nothing is saved")
+            raise RuntimeError(f"{self.setup.folder} was removed or replaced while the run went on, so nothing is saved")
         self.log.sync()  # first: a checkpoint counts on the records of its updates
-        save_checkpoint(self.parts.folder, state)
+        save_checkpoint(self.setup.folder, saved)
 
     def _save_between_updates(self) -> None:
         """Save what no checkpoint has yet, unless an update is half made: batch norm has seen its first micro-batches.
 
         Of several processes one cannot know where the others are.
         """
-        between = self.progress.batch % self.parts.plan.accum_steps == 0
+        between = self.progress.batch % self.setup.plan.accum_steps == 0
         if self.progress.updates > self.saved_updates and between and not self.processes.several:
             self.save()
 
     def what_is_saved(self) -> str:
-        last = self.parts.folder / LAST
+        last = self.setup.folder / LAST
         there = last.exists() or self.saved_updates  # on a machine of its own a process does not see the folder
         return f"{last} has the weights of update {self.saved_updates}" if there else "nothing was saved yet"
 
@@ -235,17 +203,17 @@ class Run:
         self.processes.on_first(self._finish)
 
     def _finish(self) -> None:
-        self.outcome.finish()
-        self.outcome.say()
+        self.results.finish()
+        self.results.say()
 
     def write_end(self, status: str, reason: str) -> None:
         """What is left of a run that did not finish."""
         if self.processes.first and self._is_in_its_folder():
-            self.outcome.write_end(status, reason)
+            self.results.write_end(status, reason)
 
     def _is_in_its_folder(self) -> bool:
         """Whether the run folder is still the one that this run holds the lock of: another run may be in its place."""
-        return self._lock is None or self._lock == lock_of(self.parts.folder)
+        return self._lock is None or self._lock == lock_of(self.setup.folder)
 
     def check(self) -> None:
         """Say what is amiss with the images, and what the whole run would take; nothing is trained.
@@ -254,19 +222,20 @@ class Run:
         """
         self.processes.on_first(self._check_images)
         self.write_start()
-        parts, seconds = self.parts, self.seconds_per_update()
-        where = " on the GPU" if parts.runtime.device.type == "cuda" else ""
-        self.log.say(f"check: {seconds:.2f} s per update, about {seconds * parts.plan.total_updates / 3600:.2f} h in all; "
-                     f"about {COPIES * parts.checkpoint_bytes() / 1e6:.0f} MB of disk; "
-                     f"{peak_memory(parts.runtime.device) / 1e6:.0f} MB of memory{where}; nothing was trained")
+        seconds, device = self.seconds_per_update(), self.setup.runtime.device
+        where = " on the GPU" if device.type == "cuda" else ""
+        hours = seconds * self.setup.plan.total_updates / 3600
+        self.log.say(f"check: {seconds:.2f} s per update, about {hours:.2f} h in all; about "
+                     f"{COPIES * self.state.checkpoint_bytes() / 1e6:.0f} MB of disk; "
+                     f"{peak_memory(device) / 1e6:.0f} MB of memory{where}; nothing was trained")
 
     def _check_images(self) -> None:
         """bad_files.txt, copies.txt, and how many are in them."""
-        data, folder = self.parts.data, self.parts.folder
+        data, folder = self.images, self.setup.folder
         tried, bad = data.try_some(CHECK_IMAGES)
         copies = find_copies(data.files)
         with self.log.warn_only():
-            self.outcome.write_bad_files()
+            self.results.write_bad_files()
             if copies:
                 names = ((printable(data.files.name(place)) for place in pair) for pair in copies)
                 write_text(folder / "copies.txt", "".join(f"{copy}\t{first}\n" for copy, first in names))
@@ -278,7 +247,7 @@ class Run:
 
     def images_in(self, minutes: float) -> int:
         """How many images fill so many minutes of updates, at least a batch; the run can not be trained after that."""
-        seconds, batch = self.seconds_per_update(TIMED_S), self.parts.plan.batch_size
+        seconds, batch = self.seconds_per_update(TIMED_S), self.setup.plan.batch_size
         return max(1, self.processes.from_first(lambda: int(60 * minutes / max(seconds, 1e-6)))) * batch
 
     def seconds_per_update(self, at_least: float = 0.0) -> float:
@@ -287,7 +256,7 @@ class Run:
         at_least: seconds that they take together, as the first process counts them: all make as many.
         """
         times: list[float] = []  # at the end of each update
-        first = WARM_UP if self.parts.runtime.cuda_graph else 0  # from here on they are as they will be
+        first = WARM_UP if self.setup.runtime.cuda_graph else 0  # from here on they are as they will be
         wanted = first + CHECK_STEPS
 
         def per_update() -> float:
@@ -295,7 +264,7 @@ class Run:
 
         def stop_early(progress: Progress, step: Step) -> None:
             nonlocal wanted
-            self.parts.runtime.confirm()  # waits for the device
+            self.setup.runtime.confirm()  # waits for the device
             times.append(time.monotonic())
             if at_least and len(times) == first + CHECK_STEPS + 1:
                 wanted = first + max(CHECK_STEPS, self.processes.from_first(
@@ -310,7 +279,7 @@ class Run:
 
 
 def fit_into(minutes: float, plan_of: Callable[[int, Choice | None], Plan],
-             run_of: Callable[[Plan, tuple[ImageData, str] | None], Run]) -> tuple[int, Choice, tuple[ImageData, str]]:
+             run_of: Callable[[Plan, Loaded | None], Run]) -> tuple[int, Choice, Loaded]:
     """(how many images fill so many minutes of updates, the network, the images of the set as they were loaded on the way).
 
     A few updates are timed. Their time may tell another network or another size of the batch, and is measured anew with them.
@@ -325,8 +294,8 @@ def fit_into(minutes: float, plan_of: Callable[[int, Choice | None], Plan],
             trial.log.say(f"measuring how many updates fit into {minutes:g} minutes")
         seen = trial.images_in(minutes)
         before, plan = plan, plan_of(seen, None if attempt == 0 else plan.network)
-        trial.parts.batches.close()
-        loaded = trial.parts.data, trial.parts.views_reason
+        trial.batches.close()
+        loaded = trial.images, trial.views_reason
         del trial  # before the next one takes memory
         if (plan.arch, plan.batch_size) == (before.arch, before.batch_size):
             break

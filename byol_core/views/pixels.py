@@ -109,6 +109,13 @@ class Facts:
     same_size: bool
 
 
+def usual_size(facts: Facts) -> int:
+    """Native size for small images, else 128 or 224: the sizes of published results."""
+    if facts.side <= 96:
+        return max(facts.side, 8)
+    return 128 if facts.side <= 160 else 224
+
+
 def look_at(files: ImageSet) -> Facts:
     """What a plan needs to know of the images, from a few of their headers."""
     height, width, same_size = typical_size(files)

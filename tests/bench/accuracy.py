@@ -28,8 +28,8 @@ from byol_core.evaluate.features import knn_accuracy
 from byol_core.evaluate.scoring import Scorer
 from byol_core.run import command
 from byol_core.run.config import parse_config
-from byol_core.run.parts import Parts
 from byol_core.run.plan import Plan, make_plan
+from byol_core.run.run import Run
 from byol_core.system.distributed import ALONE
 from byol_core.system.files import write_json
 from byol_core.views.pixels import look_at
@@ -123,26 +123,26 @@ def train_once(arguments: list[str], length: list[str], seed: int, out: Path, qu
     if code == 1:
         return Result(f"seed {seed}, failed: {summary['reason']}", {}, summary["epochs"], summary["seconds"] / 60,
                       begun=begun.read_text())
-    parts = parts_of(options)
-    scorer = scorer_of(parts, parts.plan)
-    accuracies = measured(scorer, parts.backbone, "last", tell)
+    run = run_of(options)
+    scorer = scorer_of(run, run.setup.plan)
+    accuracies = measured(scorer, run.state.backbone, "last", tell)
     if (out / "best.pt").exists() and not quick:
-        best = parts.new_model().online.backbone
+        best = run.setup.new_model().online.backbone
         best.load_state_dict(torch.load(out / "best.pt", weights_only=True))
         accuracies |= measured(scorer, best, "best")
     return Result(f"seed {seed}", accuracies, summary["epochs"], summary["seconds"] / 60, summary["images_per_second"],
                   begun=begun.read_text())
 
 
-def parts_of(options: list[str]) -> Parts:
+def run_of(options: list[str]) -> Run:
     """A finished run, read back."""
     with contextlib.ExitStack() as stack:
-        return command.prepare(parse_config([*options, "--resume"]), ALONE, stack).parts
+        return command.prepare(parse_config([*options, "--resume"]), ALONE, stack)
 
 
-def scorer_of(parts: Parts, plan: Plan) -> Scorer:
-    """The scorer of `parts`, for images of the size of that plan."""
-    own = parts.scorer
+def scorer_of(run: Run, plan: Plan) -> Scorer:
+    """The scorer of `run`, for images of the size of that plan."""
+    own = run.measuring.scorer
     assert isinstance(own, Scorer)
     return Scorer(own.data, own.eval_data, plan.plain, own.runtime, own.workers, own.classifier, own.report)
 
@@ -174,29 +174,29 @@ def mean_row(results: list[Result]) -> tuple[str, ...]:
             mean([result.images_per_second for result in results], ".0f"), *accuracies, "")
 
 
-def baselines(parts: Parts, out: Path) -> list[Result]:
+def baselines(run: Run, out: Path) -> list[Result]:
     """The untrained network of this seed and bare pixels, measured alike."""
     def result(name: str, backbone: nn.Module) -> Result:
-        return Result(name, measured(scorer_of(parts, parts.plan), backbone, "last"))
+        return Result(name, measured(scorer_of(run, run.setup.plan), backbone, "last"))
 
-    return [once(out / "untrained.json", lambda: result(f"untrained, seed {parts.config.seed}",
-                                                        parts.new_model().online.backbone)),
+    return [once(out / "untrained.json", lambda: result(f"untrained, seed {run.setup.config.seed}",
+                                                        run.setup.new_model().online.backbone)),
             once(out / "pixels.json", lambda: result("raw pixels", nn.Flatten()))]
 
 
-def lightly_results(parts: Parts, whose: str, runs: list[tuple[int, Path, float]]) -> list[Result]:
+def lightly_results(run: Run, whose: str, runs: list[tuple[int, Path, float]]) -> list[Result]:
     """lightly's recipe for as long as each run of ours.
 
-    whose: "ours", the network of `parts`, or "theirs". runs: seed, folder and minutes of each of ours.
+    whose: "ours", the network of `run`, or "theirs". runs: seed, folder and minutes of each of ours.
     """
-    plan = parts.plan if whose == "ours" else make_plan(replace(
-        parts.config, arch="resnet18", image_size=None, view_size=None, small_stem=None), look_at(parts.data.files))
+    plan = run.setup.plan if whose == "ours" else make_plan(replace(
+        run.setup.config, arch="resnet18", image_size=None, view_size=None, small_stem=None), look_at(run.images.files))
     network = f"{plan.arch}{' with the small stem' * plan.small_stem} at {plan.image_size} pixels"
 
     def result(seed: int, length: float) -> Result:
-        backbone, epochs, took, rate = train_lightly(parts, plan, length, seed)
+        backbone, epochs, took, rate = train_lightly(run, plan, length, seed)
         return Result(f"lightly's recipe in the same minutes, {network}, seed {seed}",
-                      measured(scorer_of(parts, plan), backbone, "last"), epochs, took, rate)
+                      measured(scorer_of(run, plan), backbone, "last"), epochs, took, rate)
 
     return [once(out / f"lightly-{whose}.json", partial(result, seed, length)) for seed, out, length in runs]
 
@@ -253,9 +253,9 @@ def main() -> None:
         raise SystemExit(1)
     finished = [(seed, outs[seed], result.minutes or 0.0) for seed, result in enumerate(results) if result.accuracies]
     seed, out, _ = finished[-1]
-    parts = parts_of(options_of(arguments, length, seed, out))
-    lightlys = lightly_results(parts, options.lightly, finished) if options.lightly else []
-    bare = [] if options.quick else baselines(parts, out)
+    run = run_of(options_of(arguments, length, seed, out))
+    lightlys = lightly_results(run, options.lightly, finished) if options.lightly else []
+    bare = [] if options.quick else baselines(run, out)
     for result in lightlys + bare:
         append_json(options, **{result.name: asdict(result)})
     rows = [result.cells() for result in results]
@@ -263,12 +263,12 @@ def main() -> None:
     rows += [result.cells() for result in lightlys]
     rows += [mean_row(lightlys)] if len(lightlys) > 1 else []
     rows += [result.cells() for result in bare]
-    plan = parts.plan
+    plan = run.setup.plan
     recipe = "; ".join(f"{choice.name} {choice.value:.6g}" if isinstance(choice.value, float) else
                        f"{choice.name} {choice.value}" for choice in plan.choices)
     if not any(choice.name == "batch_size" for choice in plan.choices):
         recipe = f"batch_size {plan.batch_size}; {recipe}"
-    keep(options, length, passed_on, rows, recipe, str(parts.runtime.device))
+    keep(options, length, passed_on, rows, recipe, str(run.setup.runtime.device))
     for result, out in zip(results, outs):
         if result.log:  # written last, as they change what git describes
             LOGS.mkdir(exist_ok=True)

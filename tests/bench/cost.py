@@ -20,7 +20,7 @@ from byol_core import training
 from byol_core.networks import BYOL
 from byol_core.run import run
 from byol_core.run.log import RunLog
-from byol_core.run.results import Outcome
+from byol_core.run.results import Results
 from byol_core.run.run import Run
 from byol_core.runtime import Runtime
 from tests.bench.table import add_output, environment, markdown, show
@@ -28,8 +28,8 @@ from tests.bench.table import add_output, environment, markdown, show
 WHOLE = "the whole loop"
 PARTS = {"forward": (BYOL, "forward"), "backward": (Runtime, "backward"), "finite check and optimizer": (Runtime, "step"),
          "EMA": (training, "ema_update"), "records: losses, health, speed": (RunLog, "step"),
-         "report.html on the way": (Outcome, "report_under_way"),
-         "kNN on the way (only with --eval-every)": (Outcome, "measure_on_the_way"),
+         "report.html on the way": (Results, "report_under_way"),
+         "kNN on the way (only with --eval-every)": (Results, "measure_on_the_way"),
          "checkpoints, one per epoch": (Run, "save"), WHOLE: (run, "train")}
 
 

@@ -78,9 +78,9 @@ def compare(case: str, options: argparse.Namespace, limits: str) -> None:
         link(paths, folder / "images")
         turns = {name: new_turns(folder, case, options, **chosen) for name, chosen in variants(options).items()}
         for some in turns.values():
-            stack.callback(some.run.parts.batches.close)
+            stack.callback(some.run.batches.close)
         rows: dict[str, Callable[[], object]] = {**turns}
-        rows |= others(paths, (options.arch, small_stem, size), batch, turns[OURS].run.parts.runtime, options)
+        rows |= others(paths, (options.arch, small_stem, size), batch, turns[OURS].run.setup.runtime, options)
         milliseconds = side_by_side(rows, options.device, options.rounds, 1, seconds=options.seconds, memory=memory)
         if OURS not in milliseconds or LIMIT not in milliseconds:
             raise SystemExit(f"too little memory for a batch of {batch} - give a smaller --batch")
@@ -94,7 +94,7 @@ def compare(case: str, options: argparse.Namespace, limits: str) -> None:
     text = "\n\n".join((environment(options.device, "torchvision"), limits, *again, *notes, markdown(columns, table)))
     stem = ", small stem" if small_stem else ""
     show(f"End to end: {options.arch}{stem}, {size} pixels, batch {batch}", text, options, images_per_second=rates,
-         workers=turns[OURS].run.parts.workers, views=turns[OURS].run.parts.views_reason,
+         workers=turns[OURS].run.setup.workers, views=turns[OURS].run.views_reason,
          gigabytes=memory, milliseconds_of_bare_step=milliseconds[LIMIT] / options.updates, **numbers)
 
 
@@ -126,7 +126,7 @@ def others(paths: list[Path], network: tuple[str, bool, int], batch: int, runtim
 def compared(turns: "dict[str, Turns]", rates: dict[str, float], later_images: int) -> tuple[list[str], dict[str, float]]:
     """(what is to be said beside the table, numbers). later_images: of a turn once under way."""
     ours = turns[OURS]
-    notes = [f"Ours: {ours.run.parts.precision}, views: {ours.run.parts.views_reason}; {ours.started:.2f} s to start"]
+    notes = [f"Ours: {ours.run.setup.precision}, views: {ours.run.views_reason}; {ours.started:.2f} s to start"]
     numbers: dict[str, float] = {}
     if RESIDENT in rates:
         notes.append(f"An update on real data takes {rates[RESIDENT] / rates[OURS]:.3f} times as long as on resident views")
@@ -174,7 +174,7 @@ class Turns:
     later_waited: list[float] = field(default_factory=list)
 
     def __call__(self) -> None:
-        run, parts = self.run, self.run.parts
+        run, state, setup = self.run, self.run.state, self.run.setup
         began = time.perf_counter()
         waited = 0.0
         updates = 0
@@ -183,21 +183,21 @@ class Turns:
         def log(progress: Progress, done: Step) -> None:
             nonlocal waited, updates
             updates += 1
-            settled = updates == settling(len(parts.batches))
+            settled = updates == settling(len(run.batches))
             if settled:
-                wait_for(parts.runtime.device)
-            just_waited = parts.batches.take_waited()
+                wait_for(setup.runtime.device)
+            just_waited = run.batches.take_waited()
             run.log.step(progress, done, just_waited)
             waited += just_waited
             if settled:
                 first.extend((time.perf_counter(), waited))
 
-        train(parts.model, parts.batches, run.progress.epoch + 1, optimizer=parts.optimizer, lr_scheduler=parts.scheduler,
-              lr_scheduler_interval=parts.plan.scheduler_interval, tau_base=parts.plan.tau_base, runtime=parts.runtime,
+        train(state.model, run.batches, run.progress.epoch + 1, optimizer=state.optimizer, lr_scheduler=state.scheduler,
+              lr_scheduler_interval=setup.plan.scheduler_interval, tau_base=setup.plan.tau_base, runtime=setup.runtime,
               progress=run.progress, after_step=log)
-        wait_for(parts.runtime.device)
+        wait_for(setup.runtime.device)
         ended = time.perf_counter()
-        waited += parts.batches.take_waited()
+        waited += run.batches.take_waited()
         self.seconds.append(ended - began)
         self.waited.append(waited)
         self.later_seconds.append(ended - first[0])
@@ -206,7 +206,7 @@ class Turns:
     @property
     def ending(self) -> str:
         """Of the names of its numbers: what it was run with, but for the defaults."""
-        config = self.run.parts.config
+        config = self.run.setup.config
         return "_compile" * config.compile + "_cuda_graph" * config.cuda_graph
 
     @property

@@ -35,10 +35,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from byol_core.evaluate.scoring import Scorer
 from byol_core.images.image_set import scan
 from byol_core.run.config import TrainConfig, build_parser, parse_config
+from byol_core.run.data import Loaded, load
 from byol_core.run.folder import open_run_folder
 from byol_core.run.plan import Choice, Plan, make_plan
 from byol_core.run.run import Run, fit_into
-from byol_core.views.pixels import Facts, ImageData, look_at
+from byol_core.views.pixels import Facts, look_at
 from byol_core.views.recipes import ViewRecipe
 from tests.bench.table import add_output, environment, markdown, show
 
@@ -132,9 +133,9 @@ class Trial:
         kept = out.with_name(f"{out.name}-length.json")
         planned = partial(plan_of, variant, self.config, facts)
 
-        def run_of(plan: Plan, loaded: tuple[ImageData, str] | None) -> Run:
+        def run_of(plan: Plan, loaded: Loaded | None) -> Run:
             run = Run(self.config, plan, files, out, loaded=loaded)
-            change_network(variant, run.parts.model)
+            change_network(variant, run.state.model)
             return run
 
         if not kept.exists():
@@ -151,12 +152,12 @@ class Trial:
 
     @property
     def network(self) -> str:
-        plan = self.run.parts.plan
+        plan = self.run.setup.plan
         views = f", views of {plan.view_size}" * (plan.view_size != plan.image_size)
         return f"{plan.arch} at {plan.image_size}{views}" + ", small stem" * plan.small_stem
 
     def untrained(self) -> nn.Module:
-        model = self.run.parts.new_model()
+        model = self.run.setup.new_model()
         change_network(self.variant, model)
         return model.online.backbone
 
@@ -164,12 +165,12 @@ class Trial:
         """What it took and what both of its networks reached, once it is trained to the end."""
         run = self.run
         run.train()
-        log, progress, batch = run.log, run.progress, run.parts.plan.batch_size
+        log, progress, batch = run.log, run.progress, run.setup.plan.batch_size
         took = {"minutes": log.seconds / 60, "updates": progress.updates,
                 "images/s": progress.updates * batch / max(log.seconds, 1e-9), "rank": log.last.get("rank"),
                 "spread": log.last.get("spread")}
-        return {"": took | accuracies(scorer, run.parts.backbone),
-                ", target": accuracies(scorer, run.parts.model.target.backbone)}
+        return {"": took | accuracies(scorer, run.state.backbone),
+                ", target": accuracies(scorer, run.state.model.target.backbone)}
 
 
 def accuracies(scorer: Scorer, backbone: nn.Module) -> dict[str, float | None]:
@@ -184,12 +185,12 @@ def one(variant: Variant, seed: int, options: argparse.Namespace, baselines: dic
     """(network, row) of a variant with one seed; its untrained network and raw pixels are measured where they are not yet."""
     with contextlib.ExitStack() as stack:
         trial = Trial(variant, seed, options, stack)
-        parts = trial.run.parts
-        test = parts._load(scan(str(options.images / "test")), "auto")[0] if options.final else None
-        scorer = Scorer(parts.data, test, parts.plan.plain, parts.runtime, parts.workers)
+        run, setup = trial.run, trial.run.setup
+        test = load(setup, scan(str(options.images / "test")), run.log.say)[0] if options.final else None
+        scorer = Scorer(run.images, test, setup.plan.plain, setup.runtime, setup.workers)
         network = trial.network + (", zero_init" if variant.fields.get("zero_init") == "true" else "")
         for name, backbone in ((f"untrained {network}, seed {seed}", trial.untrained),
-                               (f"raw pixels at {parts.plan.image_size}", nn.Flatten)):
+                               (f"raw pixels at {setup.plan.image_size}", nn.Flatten)):
             if name not in baselines:
                 baselines[name] = accuracies(scorer, backbone())
         return network, trial.row(scorer)

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from byol_core.run.config import TrainConfig
-from byol_core.run.optim import build_optimizer
-from byol_core.run.parts import new_model
 from byol_core.run.plan import make_plan
+from byol_core.run.setup import new_model
+from byol_core.run.state import build_optimizer
 from byol_core.system.files import KEYS, LAST, State, read_checkpoint, save_checkpoint
 from byol_core.views.pixels import Facts
 from tests.bench.table import environment, markdown, parse, show, side_by_side

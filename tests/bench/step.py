@@ -13,8 +13,8 @@ from functools import partial
 import torch
 
 from byol_core.run.config import TrainConfig
-from byol_core.run.optim import build_optimizer, build_scheduler
 from byol_core.run.plan import make_plan
+from byol_core.run.state import build_optimizer, build_scheduler
 from byol_core.runtime import Runtime, choose_precision, prefers_channels_last
 from byol_core.training import train
 from byol_core.views.pixels import Facts

@@ -15,7 +15,8 @@ from tests.bench.table import DEVICE, add_output, environment, markdown, show
 
 ROOT = Path(__file__).parent.parent.parent
 PATHS = {"held on the device": ("device", 2**31), "worker crops": ("device", 0), "the reference, --views cpu": ("cpu", 0)}
-TRAIN = "import sys; from byol_core.views import pixels as data; data.MEMORY_BUDGET = {}; import train; sys.exit(train.main(sys.argv[1:]))"
+TRAIN = ("import sys; from byol_core.views import pixels; pixels.MEMORY_BUDGET = {}; import train; "
+         "sys.exit(train.main(sys.argv[1:]))")
 PARTS = 5  # of the run, whose mean losses are compared
 
 

@@ -69,10 +69,10 @@ def set_up(asked: TrainConfig, config: TrainConfig, plan: Plan, folder: Path, pr
     classifier = load_classifier(config.classifier)
     if config.tensorboard:
         check_tensorboard()
-    for option, given in (("--compile: torch cannot compile", config.compile), ("--cuda-graph: a graph cannot hold",
-                                                                                config.cuda_graph)):
-        if config.grad_checkpoint and given:
-            raise ValueError(f"{option} what --grad-checkpoint computes again - leave one of them out")
+    if config.grad_checkpoint and config.compile:
+        raise ValueError("--compile: torch cannot compile what --grad-checkpoint computes again - leave one of them out")
+    if config.grad_checkpoint and config.cuda_graph:
+        raise ValueError("--cuda-graph: a graph cannot hold what --grad-checkpoint computes again - leave one of them out")
     return Setup(asked, config, plan, folder, processes, runtime, choose_workers(config.workers, processes.local_world_size),
                  classifier, device_reason, precision_reason, allow_tf32(device))
 

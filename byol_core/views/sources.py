@@ -1,5 +1,6 @@
 """The three sources of views, and which of them fits the images."""
 
+import warnings
 from collections.abc import Sequence
 from os import PathLike
 
@@ -33,7 +34,7 @@ def open_batches(data: "str | PathLike[str] | Sequence[str]", batch_size: int = 
     data: a folder, flat or nested, a .txt list, a pattern of .tar shards, or several of them. view_size: edge S in pixels;
     None is that of small images, 128 or 224 for larger ones. views: how the two are made; None is as in the BYOL paper.
     seed: of the order and of the views, which depend on nothing else. workers: processes that read images; None is one per
-    CPU, at most 8. A file that cannot be read is replaced by another one.
+    CPU, at most 8. A file that cannot be read is replaced by another one, with a warning.
     Returns: len() is the batches of an epoch; `epoch(number)` yields them; `close()` stops the workers.
     Raises: ValueError when there are no images, or fewer than a batch.
 
@@ -41,12 +42,12 @@ def open_batches(data: "str | PathLike[str] | Sequence[str]", batch_size: int = 
     >>> train(model, batches, epochs=100)  # doctest: +SKIP
     """
     given = (str(data),) if isinstance(data, (str, PathLike)) else tuple(map(str, data))
-    files = scan(given)
+    files = scan(given, "data")
     facts = look_at(files)
     if not 2 <= batch_size <= facts.images:
         raise ValueError(f"open_batches: batch_size must be in 2..{facts.images}, the images there are, got {batch_size}")
     device = torch.device(device)
     recipes = views or paper_recipes(view_size or usual_size(facts))
     workers = choose_workers(workers)
-    images, _ = load_images(files, "auto", device, lambda line: None, workers)
+    images, _ = load_images(files, "auto", device, warnings.warn, workers)
     return batches_of(images, recipes, Order(len(files), batch_size, seed=seed), workers, device)

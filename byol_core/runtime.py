@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from byol_core.cuda_graph import MicroBatch, Recorded, Recorder
@@ -117,6 +118,36 @@ def usable_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+class Statistics:
+    """A model's buffers, such as batch norm's statistics: kept after an applied step, restored after a skipped one."""
+
+    def __init__(self, model: nn.Module) -> None:
+        groups: dict[object, list[Tensor]] = {}  # alike ones, which are copied at once
+        for buffer in filter(_is_written_in_place, model.buffers()):
+            groups.setdefault((buffer.dtype, buffer.device), []).append(buffer)
+        self.buffers = list(groups.values())
+        self.kept = [[buffer.clone() for buffer in group] for group in self.buffers]
+
+    def keep(self) -> None:
+        _copy(self.kept, self.buffers)
+
+    def restore(self) -> None:
+        _copy(self.buffers, self.kept)
+
+
+def _is_written_in_place(buffer: Tensor) -> bool:
+    """Whether it can be; constants may be expanded, quantized or made under inference_mode, and are not written."""
+    if is_lazy(buffer) or buffer.layout != torch.strided or buffer.is_quantized or buffer.is_inference() or buffer.is_conj():
+        return False
+    return all(step > 0 or size <= 1 for step, size in zip(buffer.stride(), buffer.shape))
+
+
+@torch.no_grad()
+def _copy(places: list[list[Tensor]], values: list[list[Tensor]]) -> None:
+    for group, new in zip(places, values):
+        torch._foreach_copy_(group, new)
+
+
 class Runtime:
     """The device, the precision, the gradient scaler and the processes of a run.
 
@@ -140,6 +171,7 @@ class Runtime:
         self.reads_late = self.device.type == "cuda"  # whether the host learns one step later if a step was finite
         self._in_doubt: tuple[Tensor, torch.cuda.Event | None] | None = None
         self._has_momentum = False
+        self._statistics: Statistics | None = None
 
     def place_model(self, model: nn.Module) -> None:
         """Move `model` to the device, in the run's memory layout, with batch norm over all processes where that exists."""
@@ -156,7 +188,12 @@ class Runtime:
         return view.to(self.device, non_blocking=True, memory_format=memory_format)
 
     def distribute(self, model: nn.Module) -> nn.Module:
-        """`model`, whose backward pass averages gradients over the processes; its parameters stay where they are."""
+        """`model`, whose backward pass averages gradients over the processes; its parameters stay where they are.
+
+        In float16, where steps are skipped, its batch norm's statistics are put back after such a step from now on.
+        """
+        self._statistics = Statistics(model) if self.scaler.is_enabled() else None
+        self._in_doubt = None  # of a training before this one
         if not self.processes.several:
             return model
         options = inspect.signature(DistributedDataParallel).parameters
@@ -171,14 +208,20 @@ class Runtime:
         return distributed
 
     @contextlib.contextmanager
-    def accumulating(self, distributed: nn.Module, last: bool) -> Iterator[None]:
-        """Around forward and backward of a micro-batch: only the last one of an update exchanges gradients."""
+    def micro_batch(self, distributed: nn.Module, seed: int, last: bool) -> Iterator[None]:
+        """Around forward and backward: torch's generators begin anew from `seed`, but for the CPU's outside of it, from which
+        loaders draw; and only the last micro-batch of an update exchanges gradients."""
         watch = self.processes.watch
         if watch is not None and self.device.type == "cuda":
             watch.enter(WAITING)  # synchronised batch norm waits for the others in the forward pass
         alone = isinstance(distributed, DistributedDataParallel) and not last
-        with distributed.no_sync() if alone else contextlib.nullcontext():  # type: ignore[operator]
-            yield
+        before = torch.get_rng_state()
+        torch.manual_seed(seed)
+        try:
+            with distributed.no_sync() if alone else contextlib.nullcontext():  # type: ignore[operator]
+                yield
+        finally:
+            torch.set_rng_state(before)
         if watch is not None and not last:
             watch.enter(WORKING)  # until the views of the next one are there
 
@@ -202,9 +245,9 @@ class Runtime:
     def step(self, optimizer: Optimizer, loss: Tensor) -> bool:
         """Apply one optimizer update and clear the gradients; False when it was skipped, as float16 may overflow.
 
-        loss: what the gradients are of, unscaled.
-        On CUDA, but for float16 and optimizers that cannot skip an update on the device, the host does not wait for the
-        outcome: a step that is not finite changes no weight, and the next one says so.
+        loss: the unscaled loss.
+        On CUDA the result arrives one step later, except in float16 or with optimizers that cannot skip: a step that is not
+        finite changes no weight, and the next one says so.
         Raises: NonFiniteError, before any weight has changed, when the loss or a gradient is not finite (in float16: when
         that was so for many steps in a row).
         """
@@ -223,6 +266,8 @@ class Runtime:
                 self._has_momentum = True
         if self.scaler.is_enabled():
             self.scaler.update()
+        if self._statistics is not None:
+            self._statistics.keep() if finite else self._statistics.restore()
         optimizer.zero_grad(set_to_none=True)
         if self.processes.watch is not None:
             self.processes.watch.step_begins()

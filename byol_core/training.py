@@ -1,18 +1,15 @@
 """The loop: forward both views, loss in both directions, backward, optimizer, then the target follows."""
 
-import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from byol_core.buffers import Statistics
-from byol_core.cuda_graph import MicroBatch
 from byol_core.ema import ema_update
 from byol_core.losses import byol_loss
 from byol_core.networks import BYOL
@@ -21,6 +18,7 @@ from byol_core.schedules import cosine_tau
 from byol_core.system.seeds import seed_from
 
 Scheduler = LRScheduler | ReduceLROnPlateau
+END = object()  # of a loader
 
 
 class PlainBatches(Protocol):
@@ -30,7 +28,6 @@ class PlainBatches(Protocol):
     def __iter__(self) -> Iterator[Any]: ...
 
 
-@runtime_checkable
 class SeekableBatches(Protocol):
     """Batches of two views that can start an epoch anywhere, in an order that depends on the epoch alone."""
 
@@ -69,7 +66,7 @@ class Step:
     """What one optimizer step did.
 
     loss: mean over its micro-batches, in 0..8, on the device. projection1, projection2: the target's outputs for the two
-    views of the last one. tau, lr: what it used. applied: False when it was skipped, and no weight moved.
+    views of the last micro-batch. tau, lr: what it used. applied: False when it was skipped, and no weight moved.
     """
 
     loss: Tensor
@@ -80,75 +77,125 @@ class Step:
     applied: bool
 
 
+@dataclass(frozen=True)
+class Method:
+    """The numbers of the method, which `train` takes by name.
+
+    criterion: (prediction, projection) -> loss of one direction; the two directions are summed. tau_base, tau_schedule: the
+    target's momentum, "cosine" from the base to 1 over all updates, or "constant". accum_steps: micro-batches per update.
+    lr_scheduler_interval: the learning-rate scheduler is stepped after each applied "step" or after each "epoch". seed: of
+    dropout and the like, seeded anew from (seed, update); your own loader's randomness is not seeded here.
+    Raises: ValueError for what is none of these.
+    """
+
+    criterion: Callable[[Tensor, Tensor], Tensor] = byol_loss
+    tau_base: float = 0.9995
+    tau_schedule: str = "cosine"
+    accum_steps: int = 1
+    lr_scheduler_interval: str = "epoch"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.accum_steps < 1:
+            raise ValueError(f"train: accum_steps must be 1 or more, got {self.accum_steps}")
+        if self.lr_scheduler_interval not in ("step", "epoch"):
+            raise ValueError(f"train: lr_scheduler_interval must be 'step' or 'epoch', got {self.lr_scheduler_interval!r}")
+        if not 0 <= self.tau_base <= 1:
+            raise ValueError(f"train: tau_base must be in [0, 1], got {self.tau_base}")
+        if self.tau_schedule not in ("cosine", "constant"):
+            raise ValueError(f"train: tau_schedule must be 'cosine' or 'constant', got {self.tau_schedule!r}")
+
+    def tau(self, update: int, updates: int) -> float:
+        return self.tau_base if self.tau_schedule == "constant" else cosine_tau(update, updates, self.tau_base)
+
+
 def train(model: BYOL, batches: SeekableBatches | PlainBatches, epochs: int, *, optimizer: Optimizer | None = None,
-          lr_scheduler: Scheduler | None = None, lr_scheduler_interval: str = "epoch",
-          criterion: Callable[[Tensor, Tensor], Tensor] = byol_loss, tau_base: float = 0.9995,
-          tau_schedule: str = "cosine", accum_steps: int = 1, seed: int = 0, runtime: Runtime | None = None,
-          progress: Progress | None = None, after_step: Callable[[Progress, Step], None] | None = None) -> Progress:
+          lr_scheduler: Scheduler | None = None, runtime: Runtime | None = None, progress: Progress | None = None,
+          after_step: Callable[[Progress, Step], None] | None = None, **method: Any) -> Progress:
     """Train `model` by BYOL on `batches` until `epochs` are complete: paper, algorithm 1.
 
     model: has `online`, `target` and `(view1, view2) -> p1, p2, z1, z2`. batches: two views per image, on any device;
     micro-batches that do not fill an update at the end of an epoch are left out. optimizer: None is Adam (3e-4) over all
     online parameters. lr_scheduler: any torch scheduler of that optimizer; None halves the rate when the epoch loss
-    stands still. lr_scheduler_interval: it is stepped after each applied "step" or after each "epoch".
-    criterion: (prediction, projection) -> loss of one direction; the two directions are summed. tau_base, tau_schedule:
-    the target's momentum, "cosine" from the base to 1 over all updates, or "constant". accum_steps: micro-batches per
-    update. seed: of dropout and the like, seeded anew from (seed, update); what a loader of yours draws on the CPU is left
-    to `torch.manual_seed`. runtime: device and precision, after `runtime.place_model(model)`; None is the model's device and
-    float32. progress: where to go on, exactly if batches can be sought; it is kept up to date. after_step: called after
-    every step, to log, to save (after `runtime.confirm()`, which raises if that step was not finite), or to stop by raising.
+    stands still. runtime: device and precision, after `runtime.place_model(model)`; None is the model's device and float32.
+    progress: where to go on, exactly if batches can be sought; it is kept up to date. after_step: called after every step, to
+    log, to save (after `runtime.confirm()`, which raises if that step was not finite), or to stop by raising. method: the
+    fields of `Method`, such as tau_base=0.99.
     All of the model is put into training mode, and gradients that it has are cleared.
     Returns: the progress, complete.
-    Raises: ValueError for unusable arguments; NonFiniteError when the loss or a gradient is not finite: weights and
-    statistics are those before that step (on CUDA it is noticed one step later, and the target has followed once more);
-    progress is not, so go on from one that was saved.
+    Raises: ValueError for unusable arguments; NonFiniteError when the loss or a gradient is not finite: weights are those
+    before that step (on CUDA it is noticed one step later, and the target has followed once more), batch norm's statistics
+    and progress are not, so go on from what was saved.
     """
+    numbers = Method(**method)
+    accum_steps, criterion = numbers.accum_steps, numbers.criterion
     runtime = runtime or Runtime(next(model.online.parameters()).device)
     optimizer = optimizer or torch.optim.Adam(model.online.parameters(), lr=3e-4)
     lr_scheduler = lr_scheduler or plateau_scheduler(optimizer)
     progress = progress or Progress()
     _check_parts(model, batches, optimizer, lr_scheduler, runtime)
-    _check(len(batches), epochs, accum_steps, lr_scheduler_interval, tau_base, tau_schedule, progress)
-    updates_per_epoch = len(batches) // accum_steps
-    updates = updates_per_epoch * epochs
+    updates = _check_length(len(batches), epochs, accum_steps, progress) * epochs
     model.train()
     for owner in (model, optimizer):
-        owner.zero_grad(set_to_none=True)  # what the caller has left there is none of the first update's
+        owner.zero_grad(set_to_none=True)  # the caller's gradients are no part of the first update
     forward = runtime.distribute(model)  # model itself, or a wrapper that averages gradients over processes
-    compute = runtime.recorded(_micro_batch(forward, criterion, runtime, accum_steps), _with_gradients(model, optimizer))
-    with Statistics(model, runtime) as statistics:
-        for epoch in range(progress.epoch, epochs):
-            views = _views_of_epoch(batches, epoch, progress.batch)
-            for _ in range(updates_per_epoch - progress.batch // accum_steps):
-                tau = tau_base if tau_schedule == "constant" else cosine_tau(progress.updates, updates, tau_base)
-                lr = optimizer.param_groups[0]["lr"]
-                loss = torch.zeros((), device=runtime.device)
-                for number in range(1, accum_steps + 1):
-                    view1, view2 = map(runtime.place, next(views))
-                    seeded = _seeded(seed_from(seed, "step", progress.updates, progress.batch, runtime.processes.rank))
-                    with seeded, runtime.accumulating(forward, last=number == accum_steps):
-                        share, z1, z2 = compute(view1, view2)
-                    loss += share
-                    progress.batch += 1
 
-                loss = runtime.processes.mean(loss)
-                applied = runtime.step(optimizer, loss)
-                if applied:  # else the float16 scaler skipped this step, and nothing else may move either
-                    ema_update(model.target, model.online, tau)
-                    progress.count_update(loss)
-                    if lr_scheduler_interval == "step":
-                        _advance(lr_scheduler, loss)
-                    statistics.keep()
-                else:
-                    statistics.restore()
-                if progress.batch == updates_per_epoch * accum_steps:
-                    if lr_scheduler_interval == "epoch" and progress.loss_count:
-                        _advance(lr_scheduler, progress.loss_sum / progress.loss_count)
-                    progress.start_epoch(epoch + 1)
-                if after_step:
-                    after_step(progress, Step(loss, z1, z2, tau, lr, applied))
-        runtime.confirm()
+    def micro_batch(view1: Tensor, view2: Tensor) -> tuple[Tensor, ...]:
+        with runtime.autocast():
+            p1, p2, z1, z2 = forward(view1, view2)                                   # predictions; projections of target
+            both_directions = (criterion(p1, z2) + criterion(p2, z1)) / accum_steps  # each view predicts the other
+        runtime.backward(both_directions)
+        return both_directions.detach(), z1, z2
+
+    compute = runtime.recorded(micro_batch, _with_gradients(model, optimizer))
+    for micro_batches in _updates(batches, epochs, accum_steps, progress):
+        tau, lr = numbers.tau(progress.updates, updates), optimizer.param_groups[0]["lr"]
+        loss = torch.zeros((), device=runtime.device)
+        for view1, view2, last in micro_batches:
+            seed = seed_from(numbers.seed, "step", progress.updates, progress.batch, runtime.processes.rank)
+            with runtime.micro_batch(forward, seed, last):
+                share, z1, z2 = compute(runtime.place(view1), runtime.place(view2))
+            loss += share
+        loss = runtime.processes.mean(loss)
+        applied = runtime.step(optimizer, loss)          # False: skipped, as float16 may overflow
+        if applied:
+            ema_update(model.target, model.online, tau)  # the target follows, after the optimizer
+            progress.count_update(loss)
+        _move_on(progress, lr_scheduler, numbers, loss if applied else None, len(batches))
+        if after_step:
+            after_step(progress, Step(loss, z1, z2, tau, lr, applied))
+    runtime.confirm()
     return progress
+
+
+def _updates(batches: SeekableBatches | PlainBatches, epochs: int, accum_steps: int,
+             progress: Progress) -> Iterator[Iterator[tuple[Tensor, Tensor, bool]]]:
+    """For each update from where `progress` stands its micro-batches: two views, and whether it is the last one of them."""
+    seekable = callable(getattr(batches, "epoch", None))
+
+    def micro_batches() -> Iterator[tuple[Tensor, Tensor, bool]]:
+        for number in range(1, accum_steps + 1):
+            batch: Any = next(source, END)
+            if batch is END:
+                raise ValueError("train: an epoch gave fewer batches than len(batches)")
+            yield *(batch if seekable else _two_views(batch)), number == accum_steps
+            progress.batch += 1
+
+    for epoch in range(progress.epoch, epochs):
+        source = (batches.epoch(epoch, progress.batch) if seekable else  # type: ignore[union-attr]
+                  islice(batches, progress.batch, None))  # type: ignore[arg-type]
+        for _ in range((len(batches) - progress.batch) // accum_steps):
+            yield micro_batches()
+
+
+def _move_on(progress: Progress, scheduler: Scheduler, method: Method, loss: Tensor | None, batches: int) -> None:
+    """Step the scheduler where that is due, and begin the next epoch where this one is used up. loss: None if skipped."""
+    if method.lr_scheduler_interval == "step" and loss is not None:
+        _advance(scheduler, loss)
+    if batches - progress.batch < method.accum_steps:
+        if method.lr_scheduler_interval == "epoch" and progress.loss_count:
+            _advance(scheduler, progress.loss_sum / progress.loss_count)
+        progress.start_epoch(progress.epoch + 1)
 
 
 def plateau_scheduler(optimizer: Optimizer) -> ReduceLROnPlateau:
@@ -160,31 +207,6 @@ def _with_gradients(model: BYOL, optimizer: Optimizer) -> list[Tensor]:
     """The online network's parameters and those of a criterion that has some, each once."""
     trained = (parameter for group in optimizer.param_groups for parameter in group["params"])
     return list(dict.fromkeys([*model.online.parameters(), *trained]))
-
-
-def _micro_batch(forward: Callable[..., Any], criterion: Callable[[Tensor, Tensor], Tensor], runtime: Runtime,
-                 accum_steps: int) -> MicroBatch:
-    """(view1, view2) -> this micro-batch's share of the loss, whose gradients are added, and the target's projections."""
-
-    def compute(view1: Tensor, view2: Tensor) -> tuple[Tensor, ...]:
-        with runtime.autocast():
-            p1, p2, z1, z2 = forward(view1, view2)
-            both_directions = (criterion(p1, z2) + criterion(p2, z1)) / accum_steps
-        runtime.backward(both_directions)
-        return both_directions.detach(), z1, z2
-
-    return compute
-
-
-@contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """torch's generators begin anew from `seed`; the CPU's, from which loaders draw, is put back after."""
-    state = torch.get_rng_state()
-    torch.manual_seed(seed)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)
 
 
 def _check_parts(model: BYOL, batches: object, optimizer: Optimizer, lr_scheduler: Scheduler, runtime: Runtime) -> None:
@@ -206,36 +228,27 @@ def _check_parts(model: BYOL, batches: object, optimizer: Optimizer, lr_schedule
         raise ValueError("train: lr_scheduler belongs to another optimizer - make it from the one passed as optimizer")
 
 
-def _check(batches: int, epochs: int, accum_steps: int, lr_scheduler_interval: str, tau_base: float,
-           tau_schedule: str, progress: Progress) -> None:
+def _check_length(batches: int, epochs: int, accum_steps: int, progress: Progress) -> int:
+    """Updates per epoch."""
     if epochs < 0:
         raise ValueError(f"train: epochs must be 0 or more, got {epochs}")
-    if not 1 <= accum_steps <= batches:
+    if accum_steps > batches:
         raise ValueError(f"train: accum_steps must be in 1..{batches}, the batches of an epoch, got {accum_steps}")
-    if lr_scheduler_interval not in ("step", "epoch"):
-        raise ValueError(f"train: lr_scheduler_interval must be 'step' or 'epoch', got {lr_scheduler_interval!r}")
-    if not 0 <= tau_base <= 1:
-        raise ValueError(f"train: tau_base must be in [0, 1], got {tau_base}")
-    if tau_schedule not in ("cosine", "constant"):
-        raise ValueError(f"train: tau_schedule must be 'cosine' or 'constant', got {tau_schedule!r}")
     used = batches // accum_steps * accum_steps
     if progress.batch not in range(0, used, accum_steps):
         raise ValueError(f"train: progress.batch is {progress.batch}, where no update of an epoch of {used} batches with "
                          f"accum_steps {accum_steps} begins - go on with the batches and accum_steps that it was made with")
+    return batches // accum_steps
 
 
-def _views_of_epoch(batches: SeekableBatches | PlainBatches, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-    if isinstance(batches, SeekableBatches):
-        yield from batches.epoch(epoch, start)
-        raise ValueError("train: an epoch gave fewer batches than len(batches)")
-    for batch in islice(batches, start, None):
-        views = batch[0] if isinstance(batch, (tuple, list)) and batch and not isinstance(batch[0], Tensor) else batch
-        if (not isinstance(views, (tuple, list)) or len(views) != 2 or not all(isinstance(view, Tensor) for view in views)
-                or views[0].shape != views[1].shape):
-            raise ValueError("train: each batch must be (view1, view2), or ((view1, view2), label), with two views of one "
-                             f"shape; got {_shapes(batch)}")
-        yield views[0], views[1]
-    raise ValueError("train: an epoch gave fewer batches than len(batches)")
+def _two_views(batch: Any) -> tuple[Tensor, Tensor]:
+    """Of what a loader gives. Raises: ValueError when it is something else."""
+    views = batch[0] if isinstance(batch, (tuple, list)) and batch and not isinstance(batch[0], Tensor) else batch
+    if (not isinstance(views, (tuple, list)) or len(views) != 2 or not all(isinstance(view, Tensor) for view in views)
+            or views[0].shape != views[1].shape):
+        raise ValueError("train: each batch must be (view1, view2), or ((view1, view2), label), with two views of one "
+                         f"shape; got {_shapes(batch)}")
+    return views[0], views[1]
 
 
 def _shapes(batch: object) -> str:

@@ -6,7 +6,9 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,7 +29,7 @@ from byol_core.runtime import Runtime
 from byol_core.training import Progress, Step, train
 from byol_core.views import batches, crops
 from byol_core.views import pixels as data
-from byol_core.views.batches import DeviceBatches, Order, TimedBatches, WorkerBatches, made_ahead
+from byol_core.views.batches import DeviceBatches, MadeAhead, Order, TimedBatches, WorkerBatches
 from byol_core.views.crops import CropBatches, cut, reduction
 from byol_core.views.pixels import ImageData, load_images
 from byol_core.views.recipes import ViewRecipe, digits_recipes, inverse_normalise, paper_recipes
@@ -326,7 +328,7 @@ def test_each_batch_is_made_aside_while_the_one_before_is_used(monkeypatch: pyte
             events.append(f"{number} made on {Fake.current.name}")
             yield Fake(events, f"{number}a"), Fake(events, f"{number}b")
 
-    for view, _ in made_ahead(make(), aside):  # type: ignore[attr-defined]
+    for view, _ in iter(MadeAhead(make(), aside), None):  # type: ignore[attr-defined]
         assert Fake.current is main
         events.append(f"{view.name} trained on")  # type: ignore[attr-defined]
     assert events == ["aside waits for main", "1 made on aside", "1a copied on aside", "1b copied on aside",
@@ -348,7 +350,7 @@ def test_each_view_is_made_by_its_own_recipe(alike: Path, path: str) -> None:
         assert (first + second - 1).abs().max() < 2 / 255
 
 
-def test_on_a_cpu_nothing_is_made_ahead() -> None:
+def test_on_a_cpu_nothing_is_MadeAhead() -> None:
     made: list[int] = []
 
     def make() -> Iterator[batches.Views]:
@@ -356,7 +358,8 @@ def test_on_a_cpu_nothing_is_made_ahead() -> None:
             made.append(number)
             yield torch.zeros(1), torch.zeros(1)
 
-    next(made_ahead(make(), None))
+    views = TimedBatches(SimpleNamespace(epoch=lambda epoch, start: make())).epoch(0)  # type: ignore[arg-type]
+    next(views)
     assert made == [0]
 
 
@@ -404,7 +407,7 @@ def test_a_cuda_device_waits_by_its_own_clock(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
-    monkeypatch.setattr(batches, "made_ahead", lambda views, aside: views)
+    monkeypatch.setattr(batches, "MadeAhead", lambda views, aside: partial(next, views, None))
     timed = TimedBatches(Source(host))  # type: ignore[arg-type]
     timed.aside = Fake([], "aside")  # type: ignore[assignment]
     for _ in timed.epoch(0):
@@ -418,7 +421,7 @@ def test_a_cuda_device_waits_by_its_own_clock(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_views_made_ahead_on_a_gpu_are_those_of_the_cpu(mixed: Path) -> None:
+def test_views_MadeAhead_on_a_gpu_are_those_of_the_cpu(mixed: Path) -> None:
     gpu, recipes, order = torch.device("cuda", 0), paper_recipes(16), Order(8, 2, seed=1)
     sources = [CropBatches(load(mixed), recipes, order, 2, device) for device in (gpu, CPU)]
     ahead, expected = (list(TimedBatches(source, source.device).epoch(epoch)) for source in sources for epoch in (0,))

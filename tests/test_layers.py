@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "byol_core"
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
 # From the ground up: a folder, or a name for some of the files on top, and what of the package it may use beside itself.
-METHOD = {"ema", "schedules", "losses", "lars", "networks", "training", "runtime", "backbones", "buffers", "cuda_graph",
+METHOD = {"ema", "schedules", "losses", "lars", "networks", "training", "runtime", "backbones", "cuda_graph",
           "small_maps"}
 COMMANDS = {"embed", "export", "__main__"}
 MAY_USE = {

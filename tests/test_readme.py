@@ -11,6 +11,7 @@ import pytest
 
 from byol_core import embed, export
 from byol_core.evaluate import __main__ as evaluate_command
+from byol_core.images.digits import write_digits
 from byol_core.run.config import build_parser
 from tests.test_train_command import FILES
 
@@ -65,6 +66,8 @@ RUNNABLE = [block for block in PYTHON_BLOCKS
 @pytest.mark.parametrize("block", RUNNABLE, ids=range(len(RUNNABLE)))
 def test_python_runs_as_printed(block: str, tmp_path: Path) -> None:
     rows = np.random.default_rng(0).normal(size=(30, 8)).astype(np.float32)
+    if '"./imgs"' in block:
+        write_digits(tmp_path / "imgs")
     np.savez(tmp_path / "embeddings.npz", embeddings=rows, names=[f"{row}.jpg" for row in range(30)])
     done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True,
                           env={**__import__("os").environ, "PYTHONPATH": str(ROOT)})

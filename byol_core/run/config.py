@@ -131,8 +131,14 @@ def check_option(name: str, value: object) -> None:
         raise ValueError(f"{name}={value!r} is no value of that option")
 
 
+def _program() -> str:
+    """How this command was called."""
+    installed = sys.argv[0].replace("\\", "/").endswith("byol_core/__main__.py")
+    return "python -m byol_core" if installed else "python train.py"
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="train.py", allow_abbrev=False,
+    parser = Parser(prog=_program().removeprefix("python "), allow_abbrev=False,
                     description="Train BYOL on a folder of images, without labels.",
                     epilog="example: python train.py --data ./imgs --epochs 100")
     groups: dict[str, argparse._ArgumentGroup] = {}
@@ -158,7 +164,7 @@ def parse_config(arguments: Sequence[str] | None = None) -> TrainConfig:
 
 def command_line(config: TrainConfig) -> str:
     """The command that asks for `config`; with --resume added, the one that goes on with it."""
-    words = ["python", "train.py"]
+    words = _program().split()
     for option_field in fields(TrainConfig):
         value, flag = getattr(config, option_field.name), _flag(option_field)[0]
         if value == option_field.default or option_field.name in ("resume", "check", "debug"):

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -133,10 +134,14 @@ class WorkerBatches:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Views]:
         self.sampler.place = epoch, start
-        for view1, view2, failures in batches_from(self.loader):
+        for number, (view1, view2, failures) in enumerate(batches_from(self.loader), start):
             for index, reason in failures:
                 self.bad.add(index, reason)
-            yield view1, view2
+            yield self._finished((view1, view2), epoch, number)
+
+    def _finished(self, views: Views, epoch: int, number: int) -> Views:
+        """The views of micro-batch `number`, of what workers have made of them."""
+        return views
 
     def _dataset(self, data: ImageData, recipes: tuple[ViewRecipe, ViewRecipe], seed: int) -> Dataset[Any]:
         return _ViewDataset(data, recipes, seed)
@@ -198,30 +203,32 @@ def _collate(samples: Sequence[tuple[Tensor, Tensor, list[Failure]]]) -> tuple[T
     return shared(torch.stack(first)), shared(torch.stack(second)), list(itertools.chain(*failures))
 
 
-def made_ahead(views: Iterator[Views], aside: "torch.cuda.Stream | None") -> Iterator[Views]:
-    """The same views; each batch is copied and made on the stream `aside` while the one before is trained on.
+class MadeAhead:
+    """Called again and again, gives `views` one by one, then None; each batch is copied and made on the stream `aside` while
+    the one before is trained on.
 
-    aside: None makes them as they are asked for. One stream should do for a run: torch keeps freed memory per stream.
+    One stream should do for a run: torch keeps freed memory per stream.
     """
-    if aside is None:
-        yield from views
-        return
-    device = aside.device
-    consumer = torch.cuda.current_stream(device)
-    aside.wait_stream(consumer)  # what the views are made of may still be on its way
 
-    def make() -> Views | None:
-        with torch.cuda.stream(aside):
-            made = next(views, None)
-            return made and (made[0].to(device, non_blocking=True), made[1].to(device, non_blocking=True))
+    def __init__(self, views: Iterator[Views], aside: "torch.cuda.Stream") -> None:
+        self.views, self.aside = views, aside
+        self.consumer = torch.cuda.current_stream(aside.device)
+        aside.wait_stream(self.consumer)  # what the views are made of may still be on its way
+        self.following = self._make()
 
-    following = make()
-    while following is not None:
-        consumer.wait_stream(aside)  # for this batch; the next is queued only then
-        for view in following:
-            view.record_stream(consumer)  # or its memory would be used again while the consumer still reads it
-        current, following = following, make()
-        yield current
+    def __call__(self) -> Views | None:
+        current = self.following
+        if current is not None:
+            self.consumer.wait_stream(self.aside)  # for this batch; the next is queued only then
+            for view in current:
+                view.record_stream(self.consumer)  # or its memory would be used again while the consumer still reads it
+            self.following = self._make()
+        return current
+
+    def _make(self) -> Views | None:
+        with torch.cuda.stream(self.aside):
+            made = next(self.views, None)
+            return made and tuple(view.to(self.aside.device, non_blocking=True) for view in made)  # type: ignore[return-value]
 
 
 class TimedBatches:
@@ -240,15 +247,16 @@ class TimedBatches:
         return len(self.batches)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Views]:
-        views = made_ahead(self.batches.epoch(epoch, start), self.aside)
+        views = self.batches.epoch(epoch, start)
+        take = partial(next, views, None) if self.aside is None else MadeAhead(views, self.aside)
         while True:
             asked = self._now()
             try:
-                batch = next(views)
-            except StopIteration:
-                return
+                batch = take()
             finally:
                 self._waits.append((asked, self._now()))
+            if batch is None:
+                return
             yield batch
 
     def take_waited(self) -> float:

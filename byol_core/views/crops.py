@@ -1,6 +1,6 @@
 """The third source of views: workers cut two crops out of each image, and the device does the rest in batches."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -40,14 +40,16 @@ class CropBatches(WorkerBatches):
         super().__init__(data, recipes, order, workers, pin_memory=device.type == "cuda")
         self.recipes = recipes
         self.device = device
+        self._indices = -1, torch.empty(0)  # the epoch, and its micro-batches
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Views]:
-        for crops, indices in zip(super().epoch(epoch, start), self.order.epoch(epoch)[start:]):
-            on_device = [crop.to(self.device, non_blocking=True) for crop in crops]
-            params = [replace(draw(recipe, self.order.seed, epoch, indices, view, recipe.size, recipe.size), boxes=None)
-                      for view, recipe in enumerate(self.recipes)]
-            view1, view2 = render_all(on_device, params, self.recipes)
-            yield view1, view2
+    def _finished(self, views: Views, epoch: int, number: int) -> Views:
+        if self._indices[0] != epoch:
+            self._indices = epoch, self.order.epoch(epoch)
+        on_device = [crop.to(self.device, non_blocking=True) for crop in views]
+        params = [replace(draw(recipe, self.order.seed, epoch, self._indices[1][number], view, recipe.size, recipe.size),
+                          boxes=None) for view, recipe in enumerate(self.recipes)]
+        view1, view2 = render_all(on_device, params, self.recipes)
+        return view1, view2
 
     def _dataset(self, data: ImageData, recipes: tuple[ViewRecipe, ViewRecipe], seed: int) -> Dataset[Any]:
         return _CropDataset(data, recipes, seed)

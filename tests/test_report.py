@@ -157,7 +157,7 @@ def test_without_a_checkpoint_nothing_is_gone_on_from(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("saved", [False, True])
 def test_a_run_whose_numbers_ran_away_is_not_to_be_resumed(tmp_path: Path, saved: bool) -> None:
-    write_run(tmp_path, status="failed", epochs=0,
+    write_run(tmp_path, status="failed", epochs=0, error="NonFiniteError",
               reason="the loss or a gradient is not finite at epoch 1, update 13 - start again with a lower --lr")
     if saved:
         (tmp_path / "last.pt").touch()
@@ -260,7 +260,7 @@ def test_damaged_files_cost_what_they_said_and_no_more(tmp_path: Path, capsys, n
 def test_damage_that_nobody_thought_of_is_one_line(tmp_path: Path, capsys) -> None:
     write_run(tmp_path / "run")
     change_json(tmp_path / "run" / "config.json", plan={"epochs": "two", "updates_per_epoch": "x"})
-    (tmp_path / "run" / "train.log").write_text("t resuming at epoch 1, update 3\n")
+    change_json(tmp_path / "run" / "summary.json", resumed=[3])
     for arguments in ([], ["--out", str(tmp_path / "both.html")]):
         assert main([str(tmp_path / "run"), *arguments]) == 1
         said = capsys.readouterr().err
@@ -288,9 +288,7 @@ def test_resumes_and_skipped_steps_are_marked(tmp_path: Path) -> None:
     write_run(tmp_path)
     page(tmp_path)
     assert "mark resume" not in (tmp_path / "report.html").read_text()
-    (tmp_path / "train.log").write_text(
-        "t resuming at epoch 1, update 3; changed, without effect on the result: workers 0 -> 1\n"
-        "t skipped x resuming at epoch 1, update 5\n")
+    change_json(tmp_path / "summary.json", resumed=[3, "5"])
     lines = [line(n, skipped=1 if n > 4 else 0) for n in range(1, 7)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in lines))
     assert read_run(tmp_path).resumed == [1.0]

@@ -60,6 +60,10 @@ def test_resumed_log_drops_what_will_be_done_again_and_goes_on(tmp_path: Path) -
     train.resume({**state, "loss_sum": 6.0}, Progress(epoch=0, batch=13, updates=13), tmp_path)
     assert [record["update"] for record in records(tmp_path)] == [10]
     assert train.loss_count == 3 and train.loss_sum == 6.0
+    assert state["resumed"] == [] and train.state_dict()["resumed"] == [13]
+    again = RunLog(tmp_path, 2, 25, 4)
+    again.resume(train.state_dict(), Progress(updates=20), tmp_path)
+    assert again.resumed == [13, 20]
 
 
 def test_a_torn_last_line_is_dropped(tmp_path: Path) -> None:
@@ -76,7 +80,7 @@ def test_collapse_is_said_once(tmp_path: Path, capsys) -> None:
 
 
 def test_the_warning_while_it_goes_gives_the_advice_of_the_end(tmp_path: Path, capsys) -> None:
-    plan = {"tau_base": 0.5, "batch_size": 64, "choices": [{"name": "lr", "value": 9.0, "reason": "as asked"}]}
+    plan = {"tau_base": 0.5, "batch_size": 64, "choices": [{"name": "lr", "value": 9.0, "asked": True}]}
     log = RunLog(tmp_path, 2, 25, 4, plan=plan)
     log.step(Progress(updates=10, batch=10), step(spread=0.0), 0.0)
     assert f" - {judge(records(tmp_path), 2, plan=plan).advice}\n" in capsys.readouterr().out

@@ -249,7 +249,8 @@ def test_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_file(image
     assert run("--data", image_folder(classes=0, per_class=16), "--epochs", 3, "--out", "out", "--no-eval", *SMALL) == 1
     assert "not finite at epoch 2, update" in capsys.readouterr().err
     state = checkpoint("out")
-    assert state["progress"]["updates"] == 4 and summary("out")["status"] == "failed"
+    assert state["progress"]["updates"] == 4
+    assert (summary("out")["status"], summary("out")["error"]) == ("failed", "NonFiniteError")
     assert all(torch.isfinite(value).all() for value in state["model"].values() if value.is_floating_point())
 
 
@@ -394,6 +395,7 @@ def test_metrics_torn_by_a_power_cut_do_not_keep_a_run_from_going_on(image_folde
     assert run(*arguments, "--resume") == 0
     assert metrics("out") == whole
     assert summary("out")["loss"] == whole[-1]["loss"]  # though no step was made after resuming
+    assert summary("out")["resumed"] == [whole[-1]["update"]]
 
 
 def test_resuming_before_the_first_checkpoint_starts_clean(image_folder: Callable[..., Path], monkeypatch) -> None:

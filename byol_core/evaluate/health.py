@@ -109,8 +109,7 @@ def _raise_tau(plan: Mapping[str, object]) -> list[str]:
 def _asked_for(name: str, plan: Mapping[str, object]) -> bool:
     """Whether a choice of the plan was made by the user."""
     choices = plan.get("choices")
-    return isinstance(choices, (list, tuple)) and any((choice["name"], choice["reason"]) == (name, "as asked")
-                                                      for choice in choices)
+    return isinstance(choices, (list, tuple)) and any(choice["name"] == name and choice.get("asked") for choice in choices)
 
 
 def judge(records: Sequence[Record], epochs: int, status: str = "running", scores: Mapping[str, object] | None = None,

@@ -1,7 +1,6 @@
 """What a run folder says of its run: its files, whichever exist, read so that no damage to them stops a report."""
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +10,8 @@ from byol_core.evaluate.health import Verdict, judge
 
 SECTIONS = ("config", "commands", "plan", "data", "versions")  # of config.json
 VERDICT = ("verdict", "verdict_why", "verdict_advice")  # of summary.json, as it was when that was written
-TEXTS = ("status", "reason", "measured_on", "device", "amp", *VERDICT)  # of summary.json; all else in it are numbers
+TEXTS = ("status", "reason", "error", "measured_on", "device", "amp", *VERDICT)  # of summary.json; all else in it are numbers
 MEASURED = ("knn", "separation")  # before training, on the way, and after it
-RESUMED = re.compile(r"^\S+ resuming at epoch \d+, update (\d+)(?:$|; changed)", re.MULTILINE)  # a line of train.log
 LARGEST = 1e300  # beyond it a number is damage, and overflows in a drawing
 
 
@@ -78,9 +76,10 @@ def read_run(folder: Path, under_way: bool = False) -> RunFacts:
     records = [numbers for numbers in map(_numbers, read_text(folder / "metrics.jsonl").splitlines())
                if numbers.keys() >= {"update", "epoch"}]  # else the line that a killed run was writing
     per_epoch = sections["plan"].get("updates_per_epoch") or 1
-    resumed = [int(update) / per_epoch for update in
-               RESUMED.findall(read_text(folder / "train.log"))]
-    summary = _brought_up_to_date(parse_object(read_text(folder / "summary.json")), records, under_way)
+    written = parse_object(read_text(folder / "summary.json"))
+    at = written["resumed"] if isinstance(written.get("resumed"), list) else []  # runs of earlier versions do not tell
+    resumed = [update / per_epoch for update in at if _is_number(update)]
+    summary = _brought_up_to_date(written, records, under_way)
     return RunFacts(folder, summary, sections, choices, records, resumed, read_text(folder / "bad_files.txt").splitlines())
 
 

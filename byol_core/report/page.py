@@ -336,7 +336,7 @@ def _go_on(run: RunFacts) -> str:
     if run.status == "finished":
         again = f"{elsewhere} --out NEW-FOLDER --init-from {shlex.quote(str(run.folder / 'backbone.pt'))}"
         return f"<p>The run is complete. A new one may start from its weights:</p><pre>{html.escape(again)}</pre>"
-    if run.status == "failed" and "not finite" in str(run.summary.get("reason")):
+    if run.status == "failed" and run.summary.get("error") == "NonFiniteError":
         return "<p>Gone on with, the run would fail in the same place: see the reason above, and what it advises.</p>"
     if not any((run.folder / name).exists() for name in (LAST, PREVIOUS)):
         what = "begins anew: no checkpoint was saved yet."

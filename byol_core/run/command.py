@@ -136,7 +136,7 @@ def carry_out(run: "Run") -> int:
             line += f"; {run.what_is_saved()}"
         reason = complain(run.setup.config, run.processes, error, line)
         with contextlib.suppress(Exception):  # on a full disk, or of what made it fail
-            run.write_end("failed", reason)
+            run.write_end("failed", reason, error)
         return 1
     finally:
         run.stop.ignore()  # all is written

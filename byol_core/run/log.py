@@ -67,6 +67,7 @@ class RunLog:
         self.loss_count = 0
         self.skipped = 0
         self.last: dict[str, Value] = {}
+        self.resumed: list[int] = []  # updates at which the run was
         self.board: Board | None = None  # gets every record too
         self._bar: tqdm | None = None
         self._printed = self._marked = time.monotonic()
@@ -180,7 +181,7 @@ class RunLog:
     def state_dict(self) -> dict[str, Any]:
         return {"seconds": self.seconds, "waited": self.waited, "loss_sum": float(self.loss_sum),
                 "loss_count": self.loss_count, "skipped": self.skipped, "last": self.last,
-                "collapse_reported": self._collapse_reported, "recent": list(self._recent)}
+                "resumed": self.resumed, "collapse_reported": self._collapse_reported, "recent": list(self._recent)}
 
     def resume(self, state: dict[str, Any], progress: Progress, folder: Path) -> None:
         """Go on as if never stopped: drop the records of updates that will be made again, and what a crash tore.
@@ -191,6 +192,7 @@ class RunLog:
         self.loss_count, self.skipped, self.last = state["loss_count"], state["skipped"], state["last"]
         self._collapse_reported = state["collapse_reported"]
         self._recent.extend(state.get("recent", []))  # which checkpoints did not always hold
+        self.resumed = [*map(int, state.get("resumed", [])), progress.updates]
         self._recorded = (self.seconds, self.waited, progress.updates)
         records = folder / "metrics.jsonl"
         if self.processes.first and records.is_file():

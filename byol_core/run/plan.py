@@ -29,6 +29,11 @@ class Choice:
     name: str
     value: int | float | str | bool
     reason: str
+    asked: bool = False  # by the user
+
+
+def as_asked(name: str, value: int | float | str | bool) -> Choice:
+    return Choice(name, value, "as asked", asked=True)
 
 
 @dataclass(frozen=True)
@@ -95,12 +100,12 @@ def make_plan(config: TrainConfig, facts: Facts, world_size: int = 1, seen: int 
     """
     about = facts.images * config.epochs if seen is None else seen
     batch = _batch(facts.images, about, config, world_size) if config.batch_size is None else \
-        Choice("batch_size", config.batch_size, "as asked")
+        as_asked("batch_size", config.batch_size)
     batch_size = int(batch.value)
     _check_batch(batch_size, config.accum_steps, world_size, facts.images)
     network = network or _arch(config, config.image_size or usual_size(facts), about)
     arch = str(network.value)
-    edge = _edge(facts, arch) if config.image_size is None else Choice("image_size", config.image_size, "as asked")
+    edge = _edge(facts, arch) if config.image_size is None else as_asked("image_size", config.image_size)
     of_views = _view_size(config, arch, int(edge.value))
     size = int(of_views.value)
     epochs, updates = config.epochs, facts.images // batch_size
@@ -127,7 +132,7 @@ def make_plan(config: TrainConfig, facts: Facts, world_size: int = 1, seen: int 
     if asked.get("scheduler") == "plateau":
         chosen |= {"scheduler_interval": Choice("scheduler_interval", "epoch", "a plateau is of the epoch's loss"),
                    "warmup_epochs": Choice("warmup_epochs", 0.0, "a plateau schedule has none")}
-    chosen |= {name: Choice(name, value, "as asked") for name, value in asked.items()}
+    chosen |= {name: as_asked(name, value) for name, value in asked.items()}
     _check_rates(chosen, epochs)
 
     values = {name: choice.value for name, choice in chosen.items()}
@@ -145,7 +150,7 @@ def make_plan(config: TrainConfig, facts: Facts, world_size: int = 1, seen: int 
 def _arch(config: TrainConfig, size: int, seen: int) -> Choice:
     """seen: images of all updates together."""
     if config.arch is not None:
-        return Choice("arch", config.arch, "as asked")
+        return as_asked("arch", config.arch)
     if config.recipe == "digits":
         return Choice("arch", "conv6", "a small network for tiny images")
     wants_resnet = config.init_from is not None or config.small_stem is not None or config.grad_checkpoint
@@ -202,7 +207,7 @@ def _edge(facts: Facts, arch: str) -> Choice:
 
 def _view_size(config: TrainConfig, arch: str, image_size: int) -> Choice:
     if config.view_size is not None:
-        return Choice("view_size", config.view_size, "as asked")
+        return as_asked("view_size", config.view_size)
     smaller = max(8, int(image_size * VIEWS_OF_CONV4))
     if config.recipe == "auto" and arch == "conv4" and smaller < image_size:
         return Choice("view_size", smaller, "more are seen in the same time, and what crops "
@@ -302,7 +307,7 @@ def _views(recipe: str, size: int) -> tuple[ViewRecipe, ViewRecipe]:
 def _min_scale(config: TrainConfig, images: int) -> Choice | None:
     """None for the paper's, or for views that do not crop."""
     if config.min_scale is not None:
-        return Choice("min_scale", config.min_scale, "as asked")
+        return as_asked("min_scale", config.min_scale)
     if config.recipe == "auto" and images < SMALL_SET:
         return Choice("min_scale", MIN_SCALE, "usual for small sets")
     return None

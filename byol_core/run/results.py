@@ -169,18 +169,19 @@ class Results:
                       "rank_features_untrained": float(effective_rank(before))}
         self._show_on_board("neighbours.png", "embedding.png")
 
-    def write_end(self, status: str, reason: str | None = None) -> None:
-        """The facts and report.html, whatever way the run ended. reason: of a run that did not finish."""
+    def write_end(self, status: str, reason: str | None = None, error: Exception | None = None) -> None:
+        """The facts and report.html, whatever way the run ended. reason: of a run that did not finish; error: if it failed."""
         with self.log.warn_only():
-            self._write_facts(status, reason)
+            self._write_facts(status, reason, error)
         with self.log.warn_only():
             write_report(self.setup.folder)
         if self.log.board is not None:
             self.log.board.close()
 
-    def _write_facts(self, status: str, reason: str | None = None) -> None:
+    def _write_facts(self, status: str, reason: str | None = None, error: Exception | None = None) -> None:
         """summary.json and bad_files.txt."""
-        summary = self._summary(status, reason)
+        summary = {"status": status, "reason": reason, "error": None if error is None else type(error).__name__,
+                   **self._summary()}
         try:
             records, plan = read_run(self.setup.folder).records, self.setup.plan
             verdict = judge(records, plan.epochs, status, summary, asdict(plan))
@@ -197,7 +198,7 @@ class Results:
         if listing:
             write_text(self.setup.folder / "bad_files.txt", listing)
 
-    def _summary(self, status: str, reason: str | None = None) -> dict[str, object]:
+    def _summary(self) -> dict[str, object]:
         setup, images, progress, log = self.setup, self.images, self.state.progress, self.log
         eval_data = self.measuring.eval_data
         scores: dict[str, float | None] = {}
@@ -205,9 +206,10 @@ class Results:
             measured = {"knn": None, "linear": None, **self.scores.get(name, {})}
             scores |= {key + suffix: value for key, value in measured.items()}
         return {
-            "status": status, "reason": reason, "images": len(images), "classes": len(images.files.classes),
+            "images": len(images), "classes": len(images.files.classes),
             "bad_files": len(images.bad.reasons), "bad_eval_files": 0 if eval_data is None else len(eval_data.bad.reasons),
             "epochs": progress.epoch, "updates": progress.updates, "seconds": round(log.seconds, 3),
+            "resumed": log.resumed,
             "images_per_second": round(progress.updates * setup.plan.batch_size / max(log.seconds, 1e-9), 2),
             "wait_fraction": round(log.waited / max(log.seconds, 1e-9), 4),
             "loss": log.last.get("loss"), "spread": log.last.get("spread"), **scores, **self.ranks,

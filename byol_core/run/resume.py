@@ -121,7 +121,8 @@ def _go_on(begun: dict[str, Any], config: TrainConfig, facts: Facts, world_size:
     if config.min_scale is not None:
         views = with_min_scale(views, config.min_scale)
     kept = {"lr": begun["lr"]} if "lr" in chosen else {}  # not by way of the batch, which may round
-    choices = [replace(choice, reason="as this run began") if choice.name in chosen else choice for choice in plan.choices]
+    choices = [replace(choice, reason="as this run began", asked=False) if choice.name in chosen else choice
+               for choice in plan.choices]
     return replace(plan, **kept, views=views, choices=tuple(choices))
 
 

@@ -206,10 +206,10 @@ class Run:
         self.results.finish()
         self.results.say()
 
-    def write_end(self, status: str, reason: str) -> None:
-        """What is left of a run that did not finish."""
+    def write_end(self, status: str, reason: str, error: Exception | None = None) -> None:
+        """What is left of a run that did not finish. error: by which it failed."""
         if self.processes.first and self._is_in_its_folder():
-            self.results.write_end(status, reason)
+            self.results.write_end(status, reason, error)
 
     def _is_in_its_folder(self) -> bool:
         """Whether the run folder is still the one that this run holds the lock of: another run may be in its place."""

@@ -80,7 +80,7 @@ def carry_out(embedding: Embedding) -> None:
     from tqdm import tqdm
 
     from byol_core.evaluate.features import embed_batches
-    from byol_core.images.image_set import printable
+    from byol_core.system.console import printable
     from byol_core.system.files import atomic_write
     from byol_core.views.pixels import load_images
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from byol_core.images.decoding import BadImageError, decode
-from byol_core.images.image_set import printable, scan, typical_size
+from byol_core.images.image_set import scan, typical_size
 from byol_core.views.pixels import decode_all
 
 

@@ -18,8 +18,8 @@ from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits  # which scikit-learn brings
 from torch import Tensor, nn
 
-from byol_core.images.image_set import printable
 from byol_core.runtime import Runtime
+from byol_core.system.console import printable
 from byol_core.views.pixels import ImageData, plain_batches
 from byol_core.views.recipes import ViewRecipe
 

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from byol_core.images.decoding import FORMATS, BadImageError, in_silence
 from byol_core.images.listing import (SUFFIXES, Found, ScanProgress, below, common_folder, expand, identity, near_name,
-                                      printable, read_list, refuse_nested, stamp, unread, walk)
+                                      read_list, refuse_nested, stamp, unread, walk)
 from byol_core.images.shards import NO_LABEL, Member, ShardIndex, Shards, index_shards, pack, unpack
+from byol_core.system.console import printable
 from byol_core.system.files import CheckpointError, atomic_write, read_verified
 
 SIZE_SAMPLE = 256  # files whose headers tell the typical image size

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from byol_core.system.console import show
+from byol_core.system.console import printable, show
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 IMAGE_ENDINGS = tuple(suffix.encode() for suffix in SUFFIXES)
@@ -22,11 +22,6 @@ TAR_ENDING = b".tar"
 SHARDS_AT_MOST = 1_000_000  # named by one pattern
 SHOW_AFTER, SHOW_EVERY = 3.0, 10.0  # seconds of scanning
 SHOW_CHECKED = 1_000  # images after which the clock is looked at
-
-
-def printable(name: str) -> str:
-    """`name` with everything that a terminal, JSON or HTML could stumble over written as an escape."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in name)
 
 
 def is_hidden(name: bytes) -> bool:

@@ -11,7 +11,7 @@ import torch
 
 from byol_core.cuda_graph import WARM_UP
 from byol_core.images.duplicates import find_copies
-from byol_core.images.image_set import ImageSet, printable
+from byol_core.images.image_set import ImageSet
 from byol_core.run.config import TrainConfig
 from byol_core.run.data import Loaded, Measuring, load, open_views, order_of
 from byol_core.run.describe import describe, write_config
@@ -24,6 +24,7 @@ from byol_core.run.setup import set_up
 from byol_core.run.state import TrainingState
 from byol_core.run.tensorboard import Board
 from byol_core.runtime import NonFiniteError, peak_memory
+from byol_core.system.console import printable
 from byol_core.system.distributed import ALONE, Processes
 from byol_core.system.files import LAST, State, replace_damaged, save_checkpoint, write_text
 from byol_core.system.signals import Stopped, StopRequest

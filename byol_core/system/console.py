@@ -8,10 +8,14 @@ from typing import TextIO
 NO_MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory")
 
 
-def one_line(message: object) -> str:
-    """Its text with line breaks as spaces, and whatever else a terminal could stumble over as escapes."""
-    text = " ".join(str(message).splitlines())
+def printable(text: str) -> str:
+    """`text` with everything that a terminal, JSON or HTML could stumble over written as an escape."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+def one_line(message: object) -> str:
+    """Its text, line breaks as spaces, and printable."""
+    return printable(" ".join(str(message).splitlines()))
 
 
 def is_out_of_memory(error: Exception) -> bool:

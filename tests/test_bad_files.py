@@ -14,6 +14,7 @@ from PIL import Image
 
 from byol_core.images import image_set as folder_module
 from byol_core.run.run import Run
+from byol_core.system.console import printable
 from tests.test_odd_images import png, saved, tiff
 from tests.test_train_command import SMALL, assert_same_state, checkpoint, metrics, run, summary
 

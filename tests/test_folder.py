@@ -11,6 +11,7 @@ from PIL import Image
 
 from byol_core.images.decoding import BadImageError, decode
 from byol_core.images.image_set import scan, typical_size
+from byol_core.system.console import printable
 from byol_core.views.pixels import decode_all
 
 

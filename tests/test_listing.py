@@ -2,25 +2,21 @@
 
 import os
 import random
-import shutil
-import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
-from byol_core.images import image_set as folder_module
 from byol_core.images import listing
 from byol_core.images.decoding import BadImageError, decode
-from byol_core.images.image_set import LISTING, ImageSet, scan, typical_size
-from byol_core.images.listing import Found, expand, walk
+from byol_core.images.image_set import scan, typical_size
+from byol_core.images.listing import expand
 from byol_core.run.config import TrainConfig, parse_config
 from byol_core.run.folder import choose_out
 from tests.test_folder import touch
-from tests.test_train_command import REPOSITORY, SMALL, run, summary
+from tests.test_train_command import SMALL, run, summary
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 
@@ -257,135 +253,3 @@ def test_several_folders_train_as_one_and_go_on(image_folder: Callable[..., Path
     assert "--data one two" in page
     assert run(*arguments, "--resume") == 0
     assert os.listdir("runs") == ["one+two"]
-
-
-# What a scan keeps for the next one.
-
-@pytest.fixture
-def walked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The folders that are looked through; those of a test were changed long ago."""
-    asked: list[str] = []
-    original = folder_module.walk
-
-    def walk(root: Path, *rest: object) -> Found:
-        asked.append(str(root))
-        for place, _, _ in os.walk(root):
-            os.utime(place, (1e9, 1e9))
-        return original(root, *rest)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(folder_module, "walk", walk)
-    Path("kept").mkdir()
-    return asked
-
-
-def scan_keeping(*data: str, leave_out: Sequence[Path] = ()) -> ImageSet:
-    return scan(data, keep_in=Path("kept"), leave_out=leave_out)
-
-
-def test_a_folder_that_is_as_it_was_is_listed_once(walked: list[str]) -> None:
-    touch(Path("in/a/1.png"), Path("in/b/2.png"), Path("in/c.tar"), Path(os.fsdecode(b"in/b/\xff.png")))
-    first, second = scan_keeping("in"), scan_keeping("in")
-    assert walked == ["in"] and first.classes == second.classes == ("a", "b")
-    assert [second.name(index) for index in range(len(second))] == [first.name(index) for index in range(len(first))]
-    assert torch.equal(first.labels, second.labels) and first.fingerprint() == second.fingerprint()  # type: ignore[arg-type]
-    assert first.remarks == second.remarks and "1 tar files" in second.remarks[0]
-    assert second.given == "in" and second.root == Path("in") and second.path(0).is_file()
-
-
-def test_a_listing_is_found_again_from_another_working_folder(walked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    touch(Path("in/1.png"))
-    scan_keeping("in")
-    monkeypatch.chdir("in")
-    again = scan("../in", keep_in=Path("../kept"))
-    assert len(walked) == 1 and again.path(0).is_file()
-
-
-@pytest.mark.parametrize("change", [
-    lambda: Path("in/a/3.png").touch(), lambda: Path("in/a/1.png").unlink(), lambda: Path("in/a/1.png").rename("in/a/4.png"),
-    lambda: Path("in/a/1.png").rename("in/1.png"), lambda: shutil.rmtree("in/a"),
-    lambda: (shutil.move("in/a", "away"), touch(Path("in/a/9.png")), *(os.utime(of, (1e9, 1e9)) for of in ("in/a", "in")))],
-    ids=["one more", "one less", "renamed", "moved", "a folder less", "another folder in its place"])
-def test_a_folder_that_has_changed_is_listed_anew(walked: list[str], change: Callable[[], None]) -> None:
-    touch(Path("in/a/1.png"), Path("in/b/2.png"))
-    scan_keeping("in")
-    change()
-    found = scan_keeping("in")
-    assert len(walked) == 2
-    assert [found.name(index) for index in range(len(found))] == sorted(
-        str(path.relative_to("in")) for path in Path("in").rglob("*.png"))
-
-
-def test_a_listing_is_that_of_the_folders_asked_for_and_of_those_left_out(walked: list[str]) -> None:
-    touch(Path("in/1.png"), Path("in/runs/2.png"), Path("too/3.png"))
-    assert [len(scan_keeping(*data, leave_out=out)) for data, out in (
-        (["in"], []), (["in", "too"], []), (["in"], [Path("in/runs")]))] == [2, 3, 1]
-
-
-def test_a_listing_is_not_kept_of_what_changed_just_now_or_cannot_be_listed(walked: list[str],
-                                                                            monkeypatch: pytest.MonkeyPatch) -> None:
-    touch(Path("in/a/1.png"), Path("in/b/2.png"))
-    monkeypatch.setattr(folder_module, "walk", walk)  # as it is, and the folders were made just now
-    assert len(scan_keeping("in")) == 2 and not list(Path("kept").iterdir())
-    for place in ("in", "in/a", "in/b"):
-        os.utime(place, (1e9, 1e9))
-    original = os.scandir
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "scandir", lambda place: original(place if not place.endswith(b"b") else b"not there"))
-        assert len(scan_keeping("in")) == 1
-    assert len(scan_keeping("in")) == 2
-
-
-def test_a_listing_is_not_kept_where_links_may_change_what_is_below(walked: list[str]) -> None:
-    touch(Path("in/a/1.png"), Path("late/2.png"))
-    Path("in/b").symlink_to("../away")  # as a mount that is not there yet
-    assert len(scan_keeping("in")) == 1
-    Path("late").rename("away")
-    assert len(scan_keeping("in")) == 2 and len(walked) == 2
-    touch(Path("other/a/1.png"), Path("third/2.png"))
-    Path("other/z").symlink_to("../mount")
-    Path("mount").symlink_to("other/a")
-    assert len(scan_keeping("other")) == 1  # a second way to the same images
-    Path("mount").unlink()
-    Path("mount").symlink_to("third")
-    assert len(scan_keeping("other")) == 2
-
-
-def test_a_file_that_is_added_with_the_folders_time_put_back_is_found(walked: list[str]) -> None:
-    touch(Path("in/a/1.png"), Path("in/b/2.png"))
-    scan_keeping("in")
-    touch(Path("in/a/3.png"))
-    os.utime("in/a", (1e9, 1e9))
-    assert len(scan_keeping("in")) == 3
-
-
-@pytest.mark.parametrize("content", [b"", b"nonsense", {"listing": 1}, {"listing": 99}, ["in"]])
-def test_a_listing_that_cannot_be_used_is_made_again(walked: list[str], content: object) -> None:
-    touch(Path("in/1.png"))
-    scan_keeping("in")
-    if isinstance(content, bytes):
-        Path("kept", LISTING).write_bytes(content)
-    else:
-        torch.save(content, Path("kept", LISTING))
-    assert len(scan_keeping("in")) == 1 and len(walked) == 2
-    assert len(scan_keeping("in")) == 1 and len(walked) == 2
-    assert len(scan("in", keep_in=Path("no such folder"))) == 1
-
-
-@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="no measure of a process's own memory there")
-def test_names_that_were_kept_are_the_files_own_memory_for_all_processes(walked: list[str]) -> None:
-    touch(*(Path(f"in/{number // 50:03d}/{'long' * 50}{number}.png") for number in range(2_000)))
-    scan_keeping("in")
-    script = ("from pathlib import Path\nfrom byol_core.images.image_set import scan\n"
-              "images = scan('in', keep_in=Path('kept'))\n"
-              "assert int(images.names.sum()) and len(images) == 2000\nprint(hex(images.names.data_ptr()))\n"
-              "print(Path('/proc/self/maps').read_text())")
-    shown = subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, check=True,
-                           capture_output=True, text=True).stdout
-    place, maps = int(shown.split("\n", 1)[0], 16), shown.split("\n", 1)[1]
-    (of_names,) = [line for line in maps.splitlines() if line and in_range(place, line.split()[0])]
-    assert of_names.endswith(f"kept/{LISTING}") and walked == ["in"]
-
-
-def in_range(place: int, span: str) -> bool:
-    start, end = (int(word, 16) for word in span.split("-"))
-    return start <= place < end

@@ -78,7 +78,8 @@ def test_flags_win_over_the_recipe() -> None:
     assert chosen.lr == pytest.approx(0.2) and chosen.weight_decay == 0.0
     reasons = {choice.name: choice.reason for choice in chosen.choices}
     assert reasons["lr"] == "as asked" and reasons["warmup_epochs"] != "as asked"
-    assert {choice.name for choice in chosen.choices if choice.asked} == {name for name in reasons if reasons[name] == "as asked"}
+    assert [choice.name for choice in chosen.choices if choice.asked] == [
+        name for name, reason in reasons.items() if reason == "as asked"]
 
 
 def test_every_choice_has_a_reason() -> None:

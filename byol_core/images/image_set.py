@@ -4,12 +4,11 @@ import contextlib
 import hashlib
 import os
 import stat
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from PIL import Image
@@ -17,15 +16,12 @@ from torch import Tensor
 
 from byol_core.images.decoding import FORMATS, BadImageError, in_silence
 from byol_core.images.listing import (SUFFIXES, Found, ScanProgress, below, common_folder, expand, identity, near_name,
-                                      read_list, refuse_nested, stamp, unread, walk)
-from byol_core.images.shards import NO_LABEL, Member, ShardIndex, Shards, index_shards, pack, unpack
+                                      read_list, refuse_nested, unread, walk)
+from byol_core.images.shards import NO_LABEL, Member, ShardIndex, Shards, index_shards, pack
 from byol_core.system.console import printable
-from byol_core.system.files import CheckpointError, atomic_write, read_verified
 
 SIZE_SAMPLE = 256  # files whose headers tell the typical image size
-LISTING, SHARD_INDEX = ".images.pt", ".shards.pt"  # files in which what was found is kept
-LISTING_FORMAT = 1
-SETTLED_NS = 2_000_000_000  # a folder that was changed just now may change again without a new time: clocks are that coarse
+SHARD_INDEX = ".shards.pt"  # the file in which the index of shards is kept
 COMPRESSED = {".gz", ".tgz", ".bz2", ".xz", ".zst"}  # suffixes of tars that cannot be read image by image
 
 T = TypeVar("T")
@@ -114,8 +110,8 @@ def scan(data: str | Path | Sequence[str | Path], flag: str = "--data", leave_ou
     """Find the images that `data` names: folders, one list (.txt), or shards (.tar, a pattern or folders of them).
 
     Folders are searched to any depth, links to folders followed once; hidden files and folders are left out, and the folders
-    in leave_out, where they are below. keep_in: a folder for what was found, so that it need not be looked for again while
-    the folders and shards are the same.
+    in leave_out, where they are below. keep_in: a folder for the index of shards, which need not be made again while they
+    are the same.
 
     Labels are the first-level sub-folders, when every image lies in one and there are at least two; in a list what
     follows a tab; in shards the numbers in .cls members, where every image has one.
@@ -156,11 +152,7 @@ def _check_exists(path: Path, flag: str, number: int) -> None:
 def _scan_folders(given: str, folders: list[Path], flag: str, leave_out: Sequence[Path], keep_in: Path | None,
                   progress: ScanProgress) -> ImageSet:
     refuse_nested(folders, flag)
-    began, root = time.time_ns(), folders[0] if len(folders) == 1 else common_folder(folders)
-    asked = [os.path.abspath(path) for path in (*folders, *leave_out)]
-    kept = None if keep_in is None else _read_listing(keep_in / LISTING, asked)
-    if kept is not None:
-        return ImageSet(given, root, *kept)
+    root = folders[0] if len(folders) == 1 else common_folder(folders)
     left_out = {identity(folder) for folder in leave_out if folder.exists()}
     seen = left_out - {identity(folder) for folder in folders}
     found = [walk(folder, seen, progress) for folder in folders]
@@ -178,36 +170,7 @@ def _scan_folders(given: str, folders: list[Path], flag: str, leave_out: Sequenc
     for folder, part in zip(folders, found):
         names = sorted(part.images)
         parts.append(_Part(below(folder, root) + b"/" if len(folders) > 1 else b"", names, _first_folders(names)))
-    images = _assemble(given, root, parts, remarks)
-    listed = [folder for part in found for folder in part.folders]
-    settled = all(part.settled and not part.unreadable for part in found)
-    settled &= max(modified for _, (modified, *_) in listed) < began - SETTLED_NS
-    if keep_in is not None and settled:
-        _keep_listing(keep_in / LISTING, asked, listed, images)
-    return images
-
-
-def _keep_listing(file: Path, asked: list[str], listed: Sequence[tuple[bytes, list[int]]], images: ImageSet) -> None:
-    folders, folder_ends = pack([folder for folder, _ in listed])
-    state = {"listing": LISTING_FORMAT, "asked": asked, "folders": folders, "folder_ends": folder_ends,
-             "stamps": torch.tensor([stamp for _, stamp in listed]), "names": images.names, "ends": images.ends,
-             "labels": images.labels, "classes": list(images.classes), "remarks": list(images.remarks)}
-    with contextlib.suppress(OSError):  # it is only slower the next time
-        atomic_write(file, lambda stream: torch.save(state, stream))
-
-
-def _read_listing(file: Path, asked: list[str]) -> tuple[Any, ...] | None:
-    """(names, ends, labels, classes, remarks) as kept; None when they are of something else, or a folder has changed."""
-    try:
-        state: Any = read_verified(file, mapped=True)
-        if state["listing"] != LISTING_FORMAT or state["asked"] != asked:
-            return None
-        for folder, known in zip(unpack(state["folders"], state["folder_ends"]), state["stamps"].tolist()):
-            if stamp(os.stat(folder)) != known:
-                return None
-        return state["names"], state["ends"], state["labels"], tuple(state["classes"]), tuple(state["remarks"])
-    except (CheckpointError, OSError, KeyError, TypeError, AttributeError):
-        return None
+    return _assemble(given, root, parts, remarks)
 
 
 def _nothing_found(folder: Path, found: Found, flag: str) -> str:

@@ -51,18 +51,12 @@ class ScanProgress:
 
 @dataclass
 class Found:
-    """Below a folder, as paths relative to it: images, tars, and how many others by suffix; folders that cannot be listed.
-
-    folders: (absolute path, stamp) of all that were listed. settled: False where links lead nowhere or into folders seen
-    before, so that what is below may change without a change of any of these folders.
-    """
+    """Below a folder, as paths relative to it: images, tars, and how many others by suffix; folders that cannot be listed."""
 
     images: list[bytes] = field(default_factory=list)
     tars: list[bytes] = field(default_factory=list)
     others: "Counter[str]" = field(default_factory=Counter)
     unreadable: list[str] = field(default_factory=list)
-    folders: list[tuple[bytes, list[int]]] = field(default_factory=list)
-    settled: bool = True
 
 
 def walk(root: Path, seen: set[tuple[int, int]], progress: ScanProgress) -> Found:
@@ -74,10 +68,8 @@ def walk(root: Path, seen: set[tuple[int, int]], progress: ScanProgress) -> Foun
         try:
             status = os.stat(folder)
             if (status.st_dev, status.st_ino) in seen:
-                found.settled = False
                 continue  # a second way into the same folder: a link, or a loop of them
             seen.add((status.st_dev, status.st_ino))
-            found.folders.append((os.path.abspath(folder), stamp(status)))
             pending += sorted(_sort_entries(folder, prefix, found, progress), reverse=True)
         except OSError as error:
             found.unreadable.append(f"{printable(os.fsdecode(prefix or folder))}: {error.strerror}")
@@ -92,8 +84,6 @@ def _sort_entries(folder: bytes, prefix: bytes, found: Found, progress: ScanProg
             name = entry.name
             if is_hidden(name):
                 continue
-            if entry.is_symlink() and not os.path.exists(entry.path):
-                found.settled = False
             if not entry.is_file(follow_symlinks=False) and _is_folder(entry):
                 folders.append((entry.path, prefix + name + b"/"))
                 continue
@@ -110,11 +100,6 @@ def _sort_entries(folder: bytes, prefix: bytes, found: Found, progress: ScanProg
             found.others[os.path.splitext(os.fsdecode(name))[1].lower()] += 1
     progress.advance(len(found.images) - counted, folder)
     return folders
-
-
-def stamp(folder: os.stat_result) -> list[int]:
-    """Changes when a file or folder in it is added, removed or renamed, or when another folder has taken its place."""
-    return [folder.st_mtime_ns, folder.st_ctime_ns, folder.st_ino % 2**63]
 
 
 def identity(folder: bytes | Path) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from byol_core.system.files import LAST, PREVIOUS, remove_leftovers
 
 RUNS = Path("runs")
 COPIES = 3  # checkpoints on the disk at the most: the last one, the one before, and the one being written
-KEPT = {".lock", ".images.pt", ".shards.pt"}  # the lock, and what a scan keeps for the next one
+KEPT = {".lock", ".images.pt", ".shards.pt"}  # the lock, and what a scan keeps, or kept in earlier versions
 LONGEST_NAME = 100  # characters
 OWN_FILES = {"config.json", "metrics.jsonl", "train.log", "summary.json", "report.html", "bad_files.txt", "copies.txt",
              "views.png", "neighbours.png", "embedding.png", "backbone.pt", "backbone.json", "best.pt", "best.json"}

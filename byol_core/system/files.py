@@ -219,11 +219,8 @@ def without_wrappers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return weights
 
 
-def read_verified(path: Path, mapped: bool = False) -> object:
-    """torch.load of plain data, checksums first: torch itself does not notice a flipped bit inside a tensor.
-
-    mapped: the tensors are the file's own memory, which all processes that read it share.
-    """
+def read_verified(path: Path) -> object:
+    """torch.load of plain data, checksums first: torch itself does not notice a flipped bit inside a tensor."""
     if path.exists() and not path.is_file():
         raise CheckpointError(f"{path} is not a checkpoint, but a {'folder' if path.is_dir() else 'pipe or a device'}")
     try:
@@ -235,7 +232,7 @@ def read_verified(path: Path, mapped: bool = False) -> object:
             raise DamagedError(f"{path} is damaged (checksum mismatch in {damaged!r})")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickles that torch did not write; they are refused, or plain all the same
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except zipfile.BadZipFile as error:
         raise _what_else(path) from error
     except pickle.UnpicklingError as error:

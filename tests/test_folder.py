@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from byol_core.images.decoding import BadImageError, decode
-from byol_core.images.image_set import scan, typical_size
+from byol_core.images.image_set import scan
 from byol_core.system.console import printable
 from byol_core.views.pixels import decode_all
 
@@ -247,7 +247,13 @@ def png_claiming(size: int) -> bytes:
 ])
 def test_what_is_no_image_is_refused_with_the_reason(tmp_path: Path, content: bytes, reason: str) -> None:
     (tmp_path / "x.png").write_bytes(content)
-    with pytest.raises(BadImageError, match=reason):
+    with pytest.raises(BadImageError, match=reason) as refused:
+        decode(tmp_path / "x.png")
+    assert "x.png" not in str(refused.value)  # whoever tells of it names the file
+
+
+def test_a_file_that_is_gone_is_refused_with_the_reason(tmp_path: Path) -> None:
+    with pytest.raises(BadImageError, match="^FileNotFoundError: No such file or directory$"):
         decode(tmp_path / "x.png")
 
 
@@ -284,7 +290,7 @@ def test_decode_all_gives_up_on_different_sizes(tmp_path: Path) -> None:
 def test_typical_size_is_the_median_and_says_whether_all_agree(tmp_path: Path) -> None:
     for number, side in enumerate((10, 20, 30)):
         save(tmp_path / f"{number}.png", np.zeros((side, side + 1, 3), np.uint8))
-    assert typical_size(scan(tmp_path)) == (20, 21, False)
+    assert scan(tmp_path).headers[:3] == (20, 21, False)
 
 
 CORPUS = Path(__file__).parents[2] / "shared" / "data" / "odd-images.tar.xz"

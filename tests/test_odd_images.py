@@ -16,7 +16,7 @@ from PIL import Image
 import train
 from byol_core.images import decoding
 from byol_core.images.decoding import MAX_PIXELS, BadImageError, decode
-from byol_core.images.image_set import scan, typical_size
+from byol_core.images.image_set import scan
 
 WHITE, BLACK = [255, 255, 255], [0, 0, 0]
 
@@ -221,7 +221,7 @@ def test_decoders_say_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str],
         image.load()
     assert "ZIPDecode" in capfd.readouterr().err and not recwarn.list  # without silence
     images = scan(tmp_path)
-    typical_size(images)
+    images.headers
     for index in range(len(images)):
         with pytest.raises(BadImageError):
             decode(images.path(index))
@@ -256,9 +256,9 @@ def test_bombs_are_refused_with_bounded_memory(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
         assert len(content) < 500_000
     script = ("import sys\nfrom byol_core.images.decoding import BadImageError, decode\n"
-              "from byol_core.images.image_set import scan, typical_size\n"
+              "from byol_core.images.image_set import scan\n"
               "from tests.fuzz import memory_peak\nimages = scan(sys.argv[1])\nbefore = memory_peak()\n"
-              "typical_size(images)\n"
+              "images.headers\n"
               "for index in range(len(images)):\n"
               "    try:\n        print(images.name(index), decode(images.path(index)).size)\n"
               "    except BadImageError as error:\n        print(images.name(index), error)\n"

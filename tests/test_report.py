@@ -272,18 +272,6 @@ def test_no_epochs_are_no_damage(tmp_path: Path) -> None:
     assert "Finished without training" in page(tmp_path)
 
 
-def test_a_skipped_file_is_named_once(tmp_path: Path) -> None:
-    write_run(tmp_path)
-    (tmp_path / "bad_files.txt").write_text(
-        "a/b.jpg\tUnidentifiedImageError: cannot identify image file '/data/imgs/a/b.jpg'\n"
-        "c d.png\t[Errno 2] No such file or directory: \"/data/it's/c d.png\"\n"
-        "e.png\tOSError: image file is truncated (5 bytes not processed)\n")
-    text = page(tmp_path)
-    assert text.count("b.jpg") == text.count("c d.png") == 1 and "/data" not in text
-    assert "cannot identify image file " in text and "No such file or directory " in text and "(5 bytes" in text
-    assert '<td class="w">a/b.jpg</td><td class="w">Unid' in (tmp_path / "report.html").read_text()
-
-
 def test_resumes_and_skipped_steps_are_marked(tmp_path: Path) -> None:
     write_run(tmp_path)
     page(tmp_path)

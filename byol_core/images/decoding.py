@@ -5,11 +5,10 @@ import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import numpy as np
-from PIL import Image, ImageOps
-
-from byol_core.images.shards import Member
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF")  # behind whatever suffix; Pillow knows formats that start programs
 MAX_PIXELS = 89_478_485  # a 24-bit image of 256 MiB; more is taken for a decompression bomb
@@ -21,7 +20,7 @@ class BadImageError(ValueError):
     """An image file that cannot be used, with the reason."""
 
 
-def decode(source: Path | Member, reduce: int = 1) -> Image.Image:
+def decode(source: Path | IO[bytes], reduce: int = 1) -> Image.Image:
     """The first frame of an image file as 8-bit RGB, upright by its EXIF tag, transparent parts on white.
 
     16-bit and float images are scaled to 0..255 by their range (see `_to_8_bit`). reduce: a JPEG whose sides
@@ -40,7 +39,7 @@ def decode(source: Path | Member, reduce: int = 1) -> Image.Image:
         return _to_rgb(image)
 
 
-def upright_size(source: Path | Member) -> tuple[int, int]:
+def upright_size(source: Path | IO[bytes]) -> tuple[int, int]:
     """(height, width) that `decode` will give, by what the file says before its pixels; some say their orientation later.
 
     Raises: BadImageError with the reason.
@@ -53,7 +52,7 @@ def upright_size(source: Path | Member) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def _opened(source: Path | Member) -> Iterator[Image.Image]:
+def _opened(source: Path | IO[bytes]) -> Iterator[Image.Image]:
     """The image of a file, whatever fails in the block being the file's fault."""
     try:
         with in_silence(), Image.open(source, formats=FORMATS) as image:
@@ -61,7 +60,14 @@ def _opened(source: Path | Member) -> Iterator[Image.Image]:
     except BadImageError:
         raise
     except Exception as error:  # decoders raise whatever they like on broken input
-        raise BadImageError(f"{type(error).__name__}: {error}".strip(": ")) from error
+        raise BadImageError(why(error)) from error
+
+
+def why(error: Exception) -> str:
+    """The kind of an error and its words, without the path of the file, which whoever tells of it names."""
+    words = "cannot identify image file" if isinstance(error, UnidentifiedImageError) else \
+        error.strerror if isinstance(error, OSError) and error.strerror else error
+    return f"{type(error).__name__}: {words}".strip(": ")
 
 
 @contextlib.contextmanager

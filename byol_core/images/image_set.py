@@ -2,29 +2,38 @@
 
 import contextlib
 import hashlib
+import io
 import os
 import stat
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from byol_core.images.decoding import FORMATS, BadImageError, in_silence
+from byol_core.images.decoding import FORMATS, BadImageError, in_silence, why
 from byol_core.images.listing import (SUFFIXES, Found, ScanProgress, below, common_folder, expand, identity, near_name,
                                       read_list, refuse_nested, unread, walk)
-from byol_core.images.shards import NO_LABEL, Member, ShardIndex, Shards, index_shards, pack
+from byol_core.images.shards import NO_LABEL, ShardIndex, Shards, index_shards, pack
 from byol_core.system.console import printable
 
 SIZE_SAMPLE = 256  # files whose headers tell the typical image size
 SHARD_INDEX = ".shards.pt"  # the file in which the index of shards is kept
 COMPRESSED = {".gz", ".tgz", ".bz2", ".xz", ".zst"}  # suffixes of tars that cannot be read image by image
 
-T = TypeVar("T")
+
+class Headers(NamedTuple):
+    """Of the files that were looked at: the typical size, whether all agree, and how many have several frames or pages."""
+
+    height: int
+    width: int
+    same_size: bool
+    several_frames: int
 
 
 @dataclass(frozen=True)
@@ -57,7 +66,7 @@ class ImageSet:
         """Where the image is; in a shard, a path that tells it from all others, though no file system knows it."""
         return self.root / self.name(index)
 
-    def source(self, index: int) -> "Path | Member":
+    def source(self, index: int) -> Path | IO[bytes]:
         """What `decode` reads image `index` from. Raises: BadImageError when its bytes cannot be had."""
         path = self.path(index)
         if self.shards is None:
@@ -66,9 +75,9 @@ class ImageSet:
                     raise BadImageError("not a regular file")  # a pipe may never end
             return path
         try:
-            return Member(self.shards.read(index), self.name(index))
+            return io.BytesIO(self.shards.read(index))
         except OSError as error:
-            raise BadImageError(f"{type(error).__name__}: {error}") from error
+            raise BadImageError(why(error)) from error
 
     def size(self, index: int) -> int:
         """Bytes of the image's file. Raises: OSError."""
@@ -87,6 +96,24 @@ class ImageSet:
         if not stat.S_ISREG(status.st_mode):
             raise OSError("not a regular file")  # a pipe may never end
         return status
+
+    @cached_property
+    def headers(self) -> "Headers":
+        """What at most 256 files say of themselves, spread evenly over the set. Raises: ValueError when none can be opened."""
+        sizes, several = [], 0
+        for number in range(min(SIZE_SAMPLE, len(self))):
+            try:
+                source = self.source(number * len(self) // min(SIZE_SAMPLE, len(self)))
+                with in_silence(), Image.open(source, formats=FORMATS) as image:
+                    sizes.append((image.height, image.width))
+                    several += getattr(image, "is_animated", False)
+            except Exception:  # the loader will name it
+                continue
+        if not sizes:
+            raise ValueError(f"none of the images of {self.given} that were tried can be opened, such as "
+                             f"{printable(self.name(0))} - check --data")
+        sizes.sort(key=min)
+        return Headers(*sizes[len(sizes) // 2], len(set(sizes)) == 1, several)
 
     def fingerprint(self) -> str:
         """Changes when an image is added, removed or renamed, and when one moves within a shard."""
@@ -246,35 +273,3 @@ def _ranks(numbers: Tensor) -> tuple[Tensor | None, tuple[str, ...]]:
     """Numbers as positions in the classes, which are the numbers that occur; none where all are the same."""
     classes, labels = numbers.unique(return_inverse=True)
     return (labels, tuple(map(str, classes.tolist()))) if len(classes) > 1 else (None, ())
-
-
-def typical_size(images: ImageSet) -> tuple[int, int, bool]:
-    """(height, width, whether all that were looked at agree) from the headers of files spread evenly over the set.
-
-    Raises: ValueError when none of them can be opened.
-    """
-    sizes = _of_some(images, lambda image: (image.height, image.width))
-    if not sizes:
-        raise ValueError(f"none of the images of {images.given} that were tried can be opened, such as "
-                         f"{printable(images.name(0))} - check --data")
-    sizes.sort(key=min)
-    height, width = sizes[len(sizes) // 2]
-    return height, width, len(set(sizes)) == 1
-
-
-def with_several_frames(images: ImageSet) -> int:
-    """How many of the files that `typical_size` looks at are animations or have several pages."""
-    return sum(_of_some(images, lambda image: getattr(image, "is_animated", False)))
-
-
-def _of_some(images: ImageSet, look: Callable[[Image.Image], T]) -> list[T]:
-    """What `look` finds in the headers of at most 256 files spread evenly over the set; broken ones are left out."""
-    found = []
-    for number in range(min(SIZE_SAMPLE, len(images))):
-        try:
-            source = images.source(number * len(images) // min(SIZE_SAMPLE, len(images)))
-            with in_silence(), Image.open(source, formats=FORMATS) as image:
-                found.append(look(image))
-        except Exception:  # the loader will name it
-            continue
-    return found

@@ -85,17 +85,6 @@ class Shards:
         return self._opened[shard]
 
 
-class Member(io.BytesIO):
-    """The bytes of an image in a shard, called by its name in what Pillow says of it."""
-
-    def __init__(self, content: bytes, name: str) -> None:
-        super().__init__(content)
-        self.name = name
-
-    def __repr__(self) -> str:
-        return repr(self.name)
-
-
 def index_shards(paths: Sequence[Path], flag: str, progress: ScanProgress, kept: Path | None = None) -> list[ShardIndex]:
     """An index of each tar. kept: a file with those made before, which count while size and time of a tar are the same.
 

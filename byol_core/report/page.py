@@ -4,7 +4,6 @@ import base64
 import html
 import json
 import math
-import re
 import shlex
 import struct
 from collections.abc import Callable, Mapping, Sequence
@@ -386,7 +385,6 @@ def _skipped(run: RunFacts) -> str:
     rows = []
     for line in run.skipped[:SKIPPED_AT_MOST]:
         name, _, why = line.partition("\t")
-        why = re.sub(rf" ?(['\"]).*?{re.escape(name)}\1", "", why).strip(" :")  # its path, which the name says already
         rows.append([html.escape(name), html.escape(why)])
     more = len(run.skipped) - len(rows)
     rest = f"<p>and {more} more, in bad_files.txt</p>" if more else ""

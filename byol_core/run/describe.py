@@ -8,7 +8,7 @@ import sklearn
 import torch
 import torchvision
 
-from byol_core.images.image_set import ImageSet, with_several_frames
+from byol_core.images.image_set import ImageSet
 from byol_core.run.config import command_line
 from byol_core.run.folder import space_warning
 from byol_core.run.plan import Choice, Plan
@@ -23,9 +23,9 @@ def describe(setup: Setup, files: ImageSet, state: TrainingState, views_reason: 
     config, plan = setup.config, setup.plan
     for remark in files.remarks:
         say(f"warning: {remark}")
-    several = with_several_frames(files)
-    if several:
-        say(f"note: {several} of the files looked at have several frames; of each file the first one is used")
+    if files.headers.several_frames:
+        say(f"note: {files.headers.several_frames} of the files looked at have several frames; of each file the first one is "
+            "used")
     kinds = f"{len(files.classes)} classes, used only to measure" if files.labels is not None else "no class folders"
     say(f"data: {len(files)} images in {files.given} ({kinds})")
     weights = sum(p.numel() for p in state.model.online.parameters())

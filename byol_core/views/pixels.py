@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from byol_core.images.decoding import BadImageError, decode
-from byol_core.images.image_set import ImageSet, typical_size
+from byol_core.images.image_set import ImageSet
 from byol_core.runtime import usable_cpus
 from byol_core.system.console import printable
 from byol_core.views.recipes import ViewRecipe, normalise, plain_view
@@ -119,8 +119,8 @@ def usual_size(facts: Facts) -> int:
 
 def look_at(files: ImageSet) -> Facts:
     """What a plan needs to know of the images, from a few of their headers."""
-    height, width, same_size = typical_size(files)
-    return Facts(len(files), min(height, width), same_size)
+    headers = files.headers
+    return Facts(len(files), min(headers.height, headers.width), headers.same_size)
 
 
 def load_images(files: ImageSet, where: str, device: torch.device, report: Callable[[str], None],
@@ -134,7 +134,7 @@ def load_images(files: ImageSet, where: str, device: torch.device, report: Calla
     bad = BadFiles(files, report, limit=bad_limit)
     if where == "cpu":
         return ImageData(files, bad), "cpu (as asked)"
-    height, width, same = typical_size(files)
+    height, width, same, _ = files.headers
     needed = len(files) * 3 * height * width
     if same and needed <= MEMORY_BUDGET:
         pixels = decode_all(files, bad.add, workers, max(1, BLOCK_BYTES // (3 * height * width)))

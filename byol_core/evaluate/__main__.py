@@ -16,11 +16,10 @@ if TYPE_CHECKING:  # torch and scikit-learn are loaded when there is something t
     from byol_core.images.image_set import ImageSet
     from byol_core.pretrained import Pretrained
     from byol_core.runtime import Runtime
-    from byol_core.views.pixels import ImageData
     from byol_core.views.recipes import ViewRecipe
 
 NEIGHBOURS = (20, 200)
-FEW_LABELS, FEW_LABELS_CLASSES = (1, 5, 10), 100  # labels per class; classes above which these probes take too long
+FEW_LABELS = 1, 5, 10  # labels per class
 COLLAPSED = 0.01  # spread below which features tell images apart no more; that of untrained networks is higher
 SHOWN_CLASSES, SHOWN_CONFUSIONS = 20, 20  # on the console; --json holds the whole matrix
 
@@ -68,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def prepare(options: Namespace) -> Evaluation:
     """Everything that can be wrong is found here, before any image goes through a network."""
     from byol_core.evaluate.features import load_classifier
+    from byol_core.evaluate.scoring import class_remark
     from byol_core.pretrained import load_pretrained, load_torchvision
     from byol_core.runtime import Runtime, choose_device, choose_precision
     from byol_core.views.pixels import choose_workers
@@ -88,7 +88,9 @@ def prepare(options: Namespace) -> Evaluation:
                             classifier)
     for line in pretrained.notes:
         evaluation.note(f"warning: {line}")
-    _check_classes(evaluation)
+    remark = None if eval_files is None else class_remark(files, eval_files)
+    if remark is not None:
+        evaluation.note(f"warning: {remark}")
     _check_overlap(evaluation)
     return evaluation
 
@@ -103,29 +105,6 @@ def _labelled(flag: str, data: str | Sequence[str]) -> "ImageSet":
         raise ValueError(f"{flag} {files.given} has fewer than the 2 classes that measuring needs - put the images of each "
                          "class in a sub-folder of its own")
     return files
-
-
-def _check_classes(evaluation: Evaluation) -> None:
-    """Report classes that cannot be predicted. Raises: ValueError when that is all of them."""
-    if evaluation.eval_files is None:
-        return
-    unknown = [name for name in evaluation.eval_files.classes if name not in evaluation.files.classes]
-    if len(unknown) == len(evaluation.eval_files.classes):
-        raise ValueError(f"no class of --eval-data {evaluation.eval_files.given} is a class of --data "
-                         f"{evaluation.files.given} - name the sub-folders alike")
-    if unknown:
-        images = int((_known_labels(evaluation) < 0).sum())
-        evaluation.note(f"warning: classes of --eval-data that --data does not have: {', '.join(unknown)}; "
-                        f"their {images} images count as wrong")
-
-
-def _known_labels(evaluation: Evaluation) -> "Tensor":
-    """Labels of --eval-data as positions among the classes of --data; -1, which is never predicted, where it lacks one."""
-    import torch
-
-    assert evaluation.eval_files is not None and evaluation.eval_files.labels is not None
-    place = {name: number for number, name in enumerate(evaluation.files.classes)}
-    return torch.tensor([place.get(name, -1) for name in evaluation.eval_files.classes])[evaluation.eval_files.labels]
 
 
 def _check_overlap(evaluation: Evaluation) -> None:
@@ -152,17 +131,19 @@ def _check_overlap(evaluation: Evaluation) -> None:
 
 def carry_out(evaluation: Evaluation) -> None:
     """Raises: ValueError, OSError or RuntimeError for what only shows while running, such as too many broken files."""
+    from byol_core.evaluate.scoring import Scorer
     from byol_core.system.files import write_json
     from byol_core.views.pixels import load_images
 
-    device = evaluation.runtime.device
-    workers = evaluation.workers
+    runtime, workers = evaluation.runtime, evaluation.workers
+    device = runtime.device
     data = load_images(evaluation.files, "auto", device, evaluation.note, workers)[0]
     eval_data = (None if evaluation.eval_files is None
                  else load_images(evaluation.eval_files, "auto", device, evaluation.note, workers)[0])
     accuracies: dict[str, dict[str, float]] = {"majority": {}}
     for name, (backbone, recipe) in evaluation.networks.items():
-        fit, test = _features(evaluation, backbone, recipe, data, eval_data)
+        runtime.place_model(backbone)
+        fit, test = Scorer(data, eval_data, recipe, runtime, workers, at_most=None).features(backbone)
         say(f"{name}: {len(fit.y)} images to fit on, {len(test.y)} to measure on")
         _check_spread(evaluation, name, fit)
         accuracies[name], predicted = _measure(evaluation, name, fit, test)
@@ -175,25 +156,6 @@ def carry_out(evaluation: Evaluation) -> None:
     if evaluation.options.json is not None:
         write_json(Path(evaluation.options.json), _as_json(evaluation, accuracies, confusion, split))
     sys.stdout.write(f"{split}\n{_table(accuracies)}\n\n{_confusion_text(evaluation, confusion)}\n")
-
-
-def _features(evaluation: Evaluation, backbone: "nn.Module", recipe: "ViewRecipe", data: "ImageData",
-              eval_data: "ImageData | None") -> "tuple[Features, Features]":
-    """(features to fit on, features to measure on)."""
-    import torch
-
-    from byol_core.evaluate.features import Features, embed_data, split
-
-    runtime, workers = evaluation.runtime, evaluation.workers
-    runtime.place_model(backbone)
-    assert data.files.labels is not None
-    rows, x = embed_data(backbone, data, recipe, torch.arange(len(data)), runtime, workers)
-    features = Features(x, data.files.labels[rows])
-    if eval_data is None:
-        fit, test = split(features)
-        return features.at(fit), features.at(test)
-    rows, x = embed_data(backbone, eval_data, recipe, torch.arange(len(eval_data)), runtime, workers)
-    return features, Features(x, _known_labels(evaluation)[rows])
 
 
 def _check_spread(evaluation: Evaluation, name: str, features: "Features") -> None:
@@ -210,8 +172,9 @@ def _measure(evaluation: Evaluation, name: str, fit: "Features", test: "Features
     import torch
     from sklearn.base import clone
 
-    from byol_core.evaluate.features import few_label_accuracy, fit_classifier, knn_accuracy, unconverged
+    from byol_core.evaluate.features import fit_classifier, knn_accuracy, unconverged
     from byol_core.evaluate.linear_probe import LinearProbe, too_large_for_sklearn
+    from byol_core.evaluate.scoring import few_label_accuracies
 
     def predict(classifier: "Classifier | None", metric: str) -> "Tensor":
         fitted = fit_classifier(fit.x, fit.y, classifier)
@@ -227,15 +190,8 @@ def _measure(evaluation: Evaluation, name: str, fit: "Features", test: "Features
         if k > len(fit.y):
             evaluation.note(f"note: knn_{k} uses {len(fit.y)} neighbours, all images there are to fit on")
         accuracies[f"knn_{k}"] = knn_accuracy(fit.x, fit.y, test.x, test.y, k)
-    per_class = torch.bincount(fit.y)
-    fewest = int(per_class[per_class > 0].min())
-    for count in FEW_LABELS:
-        if len(per_class) > FEW_LABELS_CLASSES or count > fewest:
-            evaluation.note(f"note: no linear_{count}: " + (f"more than {FEW_LABELS_CLASSES} classes" if count <= fewest else
-                                                            f"a class has only {fewest} images to fit on"))
-        else:
-            accuracies[f"linear_{count}"] = few_label_accuracy(fit, test, count)
-    large = too_large_for_sklearn(fit.x, len(per_class))
+    accuracies |= few_label_accuracies(fit, test, FEW_LABELS, lambda line: evaluation.note(f"note: {line}"))
+    large = too_large_for_sklearn(fit.x, int(fit.y.max()) + 1)
     by_sgd = evaluation.options.linear == "sgd" or large and evaluation.options.linear == "auto"
     evaluation.note("note: linear is " + ("SGD on frozen features, the published protocol" if by_sgd else
                                           "scikit-learn's logistic regression on standardised features"))

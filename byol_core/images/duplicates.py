@@ -1,9 +1,10 @@
 """Images that are there more than once: the same file by two ways, or files of the same bytes."""
 
+import functools
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 
 from byol_core.images.image_set import ImageSet
 from byol_core.images.listing import ScanProgress
@@ -33,6 +34,17 @@ def _alike(files: ImageSet, groups: Iterable[list[int]], key: Callable[[ImageSet
             progress.advance(1, os.fsencode(files.given))
         found += [rows for rows in by_key.values() if len(rows) > 1]
     return found
+
+
+def same_paths(files: ImageSet, others: ImageSet) -> int:
+    """How many files of `others` are among `files`, by the real paths of their folders: quick for a million files."""
+    real_folder = functools.cache(os.path.realpath)
+
+    def places(images: ImageSet) -> Iterator[tuple[str, str]]:
+        return ((real_folder(path.parent), path.name) for path in map(images.path, range(len(images))))
+
+    measured = set(places(files))
+    return sum(place in measured for place in places(others))
 
 
 def overlap(files: ImageSet, fit: Sequence[int], eval_files: ImageSet, test: Sequence[int]) -> tuple[int, int]:

@@ -1,13 +1,12 @@
 """The images of a run, and what measures features on them or on those of --eval-data."""
 
-import functools
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from torch import nn
 
-from byol_core.evaluate.scoring import Scorer, Scores
+from byol_core.evaluate.scoring import Scorer, Scores, class_remark
 from byol_core.evaluate.separation import SeparationScorer
+from byol_core.images.duplicates import same_paths
 from byol_core.images.image_set import ImageSet, scan
 from byol_core.run.setup import Setup
 from byol_core.system.files import write_text
@@ -97,31 +96,14 @@ def _load_eval_data(setup: Setup, trained_on: ImageSet, say: Say) -> ImageData:
     given = setup.config.eval_data
     assert given is not None
     files = scan(given, "--eval-data", leave_out=(setup.folder,))
-    for remark in files.remarks:
-        say(f"warning: --eval-data: {remark}")
+    for found in files.remarks:
+        say(f"warning: --eval-data: {found}")
     if files.labels is None:
         raise ValueError(f"--eval-data {given} has fewer than 2 class sub-folders, so there is nothing to measure")
-    images, _ = load(setup, files, say)
-    own, others = set(trained_on.classes), set(files.classes)
-    if own and not own & others:
-        raise ValueError(f"--eval-data {files.given} has no class folder of the same name as one in --data - measured on it, "
-                         "every accuracy would be 0")
-    if own and others - own:
-        say(f"warning: images of {len(others - own)} classes that --data does not have count as wrong: "
-            f"{', '.join(sorted(others - own)[:5])}")
-    both = _in_both(files, trained_on) if trained_on.labels is not None else 0
+    remark, both = (None, 0) if trained_on.labels is None else (class_remark(trained_on, files), same_paths(files, trained_on))
+    if remark is not None:
+        say(f"warning: {remark}")
     if both:
         say(f"warning: {both} of {len(files)} images of --eval-data are in --data, too: the probes are fitted on them, so the "
             "accuracies are too high")
-    return images
-
-
-def _in_both(files: ImageSet, others: ImageSet) -> int:
-    """How many files of `others` are among `files`."""
-    real_folder = functools.cache(os.path.realpath)
-
-    def places(images: ImageSet) -> Iterator[tuple[str, str]]:
-        return ((real_folder(path.parent), path.name) for path in map(images.path, range(len(images))))
-
-    measured = set(places(files))
-    return sum(place in measured for place in places(others))
+    return load(setup, files, say)[0]

@@ -15,7 +15,7 @@ from byol_core.evaluate.health import (RANK_COLLAPSED, RANK_COLLAPSING, ROWS, SP
 from byol_core.images.digits import write_digits
 from byol_core.images.image_set import scan
 from byol_core.networks import BYOL
-from byol_core.report.page import CURVES
+from byol_core.report.curves import CURVES
 from byol_core.run.config import TrainConfig
 from byol_core.run.log import RunLog
 from byol_core.run.plan import make_plan

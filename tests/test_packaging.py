@@ -53,7 +53,7 @@ from byol_core.evaluate import classifier_accuracy, embed, fit_classifier, knn_a
 import byol_core
 assert all(getattr(byol_core, name) is not None for name in byol_core.__all__)
 assert byol_core.lars.LARS is LARS
-from byol_core.report.page import STYLE
+from byol_core.report.markup import STYLE
 assert "main {" in STYLE.read_text()
 print(byol_core.__file__)
 """

@@ -12,8 +12,9 @@ from PIL import Image
 from byol_core.report import page as report
 from byol_core.report.__main__ import main
 from byol_core.report.charts import Curve, draw, number_text, smoothed, thinned, ticks
+from byol_core.report.compare import compare, flatten
 from byol_core.report.facts import read_run
-from byol_core.report.page import compare, flatten, write_report
+from byol_core.report.page import write_report
 from byol_core.report.pictures import save_grid, tile
 from byol_core.run.config import TrainConfig, command_line, parse_config
 
@@ -72,7 +73,7 @@ def write_run(folder: Path, labels: bool = True, updates: int = 6, hostile: str 
         "config": {"data": hostile, "out": str(folder), "epochs": 2, "seed": 5},
         "commands": {key: command_line(TrainConfig(data=(hostile,), out=out, epochs=2, seed=5))
                      for key, out in (("this", str(folder)), ("elsewhere", None))},
-        "choices": [{"name": "lr", "value": 0.1, "reason": f"a & b {hostile}"}],
+        "choices": [{"name": "lr", "value": 0.1, "shown": "0.1 x 64/256 = 0.025", "reason": f"a & b {hostile}"}],
         "plan": {"epochs": 2, "updates_per_epoch": 3, "lr": 0.025, "batch_size": 64, "arch": hostile,
                  "views": [{"size": 8, "blur": 1.0}, {"size": 8, "blur": 0.1}]},
         "data": {"images": 12, "classes": [hostile, "b"] if labels else []}, "versions": {"torch": hostile}}))

@@ -9,7 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from byol_core.report.page import compare, write_report
+from byol_core.report.compare import compare
+from byol_core.report.page import write_report
 from byol_core.system.console import one_line, show
 
 

@@ -12,6 +12,8 @@ SECTIONS = ("config", "commands", "plan", "data", "versions")  # of config.json
 VERDICT = ("verdict", "verdict_why", "verdict_advice")  # of summary.json, as it was when that was written
 TEXTS = ("status", "reason", "error", "measured_on", "device", "amp", *VERDICT)  # of summary.json; all else in it are numbers
 MEASURED = ("knn", "separation")  # before training, on the way, and after it
+SCORES = {"knn": "k nearest neighbours, all labels", "linear": "linear probe, all labels",
+          "linear_5": "linear probe, 5 labels per class", "linear_1": "linear probe, 1 label per class"}
 LARGEST = 1e300  # beyond it a number is damage, and overflows in a drawing
 
 

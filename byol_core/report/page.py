@@ -3,48 +3,26 @@
 import base64
 import html
 import json
-import math
 import shlex
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from datetime import datetime
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-from byol_core.report.charts import Curve, Points, draw
-from byol_core.report.facts import VERDICT, RunFacts, parse_object, read_run, read_text
+from byol_core.report.curves import CURVES, curve_of, figure
+from byol_core.report.facts import SCORES, RunFacts, parse_object, read_run, read_text
+from byol_core.report.markup import count, details, document, duration, named, percent, plain, table
 from byol_core.system.files import LAST, PREVIOUS, write_text
 
-STYLE = Path(__file__).with_name("style.css")
 PICTURES_AT_MOST = 4_500_000  # bytes of the page that pictures may take
 PNG = b"\x89PNG\r\n\x1a\n"  # how such files begin
 SKIPPED_AT_MOST = 200  # files named on the page
-SCORES = {"knn": "k nearest neighbours, all labels", "linear": "linear probe, all labels",
-          "linear_5": "linear probe, 5 labels per class", "linear_1": "linear probe, 1 label per class"}
 # Title, what is healthy, what it is.
 HEALTH = {"spread": ("spread", "near 1", "how far apart different images lie; 0 when all look alike"),
           "rank": ("effective rank", "far above 1", "dimensions in use by the projections"),
           "cosine": ("mean cosine", "near 0", "likeness of different images; 1 when all look alike"),
           "alignment": ("alignment", "falling", "squared distance of two views of one image, 0 to 4"),
           "uniformity": ("uniformity", "well below 0", "how evenly the features fill their sphere; 0 when all look alike")}
-# Key, title, what to know when reading it, and how to draw it.
-CURVES: tuple[tuple[str, str, str, Callable[..., Curve]], ...] = (
-    ("loss", "Loss", "0 to 8; may rise again while the features improve",
-     partial(Curve, low=0.0, smooth=True)),
-    ("spread", "Spread", "1 is healthy, 0 is collapsed", partial(Curve, low=0.0, high=1.0)),
-    ("rank", "Effective rank", "dimensions in use; a collapse leaves fewer than 5", partial(Curve, low=0.0)),
-    ("knn", "kNN accuracy", "on images whose labels the vote did not see", partial(Curve, percent=True)),
-    ("separation", "Separation", "of a few images, each in several views; higher is better", partial(Curve, low=0.0)),
-    ("cosine", "Mean cosine", "of different images; 0 is healthy, 1 is collapsed", partial(Curve, low=0.0)),
-    ("alignment", "Alignment", "squared distance of two views, 0 to 4", partial(Curve, low=0.0, smooth=True)),
-    ("uniformity", "Uniformity", "lower is more even", partial(Curve, high=0.0)),
-    ("lr", "Learning rate", "after scaling by the batch", partial(Curve, low=0.0)),
-    ("tau", "Target momentum tau", "1 stands still", partial(Curve, high=1.0)),
-    ("images_per_second", "Images per second", "in training", partial(Curve, low=0.0, smooth=True)),
-    ("wait", "Waiting for data", "share of the time; high means: more --workers",
-     partial(Curve, low=0.0, percent=True, smooth=True)),
-)
 GOOD, BAD = ("learning", "learned"), ("collapsing", "collapsed", "worse than untrained")
 
 
@@ -54,7 +32,7 @@ def write_report(folder: Path, under_way: bool = False) -> None:
     under_way: it is the run itself that writes it, and goes on.
     """
     run = read_run(folder, under_way)
-    curves = "".join(_figure(key, title, note, _curve_of(run, key, kind)) for key, title, note, kind in CURVES)
+    curves = "".join(figure(key, title, note, curve_of(run, key, kind)) for key, title, note, kind in CURVES)
     legend = "".join(f'<span><i class="mark {kind}"></i>{text}</span>' for kind, text in
                      (("resume", "resumed"), ("skip", "steps skipped by the float16 scaler")) if f'"mark {kind}"' in curves)
     sections = [
@@ -69,68 +47,9 @@ def write_report(folder: Path, under_way: bool = False) -> None:
         ("The two views", _views(run)),
         ("Environment", _environment(run)),
         (f"Skipped files ({len(run.skipped)})", _skipped(run)),
-        ("All options", _details("as resolved", json.dumps(run.config["config"], indent=1)) if run.config["config"] else ""),
+        ("All options", details("as resolved", json.dumps(run.config["config"], indent=1)) if run.config["config"] else ""),
     ]
-    write_text(folder / "report.html", _page(run.name, "BYOL run", sections, _footer(run)))
-
-
-def compare(folders: Sequence[Path], out: Path) -> None:
-    """Write one page that sets several runs side by side."""
-    runs = [read_run(folder) for folder in folders]
-    names = [str(folder) for folder in folders]
-    legend = "".join(f'<span><i class="swatch s{number % 8}"></i>{html.escape(name)}</span>'
-                     for number, name in enumerate(names))
-    curves = "".join(_overlaid(key, title, note, kind, {name: run.points(key) for name, run in zip(names, runs)})
-                     for key, title, note, kind in CURVES)
-    verdicts = [{"status": run.status, "verdict": run.verdict.word, "why": run.verdict.why} for run in runs]
-    options = [flatten({**run.config["config"], **run.plan, "data": " ".join(_data(run.config["config"])),
-                        **run.config["versions"], "images": run.config["data"].get("images")}) for run in runs]
-    results = [{key: value for key, value in run.summary.items() if key not in ("status", "images", *VERDICT)}
-               for run in runs]
-    sections = [
-        ("", f'<p class="legend">{legend}</p>'),
-        ("Results", _side_by_side(names, verdicts, results)),
-        ("Curves", f'<div class="curves">{curves}</div><p class="legend">{legend}</p>' if curves else ""),
-        ("Differences in configuration", _side_by_side(names, [{} for _ in runs], options)
-         or "<p>None: the runs were asked for in the same way.</p>"),
-    ]
-    write_text(out, _page(f"{len(runs)} runs compared", "BYOL runs", sections, ""))
-
-
-def flatten(value: object, prefix: str = "") -> dict[str, object]:
-    """{"views": [{"blur": 1}]} as {"views 1 blur": 1}."""
-    if isinstance(value, Mapping):
-        parts = [(str(key), item) for key, item in value.items()]
-    elif isinstance(value, Sequence) and any(isinstance(item, Mapping) for item in value):
-        parts = [(str(number), item) for number, item in enumerate(value, 1)]
-    else:
-        return {prefix: value}
-    return {key: leaf for name, item in parts for key, leaf in flatten(item, f"{prefix} {name}".strip()).items()}
-
-
-def _page(title: str, kind: str, sections: Sequence[tuple[str, str]], footer: str) -> str:
-    body = "".join(f"<section>{f'<h2>{heading}</h2>' if heading else ''}{content}</section>"
-                   for heading, content in sections if content)
-    name = html.escape(title)
-    return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<title>{name} - {kind}</title><style>{STYLE.read_text()}</style></head><body><main>"
-            f'<header><p class="kind">{kind}</p><h1>{name}</h1></header>{body}{footer}</main></body></html>'
-            "\n")
-
-
-def _table(rows: Sequence[Sequence[str]], head: Sequence[str] = (), kinds: str = "") -> str:
-    """Cells are HTML already. kinds: a letter per column, n for numbers, w for text to be broken anywhere."""
-    def row(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f'<{tag} class="{kind}">{cell}</{tag}>' if (kind := kinds[place:place + 1]) else
-                                f"<{tag}>{cell}</{tag}>" for place, cell in enumerate(cells)) + "</tr>"
-
-    top = f"<thead>{row(head, 'th')}</thead>" if head else ""
-    return f'<div class="wide"><table>{top}<tbody>{"".join(row(cells, "td") for cells in rows)}</tbody></table></div>'
-
-
-def _details(title: str, text: str) -> str:
-    return f"<details><summary>{title}</summary><pre>{html.escape(text)}</pre></details>"
+    write_text(folder / "report.html", document(run.name, "BYOL run", sections, _footer(run)))
 
 
 def _verdict(run: RunFacts) -> str:
@@ -166,13 +85,13 @@ def _facts(run: RunFacts) -> str:
     machine = [str(summary[key]) for key in ("device", "amp") if (summary.get(key) or "off") != "off"]
     if (summary.get("world_size") or 1) != 1:
         machine.append(f"{summary['world_size']} processes")
-    facts = [("images", _count(summary.get("images", run.config["data"].get("images")))),
-             ("classes", _count(classes) if classes else "no labels"),
+    facts = [("images", count(summary.get("images", run.config["data"].get("images")))),
+             ("classes", count(classes) if classes else "no labels"),
              ("network", html.escape(str(run.plan.get("arch", "")))),
-             ("updates", _count(summary["updates"])),
-             ("training time", _duration(summary.get("seconds"))),
-             ("images per second", _count(summary.get("images_per_second"))),
-             ("waiting for data", _percent(summary.get("wait_fraction"))),
+             ("updates", count(summary["updates"])),
+             ("training time", duration(summary.get("seconds"))),
+             ("images per second", count(summary.get("images_per_second"))),
+             ("waiting for data", percent(summary.get("wait_fraction"))),
              ("device", html.escape(", ".join(machine)))]
     return '<dl class="facts">' + "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts if value) \
         + "</dl>"
@@ -196,7 +115,7 @@ def _scores(run: RunFacts) -> str:
             rows.append([title, *(_bar(scores.get(key + suffix), suffix) for suffix, _ in columns)])
     later = "" if run.summary.get("knn") is not None else " The trained network is measured when the run is complete."
     return (f"<p>Accuracy on {html.escape(str(scores.get('measured_on') or 'held-out images'))}.{later}</p>"
-            + _table(rows, ["", *(title for _, title in columns)]) + _best(run))
+            + table(rows, ["", *(title for _, title in columns)]) + _best(run))
 
 
 def _why_no_scores(run: RunFacts) -> str:
@@ -233,55 +152,21 @@ def _health(run: RunFacts) -> str:
         values = [record[key] for record in records if key in record]
         if values:
             limit = f" of {records[-1]['rank_limit']:.0f}" if key == "rank" and "rank_limit" in records[-1] else ""
-            rows.append([_named(title, f"{meaning}; healthy: {healthy}"), f"{values[0]:.3g}", f"{values[-1]:.3g}{limit}"])
+            rows.append([named(title, f"{meaning}; healthy: {healthy}"), f"{values[0]:.3g}", f"{values[-1]:.3g}{limit}"])
     if run.summary.get("separation_untrained") is not None:
         meaning = "of images from each other, against the scatter of their own views, in the features; healthy: rising"
         found = run.recorded("separation")
         last = run.summary.get("separation", found[-1][1] if found else None)
-        rows.append([_named("separation", meaning), _plain(run.summary["separation_untrained"], 3), _plain(last, 3)])
+        rows.append([named("separation", meaning), plain(run.summary["separation_untrained"], 3), plain(last, 3)])
     if run.summary.get("retrieval_untrained") is not None:
         meaning = "how often a view's nearest one is of the same image; healthy: rising"
-        rows.append([_named("retrieval", meaning), *(_percent(run.summary.get(key))
-                                                     for key in ("retrieval_untrained", "retrieval"))])
+        rows.append([named("retrieval", meaning), *(percent(run.summary.get(key))
+                                                    for key in ("retrieval_untrained", "retrieval"))])
     if run.summary.get("rank_features") is not None:
         meaning = "of the backbone, over whole images; much lower than in a like run: dimensions were lost. High is no proof"
-        rows.append([_named("effective rank of the features", meaning),
-                     *(_plain(run.summary.get(key), 3) for key in ("rank_features_untrained", "rank_features"))])
-    return _table(rows, ["", "first", "last"], "tnn") if rows else ""
-
-
-def _named(title: str, meaning: str) -> str:
-    return f"{title}<small>{meaning}</small>"
-
-
-def _curve_of(run: RunFacts, key: str, kind: Callable[..., Curve]) -> Curve:
-    skipped = [record["epoch"] for before, record in zip([{}, *run.records], run.records)
-               if record.get("skipped", 0) > before.get("skipped", record.get("skipped", 0) if before else 0)]
-    untrained = run.summary.get(f"{key}_untrained")
-    baseline = None if untrained is None else (
-        untrained, f"untrained {untrained:.1%}" if key == "knn" else f"untrained {untrained:.2f}")
-    return kind({"": run.points(key)}, marks={"resume": run.resumed, "skip": skipped}, baseline=baseline)
-
-
-def _figure(key: str, title: str, note: str, curve: Curve) -> str:
-    drawing = draw(title, curve)
-    if not drawing:
-        return ""
-    points: Points = next(iter(curve.lines.values()))
-    last = "" if len(curve.lines) > 1 or not points else \
-        f"<b>{_percent(points[-1][1]) if curve.percent else _plain(points[-1][1], 3)}</b>"
-    return (f'<figure class="curve" id="curve-{key}"><figcaption><span>{title}</span>{last}<small>{note}</small></figcaption>'
-            f"{drawing}</figure>")
-
-
-def _overlaid(key: str, title: str, note: str, kind: Callable[..., Curve], lines: Mapping[str, Points]) -> str:
-    """Curves of several runs; learning rates over ten times apart by their power of ten, or all but one would lie flat."""
-    peaks = [max(y for _, y in points) for points in lines.values() if points]
-    if key != "lr" or not peaks or not max(peaks) > 10 * min(peaks) > 0:
-        return _figure(key, title, note, kind(lines))
-    floor = min(peaks) / 100  # schedules end near 0, which has no power of ten
-    powers = {name: [(x, math.log10(max(y, floor))) for x, y in points] for name, points in lines.items()}
-    return _figure(key, f"{title}, powers of ten", f"{note}; -3 is 0.001", Curve(powers))
+        rows.append([named("effective rank of the features", meaning),
+                     *(plain(run.summary.get(key), 3) for key in ("rank_features_untrained", "rank_features"))])
+    return table(rows, ["", "first", "last"], "tnn") if rows else ""
 
 
 def _pictures(folder: Path) -> str:
@@ -321,7 +206,7 @@ def _use(run: RunFacts) -> str:
         return ""
     return (f"<pre>{html.escape(how_to_load(run.folder, about))}</pre>"
             f"<p>Give it images of {html.escape(str(about['image_size']))} pixels in [0, 1], normalised by mean "
-            f"{html.escape(_plain(about['mean']))} and std {html.escape(_plain(about['std']))}. In evaluation mode, as here, "
+            f"{html.escape(plain(about['mean']))} and std {html.escape(plain(about['std']))}. In evaluation mode, as here, "
             "features do not depend on the other images of a batch; backbone.train() is for training it further.</p>")
 
 
@@ -346,39 +231,31 @@ def _go_on(run: RunFacts) -> str:
     return f"<p>In the folder where the run was started:</p><pre>{html.escape(command)} --resume</pre><p>{what}</p>"
 
 
-def _data(asked: Mapping[str, Any]) -> tuple[str, ...]:
-    """The paths of --data; runs from before there could be several have one text."""
-    data = asked.get("data", ())
-    return (data,) if isinstance(data, str) else tuple(data)
-
-
 def _choices(run: RunFacts) -> str:
     rows = []
     for choice in run.choices:
-        value = f"{choice['value']:.6g}" if isinstance(choice["value"], float) else str(choice["value"])
-        if choice["name"] == "lr" and run.plan.keys() >= {"lr", "batch_size"}:
-            value += f" x {run.plan['batch_size']}/256 = {run.plan['lr']:.6g}"
-        rows.append([html.escape(str(choice["name"])), _named(html.escape(value), html.escape(str(choice["reason"])))])
+        value = plain(choice.get("shown", choice["value"]))  # runs of earlier versions have the bare value
+        rows.append([html.escape(str(choice["name"])), named(html.escape(value), html.escape(str(choice["reason"])))])
     asked = run.config["config"]
-    rows += [[name, _named(html.escape(str(run.plan[name])), "per update" if name == "batch_size" else "as asked")]
+    rows += [[name, named(html.escape(str(run.plan[name])), "per update" if name == "batch_size" else "as asked")]
              for name in ("epochs", "batch_size") if name in run.plan]
     if "seed" in asked:
-        rows.append(["seed", _named(html.escape(str(asked["seed"])), "of everything random")])
-    return _table(rows, ["", "value, and why"]) if rows else ""
+        rows.append(["seed", named(html.escape(str(asked["seed"])), "of everything random")])
+    return table(rows, ["", "value, and why"]) if rows else ""
 
 
 def _views(run: RunFacts) -> str:
     views = run.plan.get("views") or []
     if len(views) != 2:
         return ""
-    rows = [[html.escape(key.replace("_", " ")), *(html.escape(_plain(view.get(key))) for view in views)] for key in views[0]]
-    return _table(rows, ["", "view 1", "view 2"])
+    rows = [[html.escape(key.replace("_", " ")), *(html.escape(plain(view.get(key))) for view in views)] for key in views[0]]
+    return table(rows, ["", "view 1", "view 2"])
 
 
 def _environment(run: RunFacts) -> str:
     facts = {**run.config["versions"], **{key: run.summary[key] for key in ("device", "amp", "world_size")
                                           if run.summary.get(key) is not None}, "run folder": str(run.folder)}
-    return _table([[html.escape(str(key)), html.escape(str(value))] for key, value in facts.items()])
+    return table([[html.escape(str(key)), html.escape(str(value))] for key, value in facts.items()])
 
 
 def _skipped(run: RunFacts) -> str:
@@ -388,7 +265,7 @@ def _skipped(run: RunFacts) -> str:
         rows.append([html.escape(name), html.escape(why)])
     more = len(run.skipped) - len(rows)
     rest = f"<p>and {more} more, in bad_files.txt</p>" if more else ""
-    return _table(rows, ["file", "why"], "ww") + rest if rows else ""
+    return table(rows, ["file", "why"], "ww") + rest if rows else ""
 
 
 def _footer(run: RunFacts) -> str:
@@ -396,44 +273,3 @@ def _footer(run: RunFacts) -> str:
     if not path.exists():
         return ""
     return f"<footer>Last record {datetime.fromtimestamp(path.stat().st_mtime).isoformat(' ', 'minutes')}.</footer>"
-
-
-def _side_by_side(names: Sequence[str], always: Sequence[Mapping[str, object]],
-                  differing: Sequence[Mapping[str, object]]) -> str:
-    """A column per run: all of `always`, and of `differing` what is not the same in all runs, or of one run what is known."""
-    keys = list(dict.fromkeys(key for column in differing for key in column))
-    values = {key: [column.get(key) for column in differing] for key in keys}
-    values = {key: found for key, found in values.items()
-              if (found != [None] if len(found) == 1 else any(value != found[0] for value in found))}
-    values = {key: [column[key] for column in always] for key in always[0]} | values
-    rows = []
-    for key, found in values.items():
-        accuracy = key.startswith((*SCORES, "best_knn"))
-        cells = [_percent(value) if accuracy and isinstance(value, float) else html.escape(_plain(value)) for value in found]
-        rows.append([html.escape(key.replace("_", " ")), *cells])
-    return _table(rows, ["", *map(html.escape, names)]) if rows else ""
-
-
-def _plain(value: object, digits: int = 6) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, (list, tuple)):
-        return ", ".join(_plain(item, digits) for item in value)
-    return f"{float(f'{value:.{digits}g}'):.6g}" if isinstance(value, float) else str(value)
-
-
-def _percent(value: object) -> str:
-    return f"{value:.1%}" if isinstance(value, (int, float)) else ""
-
-
-def _count(value: object) -> str:
-    return f"{value:,.0f}" if isinstance(value, (int, float)) else ""
-
-
-def _duration(seconds: object) -> str:
-    if not isinstance(seconds, (int, float)):
-        return ""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.0f} s"
-    return f"{whole // 3600} h {whole // 60 % 60} min" if whole >= 3600 else f"{whole // 60} min {whole % 60} s"

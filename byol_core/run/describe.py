@@ -70,7 +70,7 @@ def write_config(setup: Setup, files: ImageSet) -> None:
     write_json(setup.folder / "config.json", {
         "config": asdict(setup.config),
         "commands": {"this": command_line(asked), "elsewhere": command_line(replace(asked, out=None))},
-        "choices": [asdict(choice) for choice in plan.choices],
+        "choices": [{**asdict(choice), "shown": value_of(choice, plan)} for choice in plan.choices],
         "plan": {key: value for key, value in asdict(plan).items() if key != "choices"},
         "data": {"images": len(files), "classes": list(files.classes), "image_names": files.fingerprint()},
         "versions": {"byol_core": __version__, "torch": str(torch.__version__), "torchvision": torchvision.__version__,

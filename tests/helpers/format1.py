@@ -1,5 +1,5 @@
-"""What tests/data/format1/last.pt was written by: `python -m tests.format1`, once. It is not to be written again when the
-code changes: every later version must load it and go on from it.
+"""What tests/data/format1/last.pt was written by: `python -m tests.helpers.format1`, once. It is not to be written again
+when the code changes: every later version must load it and go on from it.
 """
 
 import signal
@@ -15,7 +15,7 @@ from torch import nn
 import train
 from byol_core.run.run import Run
 
-PLACE = Path(__file__).parent / "data" / "format1" / "last.pt"
+PLACE = Path(__file__).parents[1] / "data" / "format1" / "last.pt"
 STOPPED_AT, UPDATES = 4, 6
 OPTIONS = ["--epochs", "2", "--arch", "conv6", "--image-size", "16", "--batch-size", "4", "--hidden-dim", "16",
            "--projection-dim", "8", "--optimizer", "lars", "--workers", "0", "--device", "cpu", "--amp", "off", "--seed", "5"]

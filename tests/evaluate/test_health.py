@@ -25,7 +25,7 @@ from byol_core.runtime import Runtime
 from byol_core.training import train
 from byol_core.views.batches import DeviceBatches, Order
 from byol_core.views.pixels import Facts, load_images
-from tests.digits import VARIATIONS, Setup
+from tests.helpers.digits import VARIATIONS, Setup
 
 
 def record(number: int, epochs: float = 10.0, **values: float) -> dict[str, float]:
@@ -87,7 +87,7 @@ def test_collapse_is_seen_in_spread_or_in_rank(values: dict[str, float], word: s
 def test_the_words_give_the_limits_that_decide() -> None:
     note = next(note for key, _, note, _ in CURVES if key == "rank")
     assert note.endswith(f"a collapse leaves fewer than {RANK_COLLAPSING:g}")
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
     assert (f"spread under {SPREAD_COLLAPSING}, under {SPREAD_COLLAPSED}; or effective rank under {RANK_COLLAPSING:g}, under "
             f"{RANK_COLLAPSED:g} (less for small batches), the median of the last three records; a run that ends collapsing "
             "is called collapsed") in readme

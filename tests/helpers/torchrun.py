@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tests.children import REPOSITORY, Forked
+from tests.helpers.children import REPOSITORY, Forked
 
 SMALL = ("--arch", "conv6", "--hidden-dim", "16", "--projection-dim", "8", "--batch-size", "8", "--workers", "0",
          "--device", "cpu")
@@ -75,7 +75,7 @@ def torchrun(folder: Path, *arguments: object, processes: int = 2, fault: str = 
     words = ["--nproc-per-node", str(processes), *options, str(driver), *map(str, arguments)]
     environment = {"OMP_NUM_THREADS": "1", **(env or {})}
     if forked:
-        start = partial(Forked, "tests.torchrun:_torchrun", [str(folder), words, environment])
+        start = partial(Forked, "tests.helpers.torchrun:_torchrun", [str(folder), words, environment])
         return _finished(folder, start, timeout, patience)
     return watched([*before, sys.executable, "-m", "torch.distributed.run", *words], folder, timeout, environment, patience)
 

@@ -14,9 +14,9 @@ from byol_core.run import log as metrics
 from byol_core.run.run import Run
 from byol_core.system.files import newest_checkpoint
 from byol_core.views import batches
-from tests.children import SMALL, At, run_child
-from tests.test_train_command import assert_same_state, checkpoint
-from tests.test_train_command import metrics as records
+from tests.helpers.children import SMALL, At, run_child
+from tests.run.test_command import assert_same_state, checkpoint
+from tests.run.test_command import metrics as records
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 
@@ -65,7 +65,7 @@ def test_a_run_killed_at_any_step_ends_as_if_it_never_was(data: Path, views: str
     for place, update in STEPS.items():
         for after in (False, True):  # it is saved
             out = f"killed at {place}, {'after' if after else 'before'} its end"
-            assert run(words, out, At(STEP, update, "tests.test_kills:kill", after)) == 137
+            assert run(words, out, At(STEP, update, "tests.run.test_kills:kill", after)) == 137
             assert json.loads(Path(out, "summary.json").read_text())["status"] == "running"
             assert run(words, out) == 0
             assert_same_run("whole", out)
@@ -85,8 +85,8 @@ def test_a_run_stopped_and_killed_again_and_again_ends_as_if_it_never_was(data: 
     assert run(words, "whole") == 0
     forwards = "byol_core.networks:BYOL.forward"
     assert run(words, "parts", At(STEP, 2, "SIGTERM")) == 143  # saved within an epoch
-    assert run(words, "parts", At(forwards, 2 * accum_steps, "tests.test_kills:kill")) == 137  # within update 4
-    assert run(words, "parts", At(forwards, accum_steps, "tests.test_kills:kill", after=True)) == 137
+    assert run(words, "parts", At(forwards, 2 * accum_steps, "tests.run.test_kills:kill")) == 137  # within update 4
+    assert run(words, "parts", At(forwards, accum_steps, "tests.run.test_kills:kill", after=True)) == 137
     assert checkpoint("parts")["progress"]["updates"] == 3
     assert run(words, "parts", At(STEP, 2, "SIGINT")) == 130
     assert checkpoint("parts")["progress"]["updates"] == 5
@@ -98,7 +98,7 @@ def test_measurements_on_the_way_are_neither_lost_nor_made_twice(image_folder: C
     data = image_folder(per_class=10)
     words = ["--data", str(data), "--epochs", "3", "--eval-every", "1", "--workers", "0", *SMALL]
     assert run(words, "whole") == 0
-    assert run(words, "parts", At("byol_core.run.run:Run.save", 2, "tests.test_kills:kill")) == 137  # measured, not yet saved
+    assert run(words, "parts", At("byol_core.run.run:Run.save", 2, "tests.run.test_kills:kill")) == 137  # not yet saved
     assert run(words, "parts") == 0
     assert_same_state(checkpoint("whole"), checkpoint("parts"))
     assert records("whole") == records("parts")

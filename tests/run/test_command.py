@@ -33,7 +33,7 @@ from byol_core.views.recipes import normalise
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 SMALL = ["--arch", "conv6", "--hidden-dim", "16", "--projection-dim", "8", "--image-size", "16", "--batch-size", "4",
          "--workers", "0", "--device", "cpu"]
 FILES = {"config.json", "metrics.jsonl", "train.log", "last.pt", "previous.pt", "backbone.pt", "backbone.json", "views.png",

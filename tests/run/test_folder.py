@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from byol_core.run.folder import open_run_folder
-from tests.children import At
-from tests.test_kills import STEP, arguments, run
+from tests.helpers.children import At
+from tests.run.test_kills import STEP, arguments, run
 
 
 def test_a_refused_folder_keeps_every_file_of_its_owner(tmp_path: Path) -> None:
@@ -34,7 +34,7 @@ def lose_the_folder() -> None:
 
 def test_a_run_folder_that_is_deleted_on_the_way_ends_the_run_in_a_line(data: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(data.parent)
-    assert run(arguments(data, "--workers", 0), "out", At(STEP, 2, "tests.test_run_folder:lose_the_folder")) == 1
+    assert run(arguments(data, "--workers", 0), "out", At(STEP, 2, "tests.run.test_folder:lose_the_folder")) == 1
     said = capsys.readouterr().err.splitlines()
     assert said[-1] == "error: out was removed or replaced while the run went on, so nothing is saved" and len(said) == 2
     assert not Path("out").exists()
@@ -48,7 +48,7 @@ def replace_the_folder() -> None:
 
 def test_a_run_writes_nothing_into_a_folder_that_has_taken_the_place_of_its_own(data: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(data.parent)
-    assert run(arguments(data, "--workers", 0), "out", At(STEP, 2, "tests.test_run_folder:replace_the_folder")) == 1
+    assert run(arguments(data, "--workers", 0), "out", At(STEP, 2, "tests.run.test_folder:replace_the_folder")) == 1
     assert "error: out was removed or replaced while the run went on" in capsys.readouterr().err
     assert {entry.name for entry in Path("out").iterdir()}.isdisjoint({"last.pt", "summary.json", "report.html"})
 

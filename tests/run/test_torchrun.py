@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.torchrun import REPOSITORY, SMALL, Finished, torchrun, watched
+from tests.helpers.torchrun import REPOSITORY, SMALL, Finished, torchrun, watched
 
 pytestmark = pytest.mark.slow
 

@@ -19,7 +19,7 @@ from byol_core.evaluate import __main__ as evaluate_command
 from byol_core.images.image_set import scan
 from byol_core.runtime import Runtime, choose_device, choose_precision
 from byol_core.system.files import read_checkpoint
-from tests.test_train_command import SMALL
+from tests.run.test_command import SMALL
 
 MPS, CUDA = torch.device("mps"), torch.device("cuda", 0)
 
@@ -104,7 +104,7 @@ def test_two_hundred_thousand_names_take_little_memory(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("".join(f"{name}\n" for name in names))
     for place in (tmp_path / "list.txt", tmp_path):
         done = subprocess.run([sys.executable, "-c", script, place], capture_output=True, text=True, check=True,
-                              cwd=Path(__file__).parent.parent)
+                              cwd=Path(__file__).parents[2])
         assert float(done.stdout.splitlines()[-1]) < 40, place  # MiB; Path objects alone would take over 100
 
 

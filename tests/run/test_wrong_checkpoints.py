@@ -23,9 +23,9 @@ from byol_core.evaluate import __main__ as evaluate_command
 from byol_core.pretrained import load_pretrained
 from byol_core.run.run import Run
 from byol_core.system.files import CheckpointError, read_backbone, read_checkpoint, read_weights, save_checkpoint
-from tests import format1
 from tests.fuzz import Payload, fuzz
-from tests.test_train_command import SMALL, assert_same_state, checkpoint, metrics, run, summary
+from tests.helpers import format1
+from tests.run.test_command import SMALL, assert_same_state, checkpoint, metrics, run, summary
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 

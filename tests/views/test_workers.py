@@ -21,10 +21,10 @@ from byol_core.views import batches, workers
 from byol_core.views.batches import Order, WorkerBatches
 from byol_core.views.pixels import choose_workers, plain_batches
 from byol_core.views.workers import WorkerError, batches_from, new_loader
-from tests.children import At
-from tests.test_data import PLAIN, load
-from tests.test_kills import STEP, arguments, assert_same_run, run
-from tests.test_train_command import checkpoint
+from tests.helpers.children import At
+from tests.run.test_command import checkpoint
+from tests.run.test_kills import STEP, arguments, assert_same_run, run
+from tests.views.test_pixels import PLAIN, load
 
 pytestmark = [pytest.mark.usefixtures("in_a_folder_of_its_own"),
               pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
@@ -169,7 +169,7 @@ def lose_the_images() -> None:
 
 def test_images_that_vanish_on_the_way_are_told_in_plain_words(data: Path, capsys) -> None:
     words = arguments(data, "--views", "cpu", "--workers", 1, "--epochs", 50)
-    assert run(words, "out", At(STEP, 4, "tests.test_workers:lose_the_images")) == 1
+    assert run(words, "out", At(STEP, 4, "tests.views.test_workers:lose_the_images")) == 1
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith("error: no readable image found in") and "the weights of update" in said
 
@@ -190,7 +190,7 @@ def test_a_run_whose_worker_dies_saves_what_it_has_and_goes_on_exactly(data: Pat
     words = arguments(data, "--views", "cpu", "--workers", 2)
     assert run(words, "whole") == 0
     capsys.readouterr()
-    assert run(words, "parts", At(STEP, 2, "tests.test_workers:end_a_worker", after=True)) == 1
+    assert run(words, "parts", At(STEP, 2, "tests.views.test_workers:end_a_worker", after=True)) == 1
     errors = capsys.readouterr().err
     assert errors == f"error: {KILLED}; parts/last.pt has the weights of update 2\n"
     assert multiprocessing.active_children() == []
@@ -202,7 +202,7 @@ def test_a_run_whose_worker_dies_within_an_update_keeps_the_last_checkpoint(data
     """Half an update cannot be saved: batch norm has seen its first micro-batch."""
     words = arguments(data, "--views", "cpu", "--workers", 2, "--accum-steps", 2)
     assert run(words, "whole") == 0
-    within = At("byol_core.networks:BYOL.forward", 9, "tests.test_workers:end_a_worker", after=True)  # of update 5
+    within = At("byol_core.networks:BYOL.forward", 9, "tests.views.test_workers:end_a_worker", after=True)  # of update 5
     assert run(words, "parts", within) == 1
     assert "parts/last.pt has the weights of update 3\n" in capsys.readouterr().err
     assert run(words, "parts") == 0
@@ -211,7 +211,7 @@ def test_a_run_whose_worker_dies_within_an_update_keeps_the_last_checkpoint(data
 
 def test_a_run_that_is_told_to_stop_and_loses_its_workers_is_stopped_and_not_failed(data: Path, capsys) -> None:
     words = arguments(data, "--views", "cpu", "--workers", 2)
-    moment = At("byol_core.networks:BYOL.forward", 3, "tests.test_workers:end_a_worker_and_be_told_to_stop", after=True)
+    moment = At("byol_core.networks:BYOL.forward", 3, "tests.views.test_workers:end_a_worker_and_be_told_to_stop", after=True)
     assert run([*words, "--accum-steps", "2"], "parts", moment) == 143
     assert capsys.readouterr().err == ""
 
@@ -222,7 +222,7 @@ def out_of_memory() -> None:
 
 def test_out_of_memory_is_one_line_with_what_to_try_and_keeps_the_checkpoint(data: Path, capsys) -> None:
     words = arguments(data, "--workers", 0)
-    assert run(words, "out", At("byol_core.networks:BYOL.forward", 5, "tests.test_workers:out_of_memory")) == 1
+    assert run(words, "out", At("byol_core.networks:BYOL.forward", 5, "tests.views.test_workers:out_of_memory")) == 1
     assert capsys.readouterr().err == (
         "error: out of memory on cpu at batch 4 - try --batch-size 2, --accum-steps 2 (the same batch in smaller parts); "
         "out/last.pt has the weights of update 3\n")

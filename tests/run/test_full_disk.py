@@ -14,10 +14,10 @@ from byol_core.run.folder import space_warning
 from byol_core.system import files as files
 from byol_core.system.files import KEYS, newest_checkpoint, read_checkpoint, save_checkpoint, tensor_bytes
 from byol_core.system.signals import Stopped
-from tests.children import At, run_child
-from tests.test_checkpoint import save
-from tests.test_kills import STEP, arguments, assert_same_run, run
-from tests.test_train_command import checkpoint
+from tests.helpers.children import At, run_child
+from tests.run.test_command import checkpoint
+from tests.run.test_kills import STEP, arguments, assert_same_run, run
+from tests.system.test_files import save
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 
@@ -41,7 +41,7 @@ def no_file_at_all() -> None:
 def test_a_run_whose_disk_is_full_says_so_in_a_line_and_goes_on_once_there_is_room(data: Path, limit) -> None:
     words = arguments(data, "--workers", 0)
     assert run(words, "whole") == 0
-    ended = run_child([*words, "--out", "parts"], [At(STEP, 4, f"tests.test_full_disk:{limit.__name__}")])
+    ended = run_child([*words, "--out", "parts"], [At(STEP, 4, f"tests.run.test_full_disk:{limit.__name__}")])
     lines = ended.errors.splitlines()
     assert ended.code == 1 and len(lines) <= 3
     assert lines[-1].startswith("error: cannot write parts/last.pt: ")
@@ -147,7 +147,7 @@ def test_a_damaged_file_is_not_kept_in_place_of_a_whole_one(data: Path) -> None:
     Path("parts/last.pt").write_bytes(b"")
     assert newest_checkpoint(Path("parts"))[0]["progress"]["updates"] == 6
     with pytest.raises(KeyboardInterrupt):
-        run(words, "parts", At("byol_core.system.files:_keep_as", 2, "tests.test_full_disk:stop", after=True))
+        run(words, "parts", At("byol_core.system.files:_keep_as", 2, "tests.run.test_full_disk:stop", after=True))
     assert newest_checkpoint(Path("parts"))[0]["progress"]["updates"] == 6
     assert run(words, "parts") == 0
     assert_same_run("whole", "parts")

@@ -13,9 +13,9 @@ import pytest
 
 import train
 from byol_core.run import command
-from tests.children import SMALL, At, Ended, run_child
-from tests.test_kills import STEP, arguments, assert_same_run, run
-from tests.test_train_command import assert_same_state, checkpoint
+from tests.helpers.children import SMALL, At, Ended, run_child
+from tests.run.test_command import assert_same_state, checkpoint
+from tests.run.test_kills import STEP, arguments, assert_same_run, run
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 
@@ -140,7 +140,7 @@ def be_broken_off() -> None:
 
 @pytest.mark.parametrize("what", [swallow_a_signal, be_broken_off])
 def test_a_signal_that_something_swallows_before_training_is_answered_all_the_same(data: Path, capsys, what) -> None:
-    moment = At("byol_core.run.plan:make_plan", 1, f"tests.test_signal_delivery:{what.__name__}")
+    moment = At("byol_core.run.plan:make_plan", 1, f"tests.run.test_signal_delivery:{what.__name__}")
     assert run(arguments(data, "--workers", 0), "out", moment) == 143
     assert capsys.readouterr().err == "" and not Path("out/last.pt").exists()
 
@@ -160,7 +160,7 @@ def test_a_signal_while_the_command_itself_is_loaded_ends_it_without_a_word(modu
 
 def test_a_signal_while_a_failure_is_written_down_does_not_hide_it(data: Path, capsys) -> None:
     words = arguments(data, "--workers", 0)
-    failing = At("byol_core.run.run:Run.save", 1, "tests.test_signal_delivery:fail")
+    failing = At("byol_core.run.run:Run.save", 1, "tests.run.test_signal_delivery:fail")
     assert run(words, "out", failing, At("byol_core.run.run:Run.write_end", 1, "SIGTERM")) == 1
     assert capsys.readouterr().err.endswith("error: no luck\n") and status("out") == "failed"
 

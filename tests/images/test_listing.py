@@ -19,8 +19,8 @@ from byol_core.images.image_set import LISTING, ImageSet, scan, typical_size
 from byol_core.images.listing import Found, expand, walk
 from byol_core.run.config import TrainConfig, parse_config
 from byol_core.run.folder import choose_out
-from tests.test_folder import touch
-from tests.test_train_command import REPOSITORY, SMALL, run, summary
+from tests.images.test_image_set import touch
+from tests.run.test_command import REPOSITORY, SMALL, run, summary
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 

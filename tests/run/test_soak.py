@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from byol_core.system.files import LAST, PREVIOUS, CheckpointError, read_checkpoint
-from tests.children import SMALL, At, run_child
-from tests.test_kills import STEP, assert_same_run
+from tests.helpers.children import SMALL, At, run_child
+from tests.run.test_kills import STEP, assert_same_run
 
 SESSIONS_AT_MOST = 60
 SIGNALS = {"SIGKILL": -9, "SIGTERM": 143, "SIGINT": 130, "SIGUSR1": 143, "group SIGTERM": 143, "group SIGINT": 130}
@@ -71,7 +71,7 @@ def test_a_run_that_much_befalls_ends_as_one_that_nothing_befell(image_folder: C
         place = chance.choice([STEP, *PLACES])
         moments = [At(place, chance.randint(1, PLACES[place]), name, after=chance.random() < 0.5)]
         if chance.random() < 0.2:
-            moments.insert(0, At(STEP, chance.randint(1, 5), "tests.test_soak:spoil_last"))
+            moments.insert(0, At(STEP, chance.randint(1, 5), "tests.run.test_soak:spoil_last"))
         workers = chance.choice([0, 0, 2]) if name != "SIGKILL" else 0  # orphans take seconds to notice
         ended = run_child([*words, "--workers", workers, "--out", OUT, "--resume"], moments)
         befallen.append((moments, workers, ended))

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 SMALL = ["--arch", "conv6", "--hidden-dim", "16", "--projection-dim", "8", "--image-size", "16", "--batch-size", "4",
          "--device", "cpu"]
 PATIENCE_S = 60.0  # seconds in which a child and all that it started must have ended
@@ -85,8 +85,9 @@ def run_child(arguments: Sequence[object], moments: Sequence[At] = (), start_met
     reading, writing = os.pipe()
     nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
-        child = Forked("tests.children:_train", [os.getcwd(), [str(argument) for argument in arguments],
-                                                 [asdict(moment) for moment in moments], start_method], nowhere, writing)
+        child = Forked("tests.helpers.children:_train", [os.getcwd(), [str(argument) for argument in arguments],
+                                                         [asdict(moment) for moment in moments], start_method],
+                       nowhere, writing)
         os.close(writing)
         try:
             errors = _read_to_the_end(reading)
@@ -124,7 +125,7 @@ class Forked:
 def _server() -> socket.socket:
     """The connection to a process that forks children; it ends when this process does."""
     own, others = socket.socketpair()
-    subprocess.Popen([sys.executable, "-m", "tests.children", str(others.fileno())], cwd=REPOSITORY,
+    subprocess.Popen([sys.executable, "-m", "tests.helpers.children", str(others.fileno())], cwd=REPOSITORY,
                      pass_fds=[others.fileno()], start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     others.close()
     return own

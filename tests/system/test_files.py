@@ -44,11 +44,11 @@ def test_a_file_is_on_the_disk_before_its_name_and_its_name_before_the_save_ends
 
 
 def test_save_interrupted_before_replace_leaves_the_old_file_loadable(tmp_path: Path) -> None:
-    script = ("import os, sys\nfrom pathlib import Path\nfrom tests.test_checkpoint import save\n"
+    script = ("import os, sys\nfrom pathlib import Path\nfrom tests.system.test_files import save\n"
               "folder = Path(sys.argv[1])\nsave(folder, 1)\n"
               "real = os.replace\nos.replace = lambda a, b: os._exit(9) if str(b).endswith('last.pt') else real(a, b)\n"
               "save(folder, 2)\n")
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=Path(__file__).parent.parent)
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=Path(__file__).parents[2])
     assert done.returncode == 9
     assert read_checkpoint(tmp_path / "last.pt")["progress"] == 1
     assert list(tmp_path.glob(".*.tmp"))
@@ -229,12 +229,12 @@ def test_other_files_are_named_for_what_they_are(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="no resource limits there")
 def test_full_disk_keeps_the_old_file_and_leaves_no_other(tmp_path: Path) -> None:
     script = ("import resource, signal, sys, torch\nfrom pathlib import Path\n"
-              "from byol_core.system.files import save_checkpoint\nfrom tests.test_checkpoint import save\n"
+              "from byol_core.system.files import save_checkpoint\nfrom tests.system.test_files import save\n"
               "folder = Path(sys.argv[1])\nsave(folder, 1)\n"
               "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
               "try:\n    save_checkpoint(folder, {'tensor': torch.zeros(100_000)})\n"
               "except OSError as error:\n    print(error)\n")
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=Path(__file__).parent.parent, text=True,
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=Path(__file__).parents[2], text=True,
                           capture_output=True)
     assert "cannot write" in done.stdout and "last.pt" in done.stdout and "MB free" in done.stdout, done.stderr
     assert read_checkpoint(tmp_path / "last.pt")["progress"] == 1

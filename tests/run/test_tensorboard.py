@@ -13,7 +13,7 @@ import pytest
 from byol_core.run import command
 from byol_core.run.run import Run
 from byol_core.run.tensorboard import Board
-from tests.test_train_command import REPOSITORY, SMALL
+from tests.run.test_command import REPOSITORY, SMALL
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 

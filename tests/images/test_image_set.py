@@ -286,7 +286,7 @@ def test_typical_size_is_the_median_and_says_whether_all_agree(tmp_path: Path) -
     assert typical_size(scan(tmp_path)) == (20, 21, False)
 
 
-CORPUS = Path(__file__).parents[2] / "shared" / "data" / "odd-images.tar.xz"
+CORPUS = Path(__file__).parents[3] / "shared" / "data" / "odd-images.tar.xz"
 
 
 @pytest.mark.slow

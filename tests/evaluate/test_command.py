@@ -31,6 +31,7 @@ from byol_core.runtime import Runtime
 from byol_core.system.files import export_backbone, read_checkpoint, read_weights
 from byol_core.views.pixels import Facts, load_images
 from byol_core.views.recipes import ViewRecipe
+from tests.helpers.pictures import write_images
 
 Folder = Callable[..., Path]
 
@@ -51,10 +52,8 @@ class Clumsy(ClassifierMixin, BaseEstimator):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a short run on 36 images of 3 classes, beside its data in imgs/."""
-    from tests.conftest import image_folder
     place = tmp_path_factory.mktemp("trained")
-    write = image_folder.__wrapped__ if hasattr(image_folder, "__wrapped__") else image_folder._fixture_function
-    data = write(place)(classes=3, per_class=12)
+    data = write_images(place, classes=3, per_class=12)
     assert train.main(["--data", str(data), "--epochs", "2", "--out", str(place / "run"), "--arch", "conv6",
                        "--image-size", "16", "--view-size", "12", "--batch-size", "12", "--hidden-dim", "16",
                        "--projection-dim", "8", "--workers", "0", "--seed", "3", "--device", "cpu"]) == 0

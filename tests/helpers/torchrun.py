@@ -1,6 +1,7 @@
 """Runs of the main job under torchrun, with a fault in one process; for the tests."""
 
 import atexit
+import json
 import os
 import runpy
 import signal
@@ -78,6 +79,14 @@ def torchrun(folder: Path, *arguments: object, processes: int = 2, fault: str = 
         start = partial(Forked, "tests.helpers.torchrun:_torchrun", [str(folder), words, environment])
         return _finished(folder, start, timeout, patience)
     return watched([*before, sys.executable, "-m", "torch.distributed.run", *words], folder, timeout, environment, patience)
+
+
+def trained(folder: Path, images: Path, *more: object, **options) -> Finished:
+    return torchrun(folder, "--data", images, "--out", "out", "--epochs", 2, "--no-eval", *SMALL, *more, **options)
+
+
+def summary(folder: Path, name: str = "out") -> dict[str, object]:
+    return json.loads((folder / name / "summary.json").read_text())
 
 
 def watched(command: list[str], folder: Path, timeout: float, env: dict[str, str] | None = None,

@@ -17,30 +17,9 @@ import train
 from byol_core.images import decoding
 from byol_core.images.decoding import MAX_PIXELS, BadImageError, decode
 from byol_core.images.image_set import scan, typical_size
+from tests.helpers.pictures import chunk, png, saved, tiff
 
 WHITE, BLACK = [255, 255, 255], [0, 0, 0]
-
-
-def chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
-def png(size: tuple[int, int], bits: int, colour: int, rows: bytes, *chunks: bytes) -> bytes:
-    """A PNG by its specification; colour: 0 grey, 2 RGB, 3 palette, 4 grey and alpha, 6 RGBA. rows: with filter bytes."""
-    header = struct.pack(">IIBBBBB", *size, bits, colour, 0, 0, 0)
-    return b"".join([b"\x89PNG\r\n\x1a\n", chunk(b"IHDR", header), *chunks, chunk(b"IDAT", zlib.compress(rows)),
-                     chunk(b"IEND", b"")])
-
-
-def tiff(values: bytes, bits: int, size: tuple[int, int] = (4, 1), kind: int = 1, black: int = 1, order: str = "<",
-         **more: int) -> bytes:
-    """An uncompressed grey TIFF by its specification. kind: 1 unsigned, 2 signed, 3 float; black: 1 if 0 is black, else 0."""
-    tags = {256: size[0], 257: size[1], 258: bits, 259: 1, 262: black, 273: 0, 277: 1, 278: size[1], 279: len(values),
-            339: kind, **{int(tag.removeprefix("tag")): value for tag, value in more.items()}}
-    tags[273] = 8 + 2 + 12 * len(tags) + 4
-    fields = b"".join(struct.pack(order + "HHII", tag, 4, 1, value) for tag, value in sorted(tags.items()))
-    start = (b"II" if order == "<" else b"MM") + struct.pack(order + "HI", 42, 8) + struct.pack(order + "H", len(tags))
-    return start + fields + bytes(4) + values
 
 
 def decoded(tmp_path: Path, content: bytes) -> list[list[int]]:
@@ -53,12 +32,6 @@ def decoded(tmp_path: Path, content: bytes) -> list[list[int]]:
 
 def greys(*values: int) -> list[list[int]]:
     return [[value] * 3 for value in values]
-
-
-def saved(image: Image.Image, kind: str, **options: object) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)  # type: ignore[arg-type]
-    return file.getvalue()
 
 
 @pytest.mark.parametrize("bits, colour, row, key, expected", [

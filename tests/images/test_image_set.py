@@ -12,12 +12,7 @@ from PIL import Image
 from byol_core.images.decoding import BadImageError, decode
 from byol_core.images.image_set import printable, scan, typical_size
 from byol_core.views.pixels import decode_all
-
-
-def touch(*paths: Path) -> None:
-    for path in paths:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
+from tests.helpers.pictures import touch
 
 
 def names(root: Path) -> list[str]:

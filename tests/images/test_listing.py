@@ -19,8 +19,9 @@ from byol_core.images.image_set import LISTING, ImageSet, scan, typical_size
 from byol_core.images.listing import Found, expand, walk
 from byol_core.run.config import TrainConfig, parse_config
 from byol_core.run.folder import choose_out
-from tests.images.test_image_set import touch
-from tests.run.test_command import REPOSITORY, SMALL, run, summary
+from tests.helpers.children import REPOSITORY
+from tests.helpers.pictures import touch
+from tests.helpers.runs import SMALL, run, summary
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 

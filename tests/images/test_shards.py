@@ -22,7 +22,7 @@ from byol_core.run.run import Run
 from byol_core.views.batches import DeviceBatches, Order, WorkerBatches
 from byol_core.views.pixels import ImageData, load_images
 from byol_core.views.recipes import paper_recipes
-from tests.run.test_command import SMALL, assert_same_state, checkpoint, metrics, run, summary
+from tests.helpers.runs import SMALL, assert_same_state, checkpoint, metrics, run, summary
 
 CPU = torch.device("cpu")
 Folder = Callable[..., Path]

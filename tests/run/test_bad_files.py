@@ -15,8 +15,8 @@ from PIL import Image
 from byol_core.images import image_set as folder_module
 from byol_core.images.image_set import printable
 from byol_core.run.run import Run
-from tests.images.test_decoding import png, saved, tiff
-from tests.run.test_command import SMALL, assert_same_state, checkpoint, metrics, run, summary
+from tests.helpers.pictures import png, saved, tiff
+from tests.helpers.runs import SMALL, assert_same_state, checkpoint, metrics, run, summary
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 

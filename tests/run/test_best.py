@@ -19,7 +19,8 @@ from byol_core.report.page import write_report
 from byol_core.run import command
 from byol_core.run.results import Results
 from byol_core.run.run import Run
-from tests.run.test_command import REPOSITORY, SMALL, checkpoint
+from tests.helpers.children import REPOSITORY
+from tests.helpers.runs import SMALL, checkpoint
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 

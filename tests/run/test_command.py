@@ -30,58 +30,13 @@ from byol_core.run.run import CHECK_STEPS, Run
 from byol_core.runtime import Runtime
 from byol_core.system.distributed import ALONE, Processes
 from byol_core.views.recipes import normalise
+from tests.helpers.children import REPOSITORY
+from tests.helpers.runs import FILES, SMALL, assert_equal, assert_same_state, checkpoint, metrics, run, summary
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 
-REPOSITORY = Path(__file__).parents[2]
-SMALL = ["--arch", "conv6", "--hidden-dim", "16", "--projection-dim", "8", "--image-size", "16", "--batch-size", "4",
-         "--workers", "0", "--device", "cpu"]
-FILES = {"config.json", "metrics.jsonl", "train.log", "last.pt", "previous.pt", "backbone.pt", "backbone.json", "views.png",
-         "neighbours.png", "embedding.png", "report.html", "summary.json"}
 KEYS = {"images", "classes", "bad_files", "epochs", "updates", "seconds", "images_per_second", "wait_fraction", "loss",
         "spread", "knn", "linear", "knn_untrained", "linear_untrained", "world_size", "device", "amp", "status"}
-
-
-def run(*arguments: object) -> int:
-    return command.main([str(argument) for argument in arguments])
-
-
-def summary(out: str | Path) -> dict:
-    def refuse(constant: str) -> None:
-        raise AssertionError(f"{constant} is not JSON")
-
-    return json.loads((Path(out) / "summary.json").read_text(), parse_constant=refuse)
-
-
-def checkpoint(out: str | Path) -> dict:
-    return torch.load(Path(out) / "last.pt", weights_only=True)
-
-
-def assert_same_state(one: dict, other: dict) -> None:
-    assert one.keys() == other.keys()
-    for part in ("model", "optimizer", "scheduler", "progress"):
-        assert_equal(one[part], other[part], part)
-
-
-def assert_equal(one: object, other: object, place: str) -> None:
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), place
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys(), place
-        for key in one:
-            assert_equal(one[key], other[key], f"{place}.{key}")
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(other), place
-        for number, (a, b) in enumerate(zip(one, other)):
-            assert_equal(a, b, f"{place}[{number}]")
-    else:
-        assert one == other, place
-
-
-def metrics(out: str | Path) -> list[dict]:
-    """The records without what the clock decides."""
-    records = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in record.items() if key not in ("images_per_second", "wait")} for record in records]
 
 
 @pytest.mark.parametrize("views", ["device", "cpu"])

@@ -19,7 +19,7 @@ from byol_core.evaluate import __main__ as evaluate_command
 from byol_core.images.image_set import scan
 from byol_core.runtime import Runtime, choose_device, choose_precision
 from byol_core.system.files import read_checkpoint
-from tests.run.test_command import SMALL
+from tests.helpers.runs import SMALL
 
 MPS, CUDA = torch.device("mps"), torch.device("cuda", 0)
 

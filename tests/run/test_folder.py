@@ -9,7 +9,7 @@ import pytest
 
 from byol_core.run.folder import open_run_folder
 from tests.helpers.children import At
-from tests.run.test_kills import STEP, arguments, run
+from tests.helpers.kills import STEP, arguments, run
 
 
 def test_a_refused_folder_keeps_every_file_of_its_owner(tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ from byol_core.system import files as files
 from byol_core.system.files import KEYS, newest_checkpoint, read_checkpoint, save_checkpoint, tensor_bytes
 from byol_core.system.signals import Stopped
 from tests.helpers.children import At, run_child
-from tests.run.test_command import checkpoint
-from tests.run.test_kills import STEP, arguments, assert_same_run, run
-from tests.system.test_files import save
+from tests.helpers.kills import STEP, arguments, assert_same_run, run
+from tests.helpers.runs import checkpoint
+from tests.helpers.weights import save
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 

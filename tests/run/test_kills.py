@@ -3,59 +3,23 @@
 import itertools
 import json
 import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from byol_core.run import command
-from byol_core.run import log as metrics
 from byol_core.run.run import Run
 from byol_core.system.files import newest_checkpoint
 from byol_core.views import batches
 from tests.helpers.children import SMALL, At, run_child
-from tests.run.test_command import assert_same_state, checkpoint
-from tests.run.test_command import metrics as records
+from tests.helpers.kills import STEP, arguments, assert_same_run, run
+from tests.helpers.runs import assert_same_state, checkpoint
+from tests.helpers.runs import metrics as records
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 
-STEP = "byol_core.run.run:Run._after_step"  # 12 images in batches of 4: 3 updates per epoch, 6 in all
 STEPS = {"first step": 1, "mid-epoch": 2, "last step of an epoch": 3, "first step of the next": 4, "last step": 6}
 OPTIMIZERS, SCHEDULERS = ("lars", "sgd", "adam", "adamw"), ("cosine", "plateau", "constant")
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL where a process of its own would take too long: nothing in the package catches it."""
-
-
-def kill() -> None:
-    raise Killed
-
-
-def arguments(data: Path, *options: object) -> list[str]:
-    return [str(word) for word in ("--data", data, "--epochs", 2, "--no-eval", *SMALL, *options)]
-
-
-def run(words: list[str], out: str, *moments: At) -> int:
-    """In this process: 137 when it was killed at one of the moments."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(metrics, "RECORD_EVERY", 2)
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which a run before this one has left ignored
-        for moment in moments:
-            moment.arrange(patched.setattr)
-        try:
-            return command.main([*words, "--out", out, *(["--resume"] if Path(out).exists() else [])])
-        except Killed:
-            return 137
-
-
-def assert_same_run(one: str, other: str) -> None:
-    assert_same_state(checkpoint(one), checkpoint(other))
-    assert records(one) == records(other)
-    updates = [record["update"] for record in records(other)]
-    assert updates == sorted(set(updates))  # no line twice
-    assert not list(Path(other).glob(".*.tmp"))
 
 
 @pytest.mark.parametrize("views", ["device", "cpu"])
@@ -65,7 +29,7 @@ def test_a_run_killed_at_any_step_ends_as_if_it_never_was(data: Path, views: str
     for place, update in STEPS.items():
         for after in (False, True):  # it is saved
             out = f"killed at {place}, {'after' if after else 'before'} its end"
-            assert run(words, out, At(STEP, update, "tests.run.test_kills:kill", after)) == 137
+            assert run(words, out, At(STEP, update, "tests.helpers.kills:kill", after)) == 137
             assert json.loads(Path(out, "summary.json").read_text())["status"] == "running"
             assert run(words, out) == 0
             assert_same_run("whole", out)
@@ -85,8 +49,8 @@ def test_a_run_stopped_and_killed_again_and_again_ends_as_if_it_never_was(data: 
     assert run(words, "whole") == 0
     forwards = "byol_core.networks:BYOL.forward"
     assert run(words, "parts", At(STEP, 2, "SIGTERM")) == 143  # saved within an epoch
-    assert run(words, "parts", At(forwards, 2 * accum_steps, "tests.run.test_kills:kill")) == 137  # within update 4
-    assert run(words, "parts", At(forwards, accum_steps, "tests.run.test_kills:kill", after=True)) == 137
+    assert run(words, "parts", At(forwards, 2 * accum_steps, "tests.helpers.kills:kill")) == 137  # within update 4
+    assert run(words, "parts", At(forwards, accum_steps, "tests.helpers.kills:kill", after=True)) == 137
     assert checkpoint("parts")["progress"]["updates"] == 3
     assert run(words, "parts", At(STEP, 2, "SIGINT")) == 130
     assert checkpoint("parts")["progress"]["updates"] == 5
@@ -98,7 +62,7 @@ def test_measurements_on_the_way_are_neither_lost_nor_made_twice(image_folder: C
     data = image_folder(per_class=10)
     words = ["--data", str(data), "--epochs", "3", "--eval-every", "1", "--workers", "0", *SMALL]
     assert run(words, "whole") == 0
-    assert run(words, "parts", At("byol_core.run.run:Run.save", 2, "tests.run.test_kills:kill")) == 137  # not yet saved
+    assert run(words, "parts", At("byol_core.run.run:Run.save", 2, "tests.helpers.kills:kill")) == 137  # not yet saved
     assert run(words, "parts") == 0
     assert_same_state(checkpoint("whole"), checkpoint("parts"))
     assert records("whole") == records("parts")

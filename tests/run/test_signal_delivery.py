@@ -14,8 +14,8 @@ import pytest
 import train
 from byol_core.run import command
 from tests.helpers.children import SMALL, At, Ended, run_child
-from tests.run.test_command import assert_same_state, checkpoint
-from tests.run.test_kills import STEP, arguments, assert_same_run, run
+from tests.helpers.kills import STEP, arguments, assert_same_run, run
+from tests.helpers.runs import assert_same_state, checkpoint
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 

@@ -9,7 +9,7 @@ import pytest
 
 from byol_core.system.files import LAST, PREVIOUS, CheckpointError, read_checkpoint
 from tests.helpers.children import SMALL, At, run_child
-from tests.run.test_kills import STEP, assert_same_run
+from tests.helpers.kills import STEP, assert_same_run
 
 SESSIONS_AT_MOST = 60
 SIGNALS = {"SIGKILL": -9, "SIGTERM": 143, "SIGINT": 130, "SIGUSR1": 143, "group SIGTERM": 143, "group SIGINT": 130}

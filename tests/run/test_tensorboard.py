@@ -13,7 +13,8 @@ import pytest
 from byol_core.run import command
 from byol_core.run.run import Run
 from byol_core.run.tensorboard import Board
-from tests.run.test_command import REPOSITORY, SMALL
+from tests.helpers.children import REPOSITORY
+from tests.helpers.runs import SMALL
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 

@@ -13,21 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.torchrun import REPOSITORY, SMALL, Finished, torchrun, watched
+from tests.helpers.torchrun import REPOSITORY, SMALL, Finished, summary, torchrun, trained, watched
 
 pytestmark = pytest.mark.slow
 
 
-def summary(folder: Path, name: str = "out") -> dict[str, object]:
-    return json.loads((folder / name / "summary.json").read_text())
-
-
 def weights(folder: Path, name: str = "out") -> dict[str, torch.Tensor]:
     return torch.load(folder / name / "last.pt", weights_only=True)["model"]
-
-
-def trained(folder: Path, images: Path, *more: object, **options) -> Finished:
-    return torchrun(folder, "--data", images, "--out", "out", "--epochs", 2, "--no-eval", *SMALL, *more, **options)
 
 
 @pytest.mark.parametrize("processes", [2, 4])

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from byol_core.system.distributed import join
-from tests.helpers.torchrun import REPOSITORY, SMALL, torchrun, watched
-from tests.run.test_torchrun import summary, trained
+from tests.helpers.torchrun import REPOSITORY, SMALL, summary, torchrun, trained, watched
 
 pytestmark = pytest.mark.slow
 AFTER_FAULT_S = 30.0  # a fault comes within a second of the first update, so what a run lasts is its start and its end

@@ -25,7 +25,7 @@ from byol_core.run.run import Run
 from byol_core.system.files import CheckpointError, read_backbone, read_checkpoint, read_weights, save_checkpoint
 from tests.fuzz import Payload, fuzz
 from tests.helpers import format1
-from tests.run.test_command import SMALL, assert_same_state, checkpoint, metrics, run, summary
+from tests.helpers.runs import SMALL, assert_same_state, checkpoint, metrics, run, summary
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 

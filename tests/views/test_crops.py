@@ -34,7 +34,7 @@ from byol_core.views.crops import CropBatches, cut, reduction
 from byol_core.views.pixels import ImageData, load_images
 from byol_core.views.recipes import ViewRecipe, digits_recipes, inverse_normalise, paper_recipes
 from byol_core.views.render import draw_boxes
-from tests.conftest import small_backbone
+from tests.helpers.weights import small_backbone
 
 CPU = torch.device("cpu")
 PLAIN = ViewRecipe(16)  # a view is the whole image

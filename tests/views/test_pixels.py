@@ -12,15 +12,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from byol_core.images.image_set import ImageSet, scan
 from byol_core.views.batches import DeviceBatches, Order, WorkerBatches, _ViewDataset
-from byol_core.views.pixels import BadFiles, ImageData, TooManyBadFilesError, decode_all, load_images, plain_batches
+from byol_core.views.pixels import BadFiles, TooManyBadFilesError, decode_all, load_images, plain_batches
 from byol_core.views.recipes import ViewRecipe, inverse_normalise, paper_recipes
-
-CPU = torch.device("cpu")
-PLAIN = ViewRecipe(16)  # no augmentation: a view is the image
-
-
-def load(root: Path, where: str) -> ImageData:
-    return load_images(scan(root), where, CPU, lambda line: None)[0]
+from tests.helpers.pictures import CPU, PLAIN, load
 
 
 def sources(root: Path, recipes: tuple[ViewRecipe, ViewRecipe], order: Order, workers: int = 0):

@@ -12,7 +12,7 @@ from byol_core.run import command
 from byol_core.run.run import Run
 from byol_core.views.batches import DeviceBatches
 from byol_core.views.crops import CropBatches
-from tests.run.test_command import SMALL
+from tests.helpers.runs import SMALL
 
 
 @pytest.mark.parametrize("kind, size", [(DeviceBatches, (16, 16)), (CropBatches, None)])

@@ -22,9 +22,9 @@ from byol_core.views.batches import Order, WorkerBatches
 from byol_core.views.pixels import choose_workers, plain_batches
 from byol_core.views.workers import WorkerError, batches_from, new_loader
 from tests.helpers.children import At
-from tests.run.test_command import checkpoint
-from tests.run.test_kills import STEP, arguments, assert_same_run, run
-from tests.views.test_pixels import PLAIN, load
+from tests.helpers.kills import STEP, arguments, assert_same_run, run
+from tests.helpers.pictures import PLAIN, load
+from tests.helpers.runs import checkpoint
 
 pytestmark = [pytest.mark.usefixtures("in_a_folder_of_its_own"),
               pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]

@@ -54,8 +54,12 @@ def data(image_folder: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture
-def small_byol() -> BYOL:
+def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def small_byol(seeded: None) -> BYOL:
     return BYOL(small_backbone(), 4, hidden_dim=8, out_dim=6)
 
 

@@ -2,17 +2,17 @@
 
 import signal
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from torch import nn
 
 from byol_core.networks import BYOL
 from byol_core.run import command
 from byol_core.run.run import Run
+from tests.helpers.pictures import write_images
+from tests.helpers.weights import small_backbone
 
 HANDLED = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
 
@@ -35,19 +35,7 @@ def signal_handlers_restored() -> Iterator[None]:
 @pytest.fixture
 def image_folder(tmp_path: Path) -> Callable[..., Path]:
     """Writes a folder of random images: `classes` sub-folders (0: flat) of `per_class` images each."""
-
-    def write(name: str = "imgs", classes: int = 2, per_class: int = 8, size: tuple[int, int] = (16, 16)) -> Path:
-        generator = np.random.default_rng(0)
-        for label in range(max(classes, 1)):
-            folder = tmp_path / name / (f"class{label}" if classes else "")
-            folder.mkdir(parents=True, exist_ok=True)
-            for number in range(per_class):
-                pixels = generator.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-                pixels[..., label % 3] //= 4  # so that classes can be told apart
-                Image.fromarray(pixels).save(folder / f"{number:03d}.png")
-        return tmp_path / name
-
-    return write
+    return partial(write_images, tmp_path)
 
 
 @pytest.fixture
@@ -62,13 +50,13 @@ def data(image_folder: Callable[..., Path]) -> Path:
     return image_folder(classes=0, per_class=12)
 
 
-def small_backbone() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+@pytest.fixture
+def seeded() -> None:
+    torch.manual_seed(0)
 
 
 @pytest.fixture
-def small_byol() -> BYOL:
-    torch.manual_seed(0)
+def small_byol(seeded: None) -> BYOL:
     return BYOL(small_backbone(), 4, hidden_dim=8, out_dim=6)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.digits import outside_the_band, train_digits
+from tests.helpers.digits import outside_the_band, train_digits
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from byol_core.lars import LARS
 from byol_core.networks import BYOL
 from byol_core.runtime import NonFiniteError, Runtime
 from byol_core.training import Progress, Step, train
-from tests.conftest import small_backbone
+from tests.helpers.weights import small_backbone
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 CPU = torch.device("cpu")

@@ -16,23 +16,12 @@ from byol_core import embed
 from byol_core.embed import main
 from byol_core.evaluate import features as evaluate
 from byol_core.images.decoding import decode
-from byol_core.pretrained import load_pretrained, untrained_backbone
-from byol_core.system.files import export_backbone
+from byol_core.pretrained import load_pretrained
 from byol_core.views.recipes import plain_view
+from tests.helpers.weights import write_backbone
 
 Folder = Callable[..., Path]
 ROOT = Path(embed.__file__).parent.parent
-
-
-def write_backbone(folder: Path, factor: float = 1.0) -> Path:
-    """An exported conv6 with random weights, in a folder of its own."""
-    folder.mkdir()
-    weights = {name: tensor * factor if tensor.is_floating_point() else tensor
-               for name, tensor in untrained_backbone("conv6", False, 16, seed=0)[0].state_dict().items()}
-    export_backbone(folder, weights, {
-        "arch": "conv6", "small_stem": False, "image_size": 16, "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4], "seed": 0,
-        "whole_image": False, "interpolation": "bicubic", "network": "online"})
-    return folder / "backbone.pt"
 
 
 @pytest.fixture

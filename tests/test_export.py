@@ -12,7 +12,7 @@ from torch import Tensor
 from byol_core import export
 from byol_core.export import main
 from byol_core.pretrained import load_pretrained
-from tests.test_embed import write_backbone
+from tests.helpers.weights import write_backbone
 
 ROOT = Path(export.__file__).parent.parent
 

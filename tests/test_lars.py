@@ -12,13 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from byol_core.lars import LARS, lars_update, parameter_groups
 
+pytestmark = pytest.mark.usefixtures("seeded")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 SHAPES = [(4, 3), (2, 3, 3, 3), (5,), (1, 1), ()]
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
 
 
 def reference(param: np.ndarray, grads: list[np.ndarray], *, lr: float, momentum: float = 0.9,

@@ -10,12 +10,8 @@ from torch import Tensor
 
 from byol_core.losses import alignment, byol_loss, effective_rank, mean_cosine, spread, uniformity
 
+pytestmark = pytest.mark.usefixtures("seeded")
 MEASURES = [spread, effective_rank, uniformity, mean_cosine]
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
 
 
 def test_byol_loss_is_zero_for_equal_and_four_for_opposite_directions() -> None:

@@ -13,7 +13,7 @@ from byol_core.losses import byol_loss
 from byol_core.networks import BYOL
 from byol_core.runtime import NonFiniteError, Runtime
 from byol_core.training import Progress, Step, train
-from tests.conftest import small_backbone
+from tests.helpers.weights import small_backbone
 
 
 def random_views(batches: int, dtype: torch.dtype = torch.float32) -> list[tuple[Tensor, Tensor]]:

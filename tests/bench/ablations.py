@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from tests.bench.table import add_output, environment, markdown, show
-from tests.digits import VARIATIONS, train_digits
+from tests.helpers.digits import VARIATIONS, train_digits
 
 COLUMNS = ("linear_1", "linear_5", "knn", "loss", "spread", "rank")
 

@@ -35,8 +35,8 @@ from tests.bench import rivals
 from tests.bench.end_to_end import CASES
 from tests.bench.table import append_json, environment, parse
 from tests.bench.views import find
-from tests.children import REPOSITORY, At
-from tests.digits import BAND, BAND_EPOCHS, outside_the_band
+from tests.helpers.children import REPOSITORY, At
+from tests.helpers.digits import BAND, BAND_EPOCHS, outside_the_band
 
 IN_SUMMARY = ("linear_5", "knn", "spread")  # of the band, what summary.json has; its rank is of other images
 ON_CPU = 0.02  # by which accuracies of the same weights may differ on another device: some 7 of the 360 digits measured on
@@ -71,7 +71,7 @@ def tests(options: argparse.Namespace) -> str:
 
 def marked_files() -> list[str]:
     """The files with tests marked gpu; collecting those of all the others takes longer than running these."""
-    return [str(path) for path in sorted((REPOSITORY / "tests").glob("test_*.py")) if "@pytest.mark.gpu" in path.read_text()]
+    return [str(path) for path in sorted((REPOSITORY / "tests").rglob("test_*.py")) if "@pytest.mark.gpu" in path.read_text()]
 
 
 def digits(options: argparse.Namespace) -> str:

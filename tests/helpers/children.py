@@ -1,0 +1,186 @@
+"""The command in processes of its own, killed, signalled or hindered at a chosen moment; not a test.
+
+Children are forked by a server that has loaded torch and computed nothing, as loading it takes longer than a run.
+"""
+
+import contextlib
+import functools
+import gc
+import json
+import os
+import pkgutil
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+REPOSITORY = Path(__file__).parents[2]
+SMALL = ["--arch", "conv6", "--hidden-dim", "16", "--projection-dim", "8", "--image-size", "16", "--batch-size", "4",
+         "--device", "cpu"]
+PATIENCE_S = 60.0  # seconds in which a child and all that it started must have ended
+
+
+@dataclass(frozen=True)
+class At:
+    """What happens at the `number`-th call (from 1) of `place`, "module:attribute", before it or after it.
+
+    what: a signal's name, for the process itself; "group SIGTERM" and the like for all that it has started, too; or a
+    function of no arguments, "module:attribute".
+    """
+
+    place: str
+    number: int
+    what: str
+    after: bool = False
+
+    def arrange(self, replace: Callable[[Any, str, Any], None] = setattr) -> None:
+        module, _, path = self.place.partition(":")
+        *owners, name = path.split(".")
+        owner = pkgutil.resolve_name(f"{module}:{'.'.join(owners)}" if owners else module)
+        original: Callable[..., Any] = getattr(owner, name)
+        calls = 0
+
+        @functools.wraps(original)
+        def counted(*args: Any, **options: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == self.number and not self.after:
+                self.happen()
+            result = original(*args, **options)
+            if calls == self.number and self.after:
+                self.happen()
+            return result
+
+        replace(owner, name, counted)
+
+    def happen(self) -> None:
+        *group, name = self.what.split(" ")
+        if ":" in name:
+            pkgutil.resolve_name(name)()
+        elif group:
+            os.killpg(0, getattr(signal, name))
+        else:
+            os.kill(os.getpid(), getattr(signal, name))
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a child ended; when it is there, nothing that the child started is left."""
+
+    code: int
+    errors: str
+
+    def __post_init__(self) -> None:
+        assert "Traceback" not in self.errors and "Exception ignored" not in self.errors, self.errors
+
+
+def run_child(arguments: Sequence[object], moments: Sequence[At] = (), start_method: str = "fork") -> Ended:
+    """Run train.py in the current folder, in a session of its own. start_method: of its data workers."""
+    reading, writing = os.pipe()
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        child = Forked("tests.helpers.children:_train", [os.getcwd(), [str(argument) for argument in arguments],
+                                                         [asdict(moment) for moment in moments], start_method],
+                       nowhere, writing)
+        os.close(writing)
+        try:
+            errors = _read_to_the_end(reading)
+        finally:
+            child.kill_session()
+        return Ended(child.wait(), errors)
+    finally:
+        os.close(reading)
+        os.close(nowhere)
+
+
+class Forked:
+    """A process that calls `function`, "module:name", with these arguments, in a session of its own.
+
+    stdout, stderr: open files of this process, or their numbers. The one before must have been waited for.
+    """
+
+    def __init__(self, function: str, arguments: list[object], stdout: IO | int, stderr: IO | int) -> None:
+        handles = [file if isinstance(file, int) else file.fileno() for file in (stdout, stderr)]
+        socket.send_fds(_server(), [json.dumps([function, arguments]).encode()], handles)
+        self.pid = int(_server().recv(100))
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit code, minus the signal for a killed process."""
+        if not select.select([_server()], [], [], timeout)[0]:
+            raise TimeoutError
+        return int(_server().recv(100))
+
+    def kill_session(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+
+
+@functools.cache
+def _server() -> socket.socket:
+    """The connection to a process that forks children; it ends when this process does."""
+    own, others = socket.socketpair()
+    subprocess.Popen([sys.executable, "-m", "tests.helpers.children", str(others.fileno())], cwd=REPOSITORY,
+                     pass_fds=[others.fileno()], start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    others.close()
+    return own
+
+
+def _serve(connection: socket.socket) -> int:
+    import byol_core.run.run  # noqa: F401 - what takes seconds to load
+    import train  # noqa: F401
+
+    gc.freeze()  # or each child would copy all of this memory to tidy it up at its end
+    while True:
+        request, handles, _, _ = socket.recv_fds(connection, 2**16, 2)
+        if not request:
+            return 0
+        child = os.fork()
+        if child == 0:
+            connection.close()
+            os.setsid()
+            for number, handle in enumerate(handles, 1):
+                os.dup2(handle, number)
+                os.close(handle)
+            sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False, buffering=1)
+            function, arguments = json.loads(request)
+            return pkgutil.resolve_name(function)(*arguments)
+        for handle in handles:
+            os.close(handle)
+        connection.send(str(child).encode())
+        connection.send(str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])).encode())
+
+
+def _read_to_the_end(pipe: int) -> str:
+    """What is written until nobody is left who could write."""
+    parts, until = list[bytes](), time.monotonic() + PATIENCE_S
+    while True:
+        ready = select.select([pipe], [], [], max(until - time.monotonic(), 0))[0]
+        assert ready, f"a process is still there after {PATIENCE_S:.0f} s; so far: {b''.join(parts)!r}"
+        part = os.read(pipe, 65536)
+        if not part:
+            return b"".join(parts).decode()
+        parts.append(part)
+
+
+def _train(folder: str, arguments: list[str], moments: list[dict[str, Any]], start_method: str) -> int:
+    import torch.multiprocessing
+
+    import train
+    from byol_core.run import log as metrics
+
+    os.chdir(folder)
+    torch.multiprocessing.set_start_method(start_method, force=True)
+    metrics.RECORD_EVERY = 2  # not only at the ends of these short epochs
+    for moment in moments:
+        At(**moment).arrange()
+    return train.main(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(_serve(socket.socket(fileno=int(sys.argv[1]))))

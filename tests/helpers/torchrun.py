@@ -1,0 +1,184 @@
+"""Runs of the main job under torchrun, with a fault in one process; for the tests."""
+
+import atexit
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tests.helpers.children import REPOSITORY, Forked
+
+SMALL = ("--arch", "conv6", "--hidden-dim", "16", "--projection-dim", "8", "--batch-size", "8", "--workers", "0",
+         "--device", "cpu")
+# What one process does after its third update, by name; `rank` is its rank and `attempt` counts torchrun's restarts.
+FAULTS = {
+    "raises": "raise RuntimeError('the dog ate it')",
+    "is killed": "os.kill(os.getpid(), signal.SIGKILL)",
+    "gets SIGTERM": "os.kill(os.getpid(), signal.SIGTERM)",
+    "hangs": "time.sleep(600)",
+    "freezes": "os.kill(os.getpid(), signal.SIGSTOP)",
+}
+DRIVER = """
+import os, signal, sys, time
+sys.path.insert(0, {repository!r})
+import train
+from byol_core.system import watch
+from byol_core.run.run import Run
+watch.STUCK_S = {stuck}
+{setup}
+rank, attempt = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+after_step = Run._after_step
+def faulty(run, progress, step):
+    after_step(run, progress, step)
+    if progress.updates == {update} and rank == {rank} and attempt == 0:
+        {fault}
+Run._after_step = faulty
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+@dataclass
+class Finished:
+    code: int
+    out: str
+    err: str
+    seconds: float
+    orphans: list[int]
+
+    @property
+    def messages(self) -> list[str]:
+        """The lines of ours on stderr."""
+        return [line for line in self.err.splitlines() if line.startswith(("error:", "warning:"))]
+
+
+def torchrun(folder: Path, *arguments: object, processes: int = 2, fault: str = "pass", rank: int = 1, update: int = 3,
+             options: tuple[str, ...] = ("--standalone",), before: tuple[str, ...] = (), timeout: float = 120.0,
+             patience: float = 6.0, env: dict[str, str] | None = None, stuck: float = 20.0, setup: str = "",
+             forked: bool = True) -> Finished:
+    """`train.py` with these arguments in `folder`, in so many processes.
+
+    options: of torchrun. before: of the command. stuck: seconds after which a process is taken to be stuck. setup: code that
+    all processes run first. forked: torchrun and its processes are spared the loading of torch, which takes longer than a run;
+    all else is as in a run of the command.
+    """
+    driver = folder / "driver.py"
+    driver.write_text(DRIVER.format(repository=str(REPOSITORY), update=update, rank=rank, fault=FAULTS.get(fault, fault),
+                                    stuck=stuck, setup=setup))
+    words = ["--nproc-per-node", str(processes), *options, str(driver), *map(str, arguments)]
+    environment = {"OMP_NUM_THREADS": "1", **(env or {})}
+    if forked:
+        start = partial(Forked, "tests.helpers.torchrun:_torchrun", [str(folder), words, environment])
+        return _finished(folder, start, timeout, patience)
+    return watched([*before, sys.executable, "-m", "torch.distributed.run", *words], folder, timeout, environment, patience)
+
+
+def trained(folder: Path, images: Path, *more: object, **options) -> Finished:
+    return torchrun(folder, "--data", images, "--out", "out", "--epochs", 2, "--no-eval", *SMALL, *more, **options)
+
+
+def summary(folder: Path, name: str = "out") -> dict[str, object]:
+    return json.loads((folder / name / "summary.json").read_text())
+
+
+def watched(command: list[str], folder: Path, timeout: float, env: dict[str, str] | None = None,
+            patience: float = 6.0) -> Finished:
+    """Run a command; say which of the processes it started are left after `patience` seconds, and kill them."""
+    start = partial(subprocess.Popen, command, cwd=folder, start_new_session=True, env={**os.environ, **(env or {})})
+    return _finished(folder, start, timeout, patience)
+
+
+def _finished(folder: Path, start: Callable[..., subprocess.Popen | Forked], timeout: float, patience: float) -> Finished:
+    began = time.monotonic()
+    with open(folder / "stdout", "w") as out, open(folder / "stderr", "w") as err:
+        process = start(stdout=out, stderr=err)
+        try:
+            code = process.wait(timeout)
+        except (subprocess.TimeoutExpired, TimeoutError):
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+            code = -1
+        seconds = time.monotonic() - began
+    until = time.monotonic() + patience
+    while (orphans := _that_write_to(folder / "stderr")) and time.monotonic() < until:
+        time.sleep(0.1)
+    for pid in orphans:
+        os.kill(pid, signal.SIGKILL)
+    return Finished(code, (folder / "stdout").read_text(), (folder / "stderr").read_text(), seconds, orphans)
+
+
+def _that_write_to(path: Path) -> list[int]:
+    """The live processes whose stderr this file is, whatever session they are in."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if (entry / "fd" / "2").samefile(path):
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return found
+
+
+def _torchrun(folder: str, words: list[str], environment: dict[str, str]) -> None:
+    """torchrun, whose processes are forked where it would start a Python."""
+    import torch.distributed.run
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+
+    os.chdir(folder)
+    os.environ.update(environment)
+    subprocess_handler.Popen = ForkedScript  # type: ignore[misc, assignment]
+    torch.distributed.run.main(words)
+
+
+class ForkedScript:
+    """What torchrun uses of `subprocess.Popen`, for a command line `python -u script words`."""
+
+    def __init__(self, args: tuple[str, ...], env: dict[str, str], start_new_session: bool, **_: Any) -> None:
+        sys.stdout.flush()
+        self.pid, self.code = os.fork(), None
+        if self.pid == 0:
+            os.setsid()
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            os.environ.clear()
+            os.environ.update(env)
+            os._exit(_run(args[2:]))
+
+    def poll(self) -> int | None:
+        if self.code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.code = os.waitstatus_to_exitcode(status) if pid else None
+        return self.code
+
+    def wait(self, timeout: float) -> int:
+        until = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > until:
+                raise subprocess.TimeoutExpired("", timeout)
+            time.sleep(0.02)
+        assert self.code is not None
+        return self.code
+
+
+def _run(words: tuple[str, ...]) -> int:
+    """The exit code of a script, called with these words as Python would."""
+    sys.argv = list(words)
+    code: Any = 0
+    try:
+        runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    return code if isinstance(code, int) else 1

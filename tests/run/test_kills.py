@@ -1,0 +1,133 @@
+"""Exact resume: a run that was killed, anywhere and any number of times, ends as one that never was."""
+
+import itertools
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from byol_core.run.run import Run
+from byol_core.system.files import newest_checkpoint
+from byol_core.views import batches
+from tests.helpers.children import SMALL, At, run_child
+from tests.helpers.kills import STEP, arguments, assert_same_run, run
+from tests.helpers.runs import assert_same_state, checkpoint
+from tests.helpers.runs import metrics as records
+
+pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
+
+STEPS = {"first step": 1, "mid-epoch": 2, "last step of an epoch": 3, "first step of the next": 4, "last step": 6}
+OPTIMIZERS, SCHEDULERS = ("lars", "sgd", "adam", "adamw"), ("cosine", "plateau", "constant")
+
+
+@pytest.mark.parametrize("views", ["device", "cpu"])
+def test_a_run_killed_at_any_step_ends_as_if_it_never_was(data: Path, views: str) -> None:
+    words = arguments(data, "--views", views, "--workers", 0)
+    assert run(words, "whole") == 0
+    for place, update in STEPS.items():
+        for after in (False, True):  # it is saved
+            out = f"killed at {place}, {'after' if after else 'before'} its end"
+            assert run(words, out, At(STEP, update, "tests.helpers.kills:kill", after)) == 137
+            assert json.loads(Path(out, "summary.json").read_text())["status"] == "running"
+            assert run(words, out) == 0
+            assert_same_run("whole", out)
+
+
+IN_THE_FAST_SUITE = {("lars", "cosine", 1), ("sgd", "plateau", 2), ("adamw", "constant", 1)}
+
+
+@pytest.mark.parametrize("optimizer, scheduler, accum_steps", [
+    pytest.param(*case, marks=[] if case in IN_THE_FAST_SUITE else pytest.mark.slow)
+    for case in itertools.product(OPTIMIZERS, SCHEDULERS, (1, 2))])
+def test_a_run_stopped_and_killed_again_and_again_ends_as_if_it_never_was(data: Path, optimizer: str, scheduler: str,
+                                                                          accum_steps: int) -> None:
+    views = ("device", "cpu")[(OPTIMIZERS.index(optimizer) + SCHEDULERS.index(scheduler) + accum_steps) % 2]
+    words = arguments(data, "--optimizer", optimizer, "--scheduler", scheduler, "--views", views, "--workers", 0,
+                      "--accum-steps", accum_steps)
+    assert run(words, "whole") == 0
+    forwards = "byol_core.networks:BYOL.forward"
+    assert run(words, "parts", At(STEP, 2, "SIGTERM")) == 143  # saved within an epoch
+    assert run(words, "parts", At(forwards, 2 * accum_steps, "tests.helpers.kills:kill")) == 137  # within update 4
+    assert run(words, "parts", At(forwards, accum_steps, "tests.helpers.kills:kill", after=True)) == 137
+    assert checkpoint("parts")["progress"]["updates"] == 3
+    assert run(words, "parts", At(STEP, 2, "SIGINT")) == 130
+    assert checkpoint("parts")["progress"]["updates"] == 5
+    assert run(words, "parts") == 0
+    assert_same_run("whole", "parts")
+
+
+def test_measurements_on_the_way_are_neither_lost_nor_made_twice(image_folder: Callable[..., Path]) -> None:
+    data = image_folder(per_class=10)
+    words = ["--data", str(data), "--epochs", "3", "--eval-every", "1", "--workers", "0", *SMALL]
+    assert run(words, "whole") == 0
+    assert run(words, "parts", At("byol_core.run.run:Run.save", 2, "tests.helpers.kills:kill")) == 137  # not yet saved
+    assert run(words, "parts") == 0
+    assert_same_state(checkpoint("whole"), checkpoint("parts"))
+    assert records("whole") == records("parts")
+    assert [record["update"] for record in records("parts") if "knn" in record] == [5, 10, 15]
+
+
+def forget_batch(run: Run) -> None:
+    run.progress.batch = 0
+
+
+def forget_updates(run: Run) -> None:
+    run.progress.updates = 0
+
+
+def forget_seed(run: Run) -> None:
+    run.batches.batches.order = batches.Order(12, 4, 1, seed=1)
+
+
+@pytest.mark.parametrize("forget", [forget_batch, forget_updates, forget_seed])
+def test_a_run_that_forgets_its_place_or_seed_differs(data: Path, monkeypatch, forget: Callable[[Run], None]) -> None:
+    """The negative control: what the tests above compare can differ."""
+    words = arguments(data, "--views", "device", "--workers", 0)
+    assert run(words, "whole") == 0
+    assert run(words, "parts", At(STEP, 2, "SIGTERM")) == 143
+    original = Run.resume
+
+    def forgetful(self: Run) -> None:
+        original(self)
+        forget(self)
+
+    monkeypatch.setattr(Run, "resume", forgetful)
+    assert run(words, "parts") == 0
+    with pytest.raises(AssertionError):
+        assert_same_state(checkpoint("whole"), checkpoint("parts"))
+
+
+IN_A_SAVE = {  # the second save of a run, in the order of its parts
+    "while writing": At("byol_core.system.files:torch.save", 2, "SIGKILL"),
+    "once written": At("byol_core.system.files:torch.save", 2, "SIGKILL", after=True),
+    "once the old one is kept": At("byol_core.system.files:_keep_as", 1, "SIGKILL", after=True),
+    "once replaced": At("byol_core.system.files:_sync_folder", 6, "SIGKILL"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("moment", IN_A_SAVE)
+def test_a_process_killed_in_a_save_goes_on_from_a_whole_file(data: Path, moment: str) -> None:
+    words = arguments(data, "--views", "device", "--workers", 0)
+    assert run(words, "whole") == 0
+    assert run_child([*words, "--out", "parts"], [IN_A_SAVE[moment]]).code == -9
+    state, damaged = newest_checkpoint(Path("parts"))
+    assert state is not None and damaged == []
+    assert state["progress"]["updates"] == (6 if moment == "once replaced" else 3)  # type: ignore[index]
+    assert bool(list(Path("parts").glob(".*.tmp"))) == (moment != "once replaced")
+    assert run_child([*words, "--out", "parts", "--resume"]).code == 0
+    assert_same_run("whole", "parts")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("update, before, after", [(1, 0, 1), (2, 2, 0), (3, 0, 1), (4, 2, 1)])
+def test_a_killed_process_goes_on_with_any_number_of_workers(data: Path, update: int, before: int, after: int) -> None:
+    words = arguments(data, "--views", "cpu", "--optimizer", "lars")
+    assert run([*words, "--workers", "0"], "whole") == 0
+    assert run_child([*words, "--out", "parts", "--workers", before], [At(STEP, update, "SIGKILL")]).code == -9
+    assert run_child([*words, "--out", "parts", "--workers", after, "--resume"]).code == 0
+    assert_same_run("whole", "parts")

@@ -1,0 +1,143 @@
+"""The main job in several processes: one set of files, the same weights everywhere, stops, restarts and two machines."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers.torchrun import REPOSITORY, SMALL, Finished, summary, torchrun, trained, watched
+
+pytestmark = pytest.mark.slow
+
+
+def weights(folder: Path, name: str = "out") -> dict[str, torch.Tensor]:
+    return torch.load(folder / name / "last.pt", weights_only=True)["model"]
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_ends_with_one_set_of_files(processes: int, image_folder: Callable[..., Path], tmp_path: Path) -> None:
+    batch = ("--batch-size", 12)  # in as many parts
+    done = torchrun(tmp_path, "--data", image_folder(), "--out", "out", "--epochs", 1, *SMALL, *batch, processes=processes,
+                    forked=processes > 2)
+    assert done.code == 0 and not done.orphans, done.err
+    result = summary(tmp_path)
+    assert result["status"] == "finished" and result["world_size"] == processes and result["updates"] == 1
+    assert result["knn"] is not None and done.out.count("data: 16 images") == 1 and done.out.count("\ntrained: knn") == 1
+    lines = [json.loads(line)["update"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [1]
+
+
+def test_sigterm_to_one_process_stops_all_after_the_same_update(image_folder: Callable[..., Path], tmp_path: Path) -> None:
+    images = image_folder(per_class=24)
+    done = trained(tmp_path, images, fault="gets SIGTERM")
+    assert "SIGTERM to rank 1: stopped at epoch 0, update 5" in done.out and not done.messages and not done.orphans
+    assert summary(tmp_path)["status"] == "stopped"
+    assert "<pre>torchrun --nproc-per-node=2 train.py --data" in (tmp_path / "out" / "report.html").read_text()
+    again = trained(tmp_path, images, "--resume")
+    whole = torchrun(tmp_path, "--data", images, "--out", "whole", "--epochs", 2, "--no-eval", *SMALL)
+    assert again.code == whole.code == 0
+    assert all(torch.equal(tensor, weights(tmp_path, "whole")[name]) for name, tensor in weights(tmp_path).items())
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_to_torchrun_saves_once(name: str, image_folder: Callable[..., Path], tmp_path: Path) -> None:
+    """As from a terminal, whose Ctrl-C may reach the processes themselves, and then once more through torchrun."""
+    fault = f"os.kill(os.getpid(), signal.{name}); os.kill(os.getppid(), signal.{name})"
+    done = trained(tmp_path, image_folder(per_class=24), "--epochs", 4000, fault=fault)
+    assert done.code == 1 and done.out.count(": stopped at epoch") == 1 and f"\n{name}" in done.out
+    assert (tmp_path / "out" / "last.pt").exists() and not done.messages and not done.orphans
+    assert summary(tmp_path)["status"] == "stopped"
+
+
+def test_a_restart_by_torchrun_resumes_bit_for_bit(image_folder: Callable[..., Path], tmp_path: Path) -> None:
+    """With three processes, whose sums depend on the places that DistributedDataParallel gives to gradients."""
+    common = ("--data", image_folder(per_class=24), "--epochs", 2, "--no-eval", *SMALL, "--batch-size", 12)  # 4 updates each
+    whole = torchrun(tmp_path, "--out", "whole", *common, processes=3)
+    done = torchrun(tmp_path, "--out", "out", *common, processes=3, fault="is killed", update=5,
+                    options=("--standalone", "--max-restarts", "3"), forked=False)
+    assert whole.code == done.code == 0, done.err
+    assert "resuming at epoch 1, update 4" in done.out
+    assert done.messages == ["error: rank 1 of 3 is gone: killed, out of memory, or cut off"]
+    assert all(torch.equal(tensor, weights(tmp_path, "whole")[name]) for name, tensor in weights(tmp_path).items())
+
+
+def test_one_process_goes_on_with_a_run_of_two_and_says_so(image_folder: Callable[..., Path], tmp_path: Path) -> None:
+    images = image_folder(per_class=16)
+    assert "SIGTERM to rank 1" in trained(tmp_path, images, fault="gets SIGTERM").out
+    done = watched([sys.executable, str(REPOSITORY / "train.py"), "--data", str(images), "--out", "out", "--epochs", "2",
+                    "--no-eval", *SMALL, "--resume"], tmp_path, 120.0)
+    assert done.code == 0 and "note: 2 -> 1 processes: every update uses the same images" in done.out
+    assert summary(tmp_path)["updates"] == 8 and summary(tmp_path)["world_size"] == 1
+
+
+def test_check_ends_although_data_workers_live(image_folder: Callable[..., Path], tmp_path: Path) -> None:
+    done = trained(tmp_path, image_folder(), "--check", "--views", "cpu", "--workers", 1, timeout=100.0)
+    assert done.code == 0 and done.out.count("nothing was trained") == 1 and not done.orphans
+
+
+NODES = tuple(f"byol{number}-{os.getpid()}" for number in (1, 2))  # the suite may run twice at once
+
+
+@pytest.fixture
+def two_nodes() -> Iterator[None]:
+    """Two network namespaces with addresses of their own, 10.77.0.1 and 10.77.0.2, joined by a cable."""
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True, capture_output=True)
+
+    def remove() -> None:
+        for node in NODES:
+            with contextlib.suppress(OSError):
+                subprocess.run(["ip", "netns", "del", node], capture_output=True)
+
+    try:
+        for node in NODES:
+            ip("netns", "add", node)
+        ip("link", "add", "cable1", "netns", NODES[0], "type", "veth", "peer", "name", "cable2", "netns", NODES[1])
+        for number, node in enumerate(NODES, 1):
+            ip("-n", node, "addr", "add", f"10.77.0.{number}/24", "dev", f"cable{number}")
+            ip("-n", node, "link", "set", f"cable{number}", "up")
+            ip("-n", node, "link", "set", "lo", "up")
+    except (OSError, subprocess.CalledProcessError) as error:
+        remove()
+        pytest.skip(f"network namespaces cannot be made here: {error}")
+    yield
+    remove()
+
+
+def on_two_nodes(folder: Path, images: Path, fault: str = "pass", **options: float) -> list[Finished]:
+    """The main job, started by a torchrun on each node, each in a folder of its own."""
+    def node(number: int) -> Finished:
+        place = folder / f"node{number}"
+        place.mkdir()
+        return torchrun(place, "--data", images, "--out", "out", "--epochs", 2, "--no-eval", *SMALL, fault=fault, options=(
+            "--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "10.77.0.1:29400", "--rdzv-id", "test",
+            "--rdzv-conf", f"is_host={int(number == 1)}", "--local-addr", f"10.77.0.{number}"), processes=1,
+            before=("ip", "netns", "exec", NODES[number - 1]), forked=False, env={"GLOO_SOCKET_IFNAME": f"cable{number}"},
+            **options)
+
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(node, (1, 2)))
+
+
+def test_two_nodes_train_together(two_nodes: None, image_folder: Callable[..., Path], tmp_path: Path) -> None:
+    first, second = on_two_nodes(tmp_path, image_folder())
+    assert first.code == second.code == 0, first.err + second.err
+    assert summary(tmp_path / "node1")["world_size"] == 2 and not (tmp_path / "node2" / "out").exists()
+    assert "report: out/report.html" in first.out and second.out == ""
+
+
+def test_a_node_whose_power_fails_is_named(two_nodes: None, image_folder: Callable[..., Path], tmp_path: Path) -> None:
+    """Nobody is told: the cable goes dead before the processes do."""
+    fault = "os.system('ip link set cable2 down'); [os.kill(pid, signal.SIGKILL) for pid in (os.getppid(), os.getpid())]"
+    first, second = on_two_nodes(tmp_path, image_folder(), fault, stuck=4.0)
+    assert second.code == -signal.SIGKILL
+    assert first.code == 1 and first.messages == ["error: rank 1 of 2 is silent: frozen, or cut off"], first.err
+    assert summary(tmp_path / "node1")["reason"] == "rank 1 of 2 is silent: frozen, or cut off"

@@ -1,0 +1,106 @@
+"""The main job in several processes, of which one fails, dies, hangs, is frozen or was started wrongly."""
+
+import re
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from byol_core.system.distributed import join
+from tests.helpers.torchrun import REPOSITORY, SMALL, summary, torchrun, trained, watched
+
+pytestmark = pytest.mark.slow
+AFTER_FAULT_S = 30.0  # a fault comes within a second of the first update, so what a run lasts is its start and its end
+START_S = 45.0  # of the interpreter, torch and the meeting, in several processes on two busy cores
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("fault,message", [
+    ("raises", "error: rank {rank} of 2: the dog ate it"),
+    ("is killed", "error: rank {rank} of 2 is gone: killed, out of memory, or cut off"),
+    ("hangs", "error: rank {rank} of 2 is stuck: nothing has moved there for "),
+])
+def test_a_process_that_fails_is_named_once_and_ends_the_run(fault: str, message: str, rank: int, tmp_path: Path,
+                                                             image_folder: Callable[..., Path]) -> None:
+    done = trained(tmp_path, image_folder(), fault=fault, rank=rank, stuck=4.0 if (fault, rank) == ("hangs", 0) else 20.0)
+    assert done.code == 1 and done.seconds < START_S + AFTER_FAULT_S and not done.orphans
+    assert len(done.messages) == 1 and done.messages[0].startswith(message.format(rank=rank)), done.err
+    if rank == 1:
+        assert summary(tmp_path)["status"] == "failed" and summary(tmp_path)["reason"] in done.messages[0]
+
+
+def test_a_frozen_process_is_named_and_killed_by_torchrun(image_folder: Callable[..., Path], tmp_path: Path) -> None:
+    """Which asks it to stop first, and waits 30 seconds for an answer."""
+    done = trained(tmp_path, image_folder(), fault="freezes", stuck=4.0)
+    assert done.code == 1 and done.seconds < START_S + 2 * AFTER_FAULT_S and not done.orphans
+    assert done.messages == ["error: rank 1 of 2 is silent: frozen, or cut off"], done.err
+    assert summary(tmp_path)["status"] == "failed" and summary(tmp_path)["reason"] in done.messages[0]
+
+
+# The first process is busy, and so in no exchange; then, and not before, something happens to another.
+BUSY = "from byol_core.run.results import Results\nResults.{} = lambda results: (open('busy', 'w').close(), time.sleep(600))"
+LATER = ("import threading; threading.Thread(daemon=True, target=lambda: ([time.sleep(0.05) for _ in iter(lambda: "
+         "os.path.exists('busy'), True)], time.sleep(1), os.kill({}, signal.{}))).start()")
+
+
+@pytest.mark.parametrize("does, how", [("measure_on_the_way", "silent: frozen, or cut off"),
+                                       ("finish", "gone: killed, out of memory, or cut off")])
+def test_a_process_killed_while_the_first_one_is_busy_is_named(does: str, how: str, image_folder: Callable[..., Path],
+                                                               tmp_path: Path) -> None:
+    done = torchrun(tmp_path, "--data", image_folder(), "--out", "out", "--epochs", 1, *SMALL, "--eval-every", 1, update=1,
+                    fault=LATER.format("os.getpid()", "SIGKILL"), setup=BUSY.format(does))
+    assert done.code == 1 and done.seconds < START_S + AFTER_FAULT_S and not done.orphans
+    assert done.messages == [f"error: rank 1 of 2 is {how}"], done.err
+    assert summary(tmp_path)["status"] == "failed" and summary(tmp_path)["reason"] in done.messages[0]
+
+
+def test_a_signal_to_all_while_the_first_one_is_busy_is_a_stop(image_folder: Callable[..., Path], tmp_path: Path) -> None:
+    done = torchrun(tmp_path, "--data", image_folder(), "--out", "out", "--epochs", 1, *SMALL, update=2,
+                    fault=LATER.format("os.getppid()", "SIGTERM"), setup=BUSY.format("finish"))
+    assert done.code == 1 and not done.messages and not done.orphans, done.err
+    assert done.out.count(": stopped at epoch 1") == 1 and summary(tmp_path)["status"] == "stopped"
+
+
+def test_processes_with_different_images_are_refused(image_folder: Callable[..., Path], tmp_path: Path) -> None:
+    image_folder("rank0")
+    (image_folder("rank1") / "class0" / "000.png").unlink()
+    done = torchrun(tmp_path, "--out", "out", "--epochs", 1, *SMALL,
+                    setup="sys.argv += ['--data', 'rank' + os.environ['RANK']]")
+    assert done.code == 1 and "exitcode  : 2" in done.err and not done.orphans
+    assert len(done.messages) == 1 and "images differ: 16 in rank 0, 15 in rank 1" in done.messages[0]
+
+
+def test_a_batch_that_does_not_divide_is_refused_with_numbers(image_folder: Callable[..., Path], tmp_path: Path) -> None:
+    done = trained(tmp_path, image_folder(), "--batch-size", 7)
+    assert done.code == 1 and len(done.messages) == 1
+    assert re.search("rank [01] of 2: --batch-size 7 does not divide into 1 micro-batches on 2 processes", done.messages[0])
+
+
+@pytest.mark.parametrize("rank", ["2", "-1", "one"])
+def test_a_rank_that_cannot_be_is_refused(rank: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", rank), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=f"RANK (is ')?{rank}"):
+        join("cpu")
+
+
+@pytest.mark.parametrize("missing", ["MASTER_ADDR", "RANK", "nobody else comes"])
+def test_a_stale_environment_ends_at_once_or_after_the_meeting_time(missing: str, image_folder: Callable[..., Path],
+                                                                    tmp_path: Path) -> None:
+    env = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    env.pop(missing, None)
+    driver = tmp_path / "driver.py"
+    driver.write_text(f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\nimport train\n"
+                      "from byol_core.system import distributed\n"
+                      "distributed.MEETING_S = 1.0\nsys.exit(train.main(sys.argv[1:]))")
+    done = watched([sys.executable, str(driver), "--data", str(image_folder()), "--out", "out", *SMALL], tmp_path, 60.0, env)
+    assert done.code == 2 and len(done.err.splitlines()) == 1 and "unset WORLD_SIZE" in done.err
+
+
+def test_processes_whose_torchrun_is_gone_save_and_stop(image_folder: Callable[..., Path], tmp_path: Path) -> None:
+    done = trained(tmp_path, image_folder(per_class=24), "--epochs", 4000, fault="os.kill(os.getppid(), signal.SIGKILL)",
+                   patience=30.0)
+    assert done.code == -signal.SIGKILL and not done.orphans
+    assert summary(tmp_path)["status"] == "stopped" and (tmp_path / "out" / "last.pt").exists()

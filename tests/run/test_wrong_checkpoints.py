@@ -1,0 +1,401 @@
+"""Checkpoints and weights that are hostile, foreign, wrapped, or of another run, as every command that takes one sees them."""
+
+import functools
+import io
+import json
+import os
+import pickle
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import train
+from byol_core import __version__, embed
+from byol_core.backbones import build_backbone
+from byol_core.evaluate import __main__ as evaluate_command
+from byol_core.pretrained import load_pretrained
+from byol_core.run.run import Run
+from byol_core.system.files import CheckpointError, read_backbone, read_checkpoint, read_weights, save_checkpoint
+from tests.fuzz import Payload, fuzz
+from tests.helpers import format1
+from tests.helpers.runs import SMALL, assert_same_state, checkpoint, metrics, run, summary
+
+pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
+
+Folder = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short run's folder, beside its images in imgs/."""
+    place = tmp_path_factory.mktemp("trained")
+    format1.write_images(place / "imgs")
+    assert run("--data", place / "imgs", "--epochs", 1, "--out", place / "run", "--no-eval", *SMALL) == 0
+    return place / "run"
+
+
+COMMANDS = ["resume", "init-from", "evaluate", "embed", "baseline-weights"]
+
+
+def give(command: str, file: Path, trained: Path) -> int:
+    """The exit code of a command that is given `file`."""
+    data = ["--data", str(trained.parent / "imgs")]
+    if command in ("resume", "init-from"):
+        return train.main([*data, "--epochs", "1", "--out", "out", *SMALL, f"--{command}", str(file)])
+    if command == "embed":
+        return embed.main([*data, "--checkpoint", str(file), "--workers", "0", "--device", "cpu"])
+    source = ["--checkpoint", str(trained), "--baseline-weights", str(file)] if command.startswith("base") else [
+        "--checkpoint", str(file)]
+    return evaluate_command.main([*data, *source, "--workers", "0", "--device", "cpu"])
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes there")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_pipe_is_refused_and_not_waited_for(trained: Path, command: str, capsys) -> None:
+    os.mkfifo("pipe.pt")
+    assert give(command, Path("pipe.pt"), trained) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "pipe.pt is not a checkpoint, but a pipe or a device" in said
+
+
+def test_a_folder_in_the_place_of_the_checkpoint_is_named(trained: Path, capsys) -> None:
+    shutil.copytree(trained, "out")
+    Path("out/last.pt").rename("out/previous.pt")
+    Path("out/last.pt").mkdir()
+    Path("out/last.pt/mine").touch()
+    assert train.main(["--data", str(trained.parent / "imgs"), "--epochs", "1", "--out", "out", *SMALL, "--resume"]) == 2
+    assert "out/last.pt is not a checkpoint, but a folder" in capsys.readouterr().err
+    assert Path("out/last.pt/mine").exists()
+
+
+@pytest.mark.parametrize("kind", ["in a checkpoint", "in weights", "bare pickle"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_code_in_a_file_is_named_and_not_run_by_any_command(trained: Path, command: str, kind: str, capsys) -> None:
+    payload = Payload(Path("executed").absolute())
+    if kind == "bare pickle":
+        Path("evil.pt").write_bytes(pickle.dumps(payload))
+    else:
+        torch.save({"format": 1, "payload": payload} if kind == "in a checkpoint" else {"conv1.weight": payload}, "evil.pt")
+    assert give(command, Path("evil.pt"), trained) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said.startswith("error: ") and "evil.pt" in said
+    assert not Path("executed").exists()
+    assert "weights_only" not in said and "trust" not in said  # torch's own message advises to switch the guard off
+    if command != "baseline-weights":
+        assert f"it holds more than tensors and plain values ({os.name}.mkdir), and nothing in it was run" in said
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_is_no_checkpoint_is_said_to_be_none_by_every_command(trained: Path, command: str, capsys) -> None:
+    Image.new("RGB", (8, 8)).save("image.pt", "PNG")
+    Path("page.pt").write_text("<html>404</html>")
+    Path("empty.pt").touch()
+    archive = io.BytesIO()
+    np.savez(archive, a=np.zeros(3))
+    Path("numpy.pt").write_bytes(archive.getvalue())
+    for name in ("image.pt", "page.pt", "empty.pt", "numpy.pt"):
+        assert give(command, Path(name), trained) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and said.startswith("error: ") and name in said
+
+
+def test_weights_given_to_resume_are_pointed_to_init_from(trained: Path, capsys) -> None:
+    assert give("resume", trained / "backbone.pt", trained) == 2
+    assert "backbone.pt holds weights only - use --init-from to start from them" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["resume", "init-from", "evaluate", "embed"])
+def test_a_newer_format_asks_for_an_upgrade(trained: Path, command: str, capsys) -> None:
+    torch.save({**read_checkpoint(trained / "last.pt"), "format": 2}, "newer.pt")
+    assert give(command, Path("newer.pt"), trained) == 2
+    assert "has checkpoint format 2, this version reads up to 1 - upgrade byol_core" in capsys.readouterr().err
+
+
+def test_a_key_of_a_newer_version_asks_for_an_upgrade(trained: Path, capsys) -> None:
+    torch.save({**read_checkpoint(trained / "last.pt"), "version": "7.0", "queue": 3}, "newer.pt")
+    assert give("resume", Path("newer.pt"), trained) == 2
+    assert (f"newer.pt was written by byol_core 7.0 and holds queue, which this version ({__version__}) does not know"
+            in capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("change", [{"format": 2}, {"version": "7.0", "queue": 3}, {"precision": 3}])
+def test_a_whole_file_that_cannot_be_used_is_not_taken_for_a_damaged_one(trained: Path, change: dict, capsys) -> None:
+    """Such as one that a newer version has written: it is not replaced by the one before it."""
+    shutil.copytree(trained, "out")
+    shutil.copy("out/last.pt", "out/previous.pt")
+    torch.save({**read_checkpoint(trained / "last.pt"), **change}, "out/last.pt")
+    before = Path("out/last.pt").read_bytes()
+    assert train.main(["--data", str(trained.parent / "imgs"), "--epochs", "1", "--out", "out", *SMALL, "--resume"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1 and Path("out/last.pt").read_bytes() == before
+
+
+def test_a_damaged_file_is_not_replaced_by_a_run_that_is_refused(trained: Path, capsys) -> None:
+    shutil.copytree(trained, "out")
+    shutil.copy("out/last.pt", "out/previous.pt")
+    Path("out/last.pt").write_bytes(b"torn")
+    assert train.main(["--data", str(trained.parent / "imgs"), "--epochs", "7", "--out", "out", *SMALL, "--resume"]) == 2
+    assert "epochs 1 -> 7" in capsys.readouterr().err and Path("out/last.pt").read_bytes() == b"torn"
+
+
+def nested(depth: int) -> object:
+    value: object = ["x"]
+    for _ in range(depth):
+        value = [value, value]
+    return value
+
+
+@pytest.mark.parametrize("key", ["version", "device", "precision", "compiled", "best"])
+@pytest.mark.parametrize("value", [nested(40), "\x1b[31mred\nerror: a line of its own", 3], ids=["nested", "text", "number"])
+def test_what_a_hostile_file_says_of_itself_is_not_shown(trained: Path, key: str, value: object, capsys) -> None:
+    """Nested lists of a few hundred bytes are longer than any memory when written out."""
+    unknown = {"unknown": 1} if key == "version" else {}
+    torch.save({**read_checkpoint(trained / "last.pt"), key: value, **unknown}, "odd.pt")
+    give("resume", Path("odd.pt"), trained)
+    said = capsys.readouterr()
+    assert said.err.count("\n") <= 1 and "\x1b" not in said.out + said.err
+
+
+@pytest.mark.parametrize("command", ["init-from", "evaluate", "embed"])
+@pytest.mark.parametrize("model", [None, {}, {"online.backbone.conv1.weight": 3}, {1: torch.zeros(1)}, [torch.zeros(1)],
+                                   {"online.backbone.conv1.weight": torch.zeros(1)}])
+def test_a_checkpoint_without_a_networks_weights_is_refused(trained: Path, command: str, model: object, capsys) -> None:
+    torch.save({**read_checkpoint(trained / "last.pt"), "model": model}, "odd.pt")
+    assert give(command, Path("odd.pt"), trained) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "odd.pt" in said
+
+
+@pytest.mark.parametrize("identity", [None, "", "[]", "{}", '{"views": []}', '{"views": [{"size": "large"}]}', "3"])
+def test_a_checkpoint_that_does_not_describe_its_network_is_refused(trained: Path, identity: object) -> None:
+    torch.save({**read_checkpoint(trained / "last.pt"), "identity": identity}, "odd.pt")
+    with pytest.raises(CheckpointError, match="odd.pt does not describe its network"):
+        load_pretrained("odd.pt")
+
+
+@pytest.mark.parametrize("key, value", [
+    ("identity", "null"), ("identity", "[]"), ("progress", {"epoch": 0, "steps": 3}), ("progress", None), ("optimizer", {}),
+    ("optimizer", None), ("scheduler", 3), ("model", {}), ("model", None), ("log", None), ("bad_files", 3),
+    ("bad_files", {"x": 1}), ("bad_files", {index: "bad" for index in range(1000)}),
+    ("progress", {"epoch": 10**9, "batch": 0, "updates": 4, "loss_sum": 0.0, "loss_count": 0}),
+    ("progress", {"epoch": -3, "batch": 0, "updates": 4, "loss_sum": 0.0, "loss_count": 0}),
+    ("progress", {"epoch": 0, "batch": 999, "updates": 4, "loss_sum": 0.0, "loss_count": 0})])
+def test_a_checkpoint_of_another_make_is_refused_in_one_line(trained: Path, key: str, value: object, capsys) -> None:
+    torch.save({**read_checkpoint(trained / "last.pt"), key: value}, "odd.pt")
+    code = give("resume", Path("odd.pt"), trained)
+    said = capsys.readouterr().err
+    assert code == 2 and said.startswith("error: ") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("changed", [
+    {"weight_decay": -1}, {"scheduler": "foo"}, {"tau_base": "x"}, {"batch_size": 0}, {"lr": 10**400}, {"lr": True},
+    {"views": []}, {"hidden_dim": 10**12}, {"arch": 5}, {"image_size": 32.5}, {"image_size": 10**9},
+    {"view_size": 10**9}, {"view_size": "x"}, {"view_size": None},
+    {"warmup_epochs": 10**400}, {"small_stem": 1}, "nested"], ids=str)
+def test_numbers_that_no_run_has_are_not_computed_with(trained: Path, changed: object, capsys) -> None:
+    """A resumed run takes over what it was begun with; the file that says so may have been made by anybody."""
+    state = read_checkpoint(trained / "last.pt")
+    identity = "[" * 100_000 if changed == "nested" else json.dumps({**json.loads(str(state["identity"])), **changed})
+    torch.save({**state, "identity": identity}, "odd.pt")
+    data = ["--data", trained.parent / "imgs", "--epochs", 1, "--workers", 0, "--device", "cpu"]
+    assert run(*data, "--out", "other", "--resume", "odd.pt") == 2
+    told = capsys.readouterr()
+    assert told.err.startswith("error: ") and told.err.count("\n") == 1 and "updates of" not in told.out
+
+
+@pytest.mark.parametrize("tensor", [torch.zeros(7), torch.zeros(1).expand(10**6, 10**6), torch.zeros(7, device="meta"), "text",
+                                    torch.zeros(2, 2).to_sparse(), "complex"],
+                         ids=["shape", "expanded", "meta", "text", "sparse", "complex"])
+@pytest.mark.parametrize("part", ["model", "optimizer"])
+def test_tensors_that_are_not_those_of_the_network_are_never_computed_with(trained: Path, part: str, tensor: object,
+                                                                           capsys) -> None:
+    """A fused optimizer trusts the shape of its momentum, and would write beyond it."""
+    if part == "optimizer" and tensor == "text":
+        pytest.skip("numbers and texts among an optimizer's state have no shape")
+    state: dict = read_checkpoint(trained / "last.pt")
+    if part == "model":
+        name = next(iter(state["model"]))
+        state["model"][name] = state["model"][name] * 1j if tensor == "complex" else tensor
+    elif tensor == "complex":
+        for values in state["optimizer"]["state"].values():
+            values["momentum_buffer"] = values["momentum_buffer"] * 1j
+    else:
+        for values in state["optimizer"]["state"].values():
+            values["momentum_buffer"] = tensor
+    torch.save(state, "odd.pt")
+    assert give("resume", Path("odd.pt"), trained) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1
+
+
+def test_a_compressed_file_is_not_unpacked(trained: Path, capsys) -> None:
+    with zipfile.ZipFile(trained / "last.pt") as source, zipfile.ZipFile("bomb.pt", "w", zipfile.ZIP_DEFLATED) as bomb:
+        for member in source.namelist():
+            bomb.writestr(member, source.read(member))
+    assert give("resume", Path("bomb.pt"), trained) == 2
+    assert "bomb.pt is not a checkpoint: it is compressed, and may unpack to any size" in capsys.readouterr().err
+
+
+# Wrapped networks
+
+WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "DataParallel": nn.DataParallel, "compile": functools.partial(torch.compile, backend="eager"),
+    "both": lambda module: nn.DataParallel(torch.compile(module, backend="eager"))}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_weights_of_a_wrapped_network_are_accepted(trained: Path, wrap: Callable[[nn.Module], nn.Module]) -> None:
+    backbone = build_backbone("conv6")[0]
+    backbone.load_state_dict(read_weights(trained / "backbone.pt"))
+    wrapped = wrap(backbone).state_dict()
+    assert all(name.startswith(("module.", "_orig_mod.")) for name in wrapped)
+    torch.save(wrapped, "wrapped.pt")
+    assert read_weights(Path("wrapped.pt")).keys() == backbone.state_dict().keys()
+    assert run("--data", trained.parent / "imgs", "--epochs", 0, "--out", "start", "--no-eval", *SMALL, "--init-from",
+               "wrapped.pt") == 0
+    for name, tensor in torch.load("start/backbone.pt", weights_only=True).items():
+        assert torch.equal(tensor, backbone.state_dict()[name])
+
+
+@pytest.mark.parametrize("place", ["", "online.", "online.backbone."])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_a_checkpoint_of_a_wrapped_network_is_accepted(trained: Path, prefix: str, place: str) -> None:
+    state = read_checkpoint(trained / "last.pt")
+    model = state["model"]
+    assert isinstance(model, dict)
+    renamed = {place + prefix + name.removeprefix(place) if name.startswith(place) else name: tensor
+               for name, tensor in model.items()}
+    save_checkpoint(Path(), {**state, "model": renamed})
+    expected = {name: model[f"online.backbone.{name}"] for name in read_weights(trained / "backbone.pt")}
+    for found in (read_backbone(Path("last.pt")), load_pretrained("last.pt").backbone.state_dict()):
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert run("--data", trained.parent / "imgs", "--epochs", 1, "--out", "on", "--no-eval", *SMALL, "--resume",
+               "last.pt") == 0
+    assert_same_state(checkpoint("on"), state)
+
+
+def test_a_network_that_has_a_child_named_module_keeps_it() -> None:
+    torch.save({"module.weight": torch.ones(1), "bias": torch.ones(1)}, "mixed.pt")
+    assert read_weights(Path("mixed.pt")).keys() == {"module.weight", "bias"}
+
+
+def test_weights_of_another_network_are_refused_by_name(trained: Path, capsys) -> None:
+    torch.save(build_backbone("resnet18")[0].state_dict(), "resnet18.pt")
+    assert give("init-from", Path("resnet18.pt"), trained) == 2
+    said = capsys.readouterr().err
+    assert "--init-from resnet18.pt does not fit this network: 'bn2.bias' has shape (64,), the network's (32,)" in said or (
+        "--init-from resnet18.pt does not fit this network: '" in said)
+    assert said.count("\n") == 1
+
+
+def test_a_compiled_run_writes_plain_names(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend="eager"))
+    assert run("--data", trained.parent / "imgs", "--epochs", 1, "--out", "compiled", "--no-eval", "--compile", *SMALL) == 0
+    plain = torch.load(trained / "backbone.pt", weights_only=True)
+    assert torch.load("compiled/backbone.pt", weights_only=True).keys() == plain.keys()
+    assert checkpoint("compiled")["model"].keys() == checkpoint(trained)["model"].keys()
+
+
+# From another machine, with other options, of another version
+
+
+def test_a_checkpoint_from_a_gpu_loads_without_one(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        save_checkpoint(Path(), read_checkpoint(trained / "last.pt"))
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="CUDA"):
+            torch.load("last.pt", weights_only=True)  # it is what it is meant to be
+    model = read_checkpoint(Path("last.pt"))["model"]
+    assert isinstance(model, dict) and all(tensor.device.type == "cpu" for tensor in model.values())
+    assert_same_state(read_checkpoint(Path("last.pt")), read_checkpoint(trained / "last.pt"))
+
+
+@pytest.mark.parametrize("before, after, note", [
+    ("fp16", "off", "float16 -> float32"), ("off", "fp16", "float32 -> float16"), ("fp16", "bf16", "float16 -> bfloat16"),
+    ("bf16", "fp16", "bfloat16 -> float16")])
+def test_another_precision_is_noted_and_the_run_goes_on(image_folder: Folder, stopped_after: Callable[..., None], before: str,
+                                                        after: str, note: str, capsys) -> None:
+    arguments = ["--data", image_folder(), "--epochs", 2, "--out", "out", "--no-eval", *SMALL]
+    stopped_after(2, *arguments, "--amp", before)
+    assert bool(checkpoint("out")["scaler"]) == (before == "fp16")  # its scale and growth
+    assert run(*arguments, "--amp", after, "--resume") == 0
+    said = capsys.readouterr().out
+    assert f"note: precision {note}, so this is not an exact resume" in said and "without effect" not in said
+    assert summary("out")["status"] == "finished" and bool(checkpoint("out")["scaler"]) == (after == "fp16")
+
+
+def test_another_device_is_noted(image_folder: Folder, stopped_after: Callable[..., None], capsys) -> None:
+    arguments = ["--data", image_folder(), "--epochs", 2, "--out", "out", "--no-eval", *SMALL]
+    stopped_after(2, *arguments)
+    save_checkpoint(Path("out"), {**checkpoint("out"), "device": "cuda", "compiled": True})
+    assert run(*arguments, "--resume") == 0
+    said = capsys.readouterr().out
+    assert "note: device cuda -> cpu, so this is not an exact resume" in said
+    assert "note: compiled True -> False, so this is not an exact resume" in said
+
+
+def test_harmless_options_may_change_and_change_nothing(image_folder: Folder, stopped_after: Callable[..., None],
+                                                        capsys) -> None:
+    arguments = ["--data", image_folder(), "--epochs", 2, "--views", "cpu", *SMALL]
+    assert run(*arguments, "--out", "whole") == 0
+    stopped_after(3, *arguments, "--out", "parts")
+    assert run(*arguments, "--out", "parts", "--resume", "--workers", 1, "--save-every", 2, "--eval-every", 1, "--classifier",
+               "knn", "--debug") == 0
+    assert_same_state(checkpoint("whole"), checkpoint("parts"))
+    said = [line for line in capsys.readouterr().out.splitlines() if "changed, without effect on the result: " in line]
+    assert len(said) == 1 and "eval_every 0 -> 1, save_every 1 -> 2" in said[0] and "workers 0 -> 1" in said[0]
+
+
+def test_a_renamed_image_is_another_set_of_images(image_folder: Folder, stopped_after: Callable[..., None], capsys) -> None:
+    data = image_folder()
+    arguments = ["--data", data, "--epochs", 2, "--out", "out", "--no-eval", *SMALL]
+    stopped_after(2, *arguments)
+    before = Path("out/last.pt").read_bytes()
+    (data / "class0" / "000.png").rename(data / "class0" / "renamed.png")
+    assert run(*arguments, "--resume") == 2
+    assert "cannot resume exactly: the names of the image files - repeat" in capsys.readouterr().err
+    (data / "class0" / "renamed.png").unlink()
+    assert run(*arguments, "--resume") == 2
+    assert "images 16 -> 15; the names of the image files" in capsys.readouterr().err
+    assert Path("out/last.pt").read_bytes() == before
+
+
+def test_the_checkpoint_of_format_1_loads_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """tests/data/format1/last.pt, which stays as it is while the code changes."""
+    monkeypatch.setattr("byol_core.run.setup.build_backbone", format1.tiny_backbone)
+    state = read_checkpoint(format1.PLACE)
+    assert state["format"] == 1 and state["progress"]["updates"] == format1.STOPPED_AT  # type: ignore[index]
+    data = format1.write_images(Path("imgs"))
+    restored: dict[str, object] = {}
+    original = Run.train
+
+    def spy(self: Run) -> None:
+        restored.update(model=self.state.model.state_dict(), optimizer=self.state.optimizer.state_dict(),
+                        scheduler=self.state.scheduler.state_dict(), progress=self.progress.state_dict())
+        restored.update(pickle.loads(pickle.dumps(restored)))  # as they are now
+        original(self)
+
+    monkeypatch.setattr(Run, "train", spy)
+    assert run("--data", data, "--out", "out", "--resume", format1.PLACE, *format1.OPTIONS) == 0
+    assert_same_state({key: state[key] for key in restored}, restored)
+    assert summary("out")["updates"] == format1.UPDATES and summary("out")["status"] == "finished"
+    assert [record["update"] for record in metrics("out")] == [format1.UPDATES]
+    assert not torch.equal(checkpoint("out")["model"]["online.backbone.conv1.weight"],
+                           state["model"]["online.backbone.conv1.weight"])  # type: ignore[index]
+    monkeypatch.setattr("byol_core.pretrained.build_backbone", format1.tiny_backbone)
+    assert load_pretrained(format1.PLACE, "target").seed == json.loads(str(state["identity"]))["seed"]
+
+
+@pytest.mark.parametrize("target, cases", [("decode", 400), ("checkpoint", 150), ("command", 300)])
+def test_random_damage_breaks_no_promise(tmp_path: Path, target: str, cases: int) -> None:
+    """The first cases of what `python -m tests.fuzz` runs by the thousand."""
+    done, outcomes = fuzz(target, tmp_path, cases=cases)
+    assert done == cases and outcomes

@@ -1,0 +1,145 @@
+"""Wrong input: one line that says what to do, exit code 2, and nothing begun."""
+
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from byol_core.images import image_set
+from tests.helpers.children import REPOSITORY
+from tests.helpers.runs import SMALL, run
+
+pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
+
+
+def test_eval_data_without_a_class_in_common_is_refused(image_folder: Callable[..., Path], capsys) -> None:
+    data, other = image_folder("a"), image_folder("b")
+    for number in range(2):
+        (other / f"class{number}").rename(other / f"strange{number}")
+    assert run("--data", data, "--eval-data", other, "--epochs", 1, "--out", "out", *SMALL) == 2
+    assert "no class of --eval-data" in capsys.readouterr().err
+
+
+WRONG = [
+    (["--data", "imsg"], "no such folder: imsg - did you mean imgs?"),
+    (["--data", "nowhere/at/all"], "no such folder: nowhere/at/all - check --data"),
+    (["--data", "imgs/class0/000.png"], "is a file"),
+    (["--data", "empty"], "no images under empty: looked for .jpg"),
+    (["--batch-size", "17"], "16 images < --batch-size 17 - use --batch-size 16 or less"),
+    (["--batch-size", "1"], "batch of 1"),
+    (["--batch-size", "6", "--accum-steps", "4"], "use a multiple of 4"),
+    (["--batch-size", "4", "--accum-steps", "4"], "batch of 1 per process and micro-batch"),
+    (["--arch", "resnet19"], "unknown arch 'resnet19' - did you mean resnet18?"),
+    (["--arch", "squeezenet1_0"], "arch 'squeezenet1_0' does not end in a linear layer"),
+    (["--arch", "alexnet"], "the network cannot take 16-pixel images"),
+    (["--arch", "vgg11", "--small-stem"], "--small-stem is for ResNets, not for vgg11"),
+    (["--device", "cuda"], "use --device cpu"),
+    (["--device", "abacus"], "--device abacus is not a device"),
+    (["--classifier", "sklearn.svm.NoSuch"], "--classifier sklearn.svm.NoSuch"),
+    (["--eval-data", "flat"], "--eval-data flat has fewer than 2 class sub-folders"),
+    (["--eval-data", "gone"], "no such folder: gone - check --eval-data"),
+    (["--resume", "gone.pt"], "no such file: gone.pt"),
+    (["--init-from", "imgs/class0/000.png"], "damaged or not a checkpoint"),
+    (["--small-stem"], "--small-stem is for ResNets"),
+    (["--warmup-epochs", "1e308"], "is longer than the run"),
+    (["--lr", "1e308"], "is no learning rate"),
+    (["--scheduler", "plateau", "--warmup-epochs", "1"], "--warmup-epochs has no effect with --scheduler plateau"),
+    (["--data", ""], "--data is empty"),
+    (["--out", "imgs/class0/000.png"], "cannot write to imgs/class0/000.png"),
+    (["--out", ""], "--out is empty - name a folder, or . for this one"),
+    (["--out", "o" * 300], "ooo: file name too long - choose another --out"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", WRONG, ids=[" ".join(arguments) for arguments, _ in WRONG])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="--device cuda is right here")
+def test_wrong_input_is_one_line_and_code_2_before_any_training(image_folder: Callable[..., Path], capsys,
+                                                                arguments: list[str], message: str) -> None:
+    data = image_folder()
+    image_folder("flat", classes=0, per_class=3)
+    Path("empty").mkdir()
+    right = [] if "--data" in arguments else ["--data", data.name]
+    assert run(*right, "--epochs", 1, "--out", "out", *SMALL, *arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+    assert not Path("out").exists()  # nothing was begun
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--lr", "nan"], "argument --lr: must be a finite number above 0, got nan"),
+    (["--lr", "-1"], "got -1"),
+    (["--lr", "0"], "got 0"),
+    (["--epochs", "-1"], "argument --epochs: must be a whole number from 0 to 1000000000, got -1"),
+    (["--epochs", "9" * 401], "argument --epochs: must be a whole number from 0 to 1000000000, got 9999"),
+    (["--workers", "1000000"], "argument --workers: must be auto or a whole number from 0 to 256, got 1000000"),
+    (["--epochs", "1.5"], "got 1.5"),
+    (["--image-size", "7"], "8 or more, got 7"),
+    (["--weight-decay", "inf"], "got inf"),
+    (["--tau-base", "1.5"], "must be a number in [0, 1], got 1.5"),
+    (["--amp", "bf61"], "invalid choice: 'bf61'"),
+    (["--epoch", "3"], "unrecognized arguments: --epoch 3 - did you mean --epochs?"),
+])
+def test_a_wrong_option_is_one_line_and_code_2(arguments: list[str], message: str, capsys) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        run(*arguments)
+    error = capsys.readouterr().err
+    assert exit_info.value.code == 2
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_before_the_images_are_looked_for(image_folder: Callable[..., Path],
+                                                                                     monkeypatch, capsys) -> None:
+    monkeypatch.setattr(image_set, "walk", lambda *_: pytest.fail("it took a while for nothing"))
+    data = image_folder()
+    Path("out").touch()
+    assert run("--data", data, "--epochs", 1, "--out", "out", *SMALL) == 2
+    assert "cannot write to out: file exists" in capsys.readouterr().err
+
+
+def test_a_second_run_in_the_same_folder_is_refused(image_folder: Callable[..., Path], capsys) -> None:
+    from byol_core.run.folder import open_run_folder
+    with open_run_folder(Path("out"), may_be_used=False):
+        assert run("--data", image_folder(), "--epochs", 1, "--out", "out", *SMALL) == 2
+    said = capsys.readouterr().err
+    assert re.search(rf"another run \(pid {os.getpid()} on {platform.node()} since 2.+\) is using out", said)
+
+
+def test_a_world_size_without_a_launcher_is_refused(image_folder: Callable[..., Path], monkeypatch, capsys) -> None:
+    for size, message in (("2", "WORLD_SIZE is 2, but RANK is not set"), ("abc", "WORLD_SIZE is 'abc', which is no number")):
+        monkeypatch.setenv("WORLD_SIZE", size)
+        assert run("--data", image_folder(), "--epochs", 1, "--out", "out", *SMALL) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_help_and_a_mistyped_flag_do_not_load_torch(tmp_path: Path) -> None:
+    script = ("import sys, runpy\nsys.argv = ['train.py', *sys.argv[1:]]\n"
+              f"try:\n    runpy.run_path({str(REPOSITORY / 'train.py')!r}, run_name='__main__')\n"
+              "except SystemExit:\n    pass\n"
+              "sys.stderr.write(str(sorted({'torch', 'torchvision', 'sklearn', 'numpy'} & set(sys.modules))))")
+    for argument in ("--help", "--epoch"):
+        done = subprocess.run([sys.executable, "-c", script, argument], capture_output=True, text=True, cwd=REPOSITORY)
+        assert done.stderr.endswith("[]")
+
+
+def test_a_graph_with_activations_computed_again_is_refused(image_folder: Callable[..., Path], capsys) -> None:
+    assert run("--data", image_folder(), "--epochs", 1, "--out", "out", "--grad-checkpoint", "--cuda-graph", *SMALL) == 2
+    assert "--cuda-graph: a graph cannot hold what --grad-checkpoint computes again" in capsys.readouterr().err
+
+
+def test_a_network_without_blocks_to_compute_again_is_named(image_folder: Callable[..., Path], capsys) -> None:
+    assert run("--data", image_folder(), "--epochs", 1, "--out", "out", "--grad-checkpoint", *SMALL) == 2
+    assert "--grad-checkpoint: conv6 has no repeated blocks" in capsys.readouterr().err
+    assert run("--data", image_folder(), "--epochs", 1, "--out", "out", "--grad-checkpoint", "--compile", *SMALL) == 2
+    assert "--compile: torch cannot compile what --grad-checkpoint computes again" in capsys.readouterr().err
+
+
+def test_minutes_and_epochs_are_one_too_many(capsys) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run("--minutes", 1, "--epochs=100")
+    assert stopped.value.code == 2 and "--epochs and --minutes both say how long to train" in capsys.readouterr().err

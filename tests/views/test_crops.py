@@ -1,0 +1,463 @@
+"""Views from worker crops: the reference's pixels, the other paths' order, stand-ins and resume, and nothing that grows."""
+
+import contextlib
+import gc
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from byol_core.images.decoding import BadImageError, decode, upright_size
+from byol_core.images.image_set import scan
+from byol_core.networks import BYOL
+from byol_core.run import command
+from byol_core.run.run import Run
+from byol_core.runtime import Runtime
+from byol_core.training import Progress, Step, train
+from byol_core.views import batches, crops
+from byol_core.views import pixels as data
+from byol_core.views.batches import DeviceBatches, MadeAhead, Order, TimedBatches, WorkerBatches
+from byol_core.views.crops import CropBatches, cut, reduction
+from byol_core.views.pixels import ImageData, load_images
+from byol_core.views.recipes import ViewRecipe, digits_recipes, inverse_normalise, paper_recipes
+from byol_core.views.render import draw_boxes
+from tests.helpers.weights import small_backbone
+
+CPU = torch.device("cpu")
+PLAIN = ViewRecipe(16)  # a view is the whole image
+CROPPED = ViewRecipe(16, crop_scale=(0.08, 1.0), flip=0.5)
+ORIENTATION = 274
+
+
+def load(root: Path) -> ImageData:
+    """Not held in memory, whatever its size."""
+    return load_images(scan(root), "cpu", CPU, lambda line: None)[0]
+
+
+def new_batches(root: Path, recipe: ViewRecipe, order: Order, workers: int = 0) -> CropBatches:
+    return CropBatches(load(root), (recipe, recipe), order, workers, CPU)
+
+
+@pytest.mark.parametrize("device, pinned", [("cpu", False), ("mps", False), ("cuda", True)])
+def test_memory_is_pinned_for_cuda_alone(image_folder: Callable[..., Path], device: str, pinned: bool) -> None:
+    crops = CropBatches(load(image_folder()), (PLAIN, PLAIN), Order(8, 4), 2, torch.device(device))
+    assert crops.loader.pin_memory == pinned
+
+
+def photograph(width: int, height: int, seed: int = 0) -> np.ndarray:
+    """(height, width, 3) uint8 whose amplitudes fall with the frequency, as a photograph's do."""
+    random = np.random.default_rng(seed)
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
+    frequency[0, 0] = np.inf
+    planes = [np.fft.irfft2(np.fft.rfft2(random.standard_normal((height, width))) / frequency, (height, width))
+              for _ in range(3)]
+    pixels = np.stack([planes[0] + 0.3 * plane for plane in planes], axis=2)
+    return (128 + 50 * pixels / pixels.std()).clip(0, 255).astype(np.uint8)
+
+
+@pytest.fixture
+def alike(tmp_path: Path) -> Path:
+    """24 images of one size, neither black nor white anywhere: bytes are clipped between the two passes of resizing."""
+    (tmp_path / "alike").mkdir()
+    for number in range(24):
+        Image.fromarray(64 + photograph(24, 20, number) // 2).save(tmp_path / "alike" / f"{number:03d}.png")
+    return tmp_path / "alike"
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    """Eight images of eight sizes: JPEG and PNG, one of them lying on its side, one JPEG and one PNG large."""
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    for number, (width, height) in enumerate([(40, 30), (30, 40), (17, 16), (64, 24), (9, 50), (256, 240), (20, 21)]):
+        Image.fromarray(photograph(width, height, number)).save(folder / f"{number}.{'png' if number % 2 else 'jpg'}")
+    tags = Image.Exif()
+    tags[ORIENTATION] = 6
+    Image.fromarray(photograph(480, 320, 7)).save(folder / "7.jpg", exif=tags)
+    return folder
+
+
+def test_crops_are_torchvisions_at_the_boxes_that_are_drawn(mixed: Path) -> None:
+    order = Order(8, 8, seed=5)
+    view1, view2 = next(new_batches(mixed, replace(CROPPED, flip=0.0), order).epoch(3))
+    files = scan(mixed)
+    for row, index in enumerate(order.epoch(3)[0].tolist()):
+        image = F.pil_to_tensor(decode(files.path(index)))
+        for number, view in enumerate((view1, view2)):
+            box, = draw_boxes(CROPPED, 5, 3, torch.tensor([index]), number, *image.shape[1:]).tolist()
+            expected = F.resized_crop(image, *box, [16, 16], InterpolationMode.BICUBIC, antialias=True)
+            shown = inverse_normalise(view[row], CROPPED) * 255
+            error = (shown - expected.float()).abs()
+            reduced = min(box[2:]) >= 64 and files.name(index) == "7.jpg"
+            assert error.mean() < 1 if reduced else error.max() < 0.01, (files.name(index), box)
+
+
+def test_views_are_those_of_images_held_in_memory_but_for_the_rounding_of_crops(alike: Path) -> None:
+    recipe = replace(CROPPED, grey=0.3, jitter=0.8, brightness=0.4, contrast=0.4, saturation=0.2, blur=0.5, blur_kernel=3)
+    order = Order(24, 12, seed=2)
+    resident = load_images(scan(alike), "device", CPU, print)[0]
+    others = DeviceBatches(resident, (recipe, recipe), order).epoch(1)
+    for (a1, a2), (b1, b2) in zip(new_batches(alike, recipe, order).epoch(1), others, strict=True):
+        for a, b in ((a1, b1), (a2, b2)):
+            difference = (inverse_normalise(a, recipe) - inverse_normalise(b, recipe)).abs()
+            assert difference.mean() < 0.5 / 255 and difference.max() < 2 * 1.4 * 1.4 / 255  # brighter, with more contrast
+
+
+def test_a_batch_without_crop_takes_images_whole_as_the_reference_does(mixed: Path) -> None:
+    order = Order(8, 4, seed=1)
+    reference = WorkerBatches(load(mixed), (PLAIN, PLAIN), order, 0)
+    for (a1, a2), (b1, b2) in zip(new_batches(mixed, PLAIN, order).epoch(0), reference.epoch(0), strict=True):
+        difference = (inverse_normalise(torch.cat([a1, a2]), PLAIN) - inverse_normalise(torch.cat([b1, b2]), PLAIN)).abs()
+        assert difference.mean((1, 2, 3)).max() < 1 / 255  # the one image that is reduced; all others are equal
+        assert (difference.amax((1, 2, 3)) < 1e-5).sum() >= len(difference) - 2
+
+
+def test_bad_files_are_replaced_as_on_the_other_paths_and_move_nothing_else(alike: Path) -> None:
+    order = Order(24, 24, seed=1)
+    clean, _ = next(new_batches(alike, CROPPED, order).epoch(0))
+    (alike / "007.png").write_bytes(b"")
+    (alike / "011.png").write_bytes((alike / "011.png").read_bytes()[:200])  # the header is whole
+    mended = new_batches(alike, CROPPED, order)
+    other = DeviceBatches(load_images(scan(alike), "device", CPU, lambda line: None)[0], (CROPPED, CROPPED), order)
+    (views, _), (from_memory, _) = next(mended.epoch(0)), next(other.epoch(0))
+    assert (inverse_normalise(views, CROPPED) - inverse_normalise(from_memory, CROPPED)).abs().max() < 2 / 255
+    changed = {row for row in range(24) if not torch.equal(clean[row], views[row])}
+    assert changed == {order.epoch(0)[0].tolist().index(bad) for bad in (7, 11)}
+    assert sorted(mended.bad.reasons) == [7, 11]
+
+
+def test_a_stand_in_of_another_size_is_cropped_within_its_own(mixed: Path) -> None:
+    order = Order(8, 8, seed=1)
+    (mixed / "7.jpg").write_bytes(b"torn")
+    (mixed / "3.png").write_bytes(b"torn")
+    views = new_batches(mixed, CROPPED, order)
+    views.bad = data.BadFiles(views.bad.files, lambda line: None, {index: "known" for index in range(8)})  # no limit
+    for epoch in range(20):
+        assert all(torch.isfinite(view).all() for view in next(views.epoch(epoch)))
+
+
+def test_a_header_that_tells_another_size_changes_nothing(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order = Order(8, 8, seed=1)
+    batches_ = new_batches(mixed, CROPPED, order)
+    monkeypatch.setattr(crops, "REDUCED_BY", ())
+    true, _ = next(batches_.epoch(0))
+    monkeypatch.setattr(crops, "upright_size", lambda source: upright_size(source)[::-1])
+    assert torch.equal(next(batches_.epoch(0))[0], true)
+
+
+def test_views_depend_on_seed_epoch_index_and_view_not_on_the_start(mixed: Path) -> None:
+    recipe1, recipe2 = paper_recipes(16)
+    views = CropBatches(load(mixed), (recipe1, recipe2), Order(8, 2, seed=1), 0, CPU)
+    whole = list(views.epoch(3))
+    for (a1, a2), (b1, b2) in zip(whole[1:], views.epoch(3, start=1), strict=True):
+        assert torch.equal(a1, b1) and torch.equal(a2, b2)
+    assert not torch.equal(whole[0][0], whole[0][1])  # two views of one image differ
+    assert not torch.equal(next(views.epoch(4))[0], whole[0][0])
+
+
+@pytest.mark.slow
+def test_workers_change_nothing_and_survive_an_abandoned_epoch(mixed: Path) -> None:
+    alone, shared = (new_batches(mixed, paper_recipes(16)[1], Order(8, 2, seed=1), workers) for workers in (0, 2))
+    next(shared.epoch(0))
+    for (a1, a2), (b1, b2) in zip(alone.epoch(1, start=1), shared.epoch(1, start=1), strict=True):
+        assert torch.equal(a1, b1) and torch.equal(a2, b2)
+    shared.close()
+
+
+def test_a_recipe_that_warps_is_refused(mixed: Path) -> None:
+    with pytest.raises(ValueError, match="needs images of one size - use --views cpu"):
+        CropBatches(load(mixed), digits_recipes(8), Order(8, 4), 0, CPU)
+
+
+@pytest.mark.parametrize("sides, by", [((895, 2000), 1), ((896, 896), 2), ((1791, 3000), 2), ((1792, 1792), 4),
+                                       ((3584, 4000), 8), ((9000, 9000), 8), ((100, 9000), 1)])
+def test_an_image_is_reduced_only_while_both_crops_keep_twice_the_views_sides(sides: tuple[int, int], by: int) -> None:
+    large, small = [0, 0, 9000, 9000], [5, 7, *sides]
+    recipes = (ViewRecipe(224), ViewRecipe(224))
+    assert reduction([large, small], recipes) == reduction([small, large], recipes) == by
+
+
+@pytest.mark.parametrize("by, size", [(2, 100), (4, 50), (8, 30)])
+def test_a_reduced_jpeg_gives_nearly_the_crop_of_the_whole_one(tmp_path: Path, by: int, size: int) -> None:
+    Image.fromarray(photograph(960, 720)).save(tmp_path / "a.jpg", quality=90)
+    full, reduced = decode(tmp_path / "a.jpg"), decode(tmp_path / "a.jpg", by)
+    assert reduced.size == (960 // by, 720 // by)
+    box = [31, 57, 2 * by * size + 11, 2 * by * size + 3]
+    recipe = ViewRecipe(size)
+    difference = (cut(full, box, 1, recipe).float() - cut(reduced, box, by, recipe).float()).abs()
+    assert difference.mean() < 1.5 and difference.quantile(0.99) < 6 and difference.max() < 16
+    moved = [box[0] + by, *box[1:]]  # by one pixel of the reduced image: the bound is a narrow one
+    assert (cut(full, box, 1, recipe).float() - cut(reduced, moved, by, recipe).float()).abs().mean() > 8
+
+
+def test_a_jpeg_whose_sides_are_no_multiples_and_other_formats_are_decoded_in_full(tmp_path: Path) -> None:
+    Image.fromarray(photograph(64, 33)).save(tmp_path / "a.jpg")
+    Image.fromarray(photograph(64, 32)).save(tmp_path / "b.png")
+    assert decode(tmp_path / "a.jpg", 2).size == (64, 33) and decode(tmp_path / "b.png", 2).size == (64, 32)
+
+
+def test_upright_size_is_what_decoding_gives(mixed: Path, tmp_path: Path) -> None:
+    for path in mixed.iterdir():
+        assert upright_size(path) == decode(path).size[::-1]
+    (tmp_path / "torn.jpg").write_bytes(b"torn")
+    with pytest.raises(BadImageError, match="UnidentifiedImageError"):
+        upright_size(tmp_path / "torn.jpg")
+
+
+class Cropping(Dataset[int]):
+    """Crops the same images over and over; gives the memory that only this process holds, in bytes."""
+
+    def __init__(self, cropping: Any) -> None:
+        self.cropping = cropping
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, item: int) -> int:
+        for epoch in range(25):
+            self.cropping.__getitems__([(25 * item + epoch, index) for index in range(8)])
+        gc.collect()
+        private = [line for line in Path("/proc/self/smaps_rollup").read_text().splitlines() if line.startswith("Private")]
+        return sum(int(line.split()[1]) * 1024 for line in private)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="the system does not tell a process its memory")
+def test_memory_of_a_worker_does_not_grow_with_the_crops_it_has_made(mixed: Path) -> None:
+    cropping = new_batches(mixed, CROPPED, Order(8, 8)).loader.dataset
+    # A forked worker would come to own this process's memory, page by page, by touching it.
+    loader = DataLoader(Cropping(cropping), batch_size=None, num_workers=1, multiprocessing_context="spawn")
+    private = [int(size) for size in loader]
+    assert max(private[4:]) - private[3] < 2e6, private  # of 2,400 images decoded; 2 MB are seven of them
+
+
+def test_images_held_in_memory_are_held_once(image_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[Tensor] = []
+
+    def decode_all(*arguments: Any) -> Tensor | None:
+        decoded.append(data_decode_all(*arguments))
+        return decoded[0]
+
+    data_decode_all = data.decode_all
+    monkeypatch.setattr(data, "decode_all", decode_all)
+    held = load_images(scan(image_folder()), "auto", CPU, print)[0]
+    order = Order(16, 16)
+    assert held.pixels is not None and held.pixels.data_ptr() == decoded[0].data_ptr()
+    assert DeviceBatches(held, (PLAIN, PLAIN), order).pixels.data_ptr() == decoded[0].data_ptr()
+    assert decoded[0].untyped_storage().nbytes() == 16 * 3 * 16 * 16
+
+
+SMALL = ["--arch", "conv6", "--hidden-dim", "16", "--projection-dim", "8", "--image-size", "16", "--batch-size", "4",
+         "--workers", "0", "--device", "cpu", "--no-eval", "--epochs", "3", "--recipe", "paper", "--optimizer", "sgd"]
+
+
+@pytest.mark.parametrize("views", ["auto", "device"])
+def test_a_run_on_images_of_different_sizes_stopped_and_resumed_is_the_run_never_stopped(
+        mixed: Path, tmp_path: Path, views: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--data", str(mixed), *SMALL, "--views", views]
+    assert command.main([*arguments, "--out", str(tmp_path / "whole")]) == 0
+    assert "views: worker crops, finished on cpu (images of different sizes)" in (tmp_path / "whole/train.log").read_text()
+    after_step = Run._after_step
+
+    def stop_once(self: Run, progress: Any, step: Any) -> None:
+        if progress.updates == 3 and self.setup.config.resume is None:
+            self.stop.signal = 15
+        assert isinstance(self.batches.batches, CropBatches) and self.batches.aside is None
+        after_step(self, progress, step)
+
+    monkeypatch.setattr(Run, "_after_step", stop_once)
+    assert command.main([*arguments, "--out", str(tmp_path / "parts")]) == 143
+    assert command.main([*arguments, "--out", str(tmp_path / "parts"), "--resume"]) == 0
+    whole, parts = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "parts"))
+    assert parts["progress"] == whole["progress"] and whole["progress"]["updates"] == 6
+    assert all(torch.equal(parts["model"][name], value) for name, value in whole["model"].items())
+    assert json.loads(whole["identity"])["views made"] == "of worker crops"
+    assert command.main([*SMALL, "--data", str(mixed), "--views", "cpu", "--out", str(tmp_path / "parts"), "--resume"]) == 2
+    assert re.search("views made of worker crops -> on the cpu", capsys.readouterr().err)
+
+
+class Fake:
+    """Stands in for CUDA's streams and for views: says what happens, in order."""
+
+    def __init__(self, events: list[str], name: str) -> None:
+        self.events, self.name, self.device = events, name, torch.device("cuda")
+
+    def wait_stream(self, other: "Fake") -> None:
+        self.events.append(f"{self.name} waits for {other.name}")
+
+    def record_stream(self, stream: "Fake") -> None:
+        self.events.append(f"{self.name} used on {stream.name}")
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "Fake":
+        assert non_blocking and device.type == "cuda"
+        self.events.append(f"{self.name} copied on {self.current.name}")
+        return self
+
+    current: "Fake"
+
+
+def test_each_batch_is_made_aside_while_the_one_before_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    aside, main = Fake(events, "aside"), Fake(events, "main")
+    Fake.current = main
+
+    @contextlib.contextmanager
+    def stream(chosen: Fake) -> Iterator[None]:
+        Fake.current = chosen
+        yield
+        Fake.current = main
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+
+    def make() -> Iterator[Any]:
+        for number in (1, 2):
+            events.append(f"{number} made on {Fake.current.name}")
+            yield Fake(events, f"{number}a"), Fake(events, f"{number}b")
+
+    for view, _ in iter(MadeAhead(make(), aside), None):  # type: ignore[attr-defined]
+        assert Fake.current is main
+        events.append(f"{view.name} trained on")  # type: ignore[attr-defined]
+    assert events == ["aside waits for main", "1 made on aside", "1a copied on aside", "1b copied on aside",
+                      "main waits for aside", "1a used on main", "1b used on main",
+                      "2 made on aside", "2a copied on aside", "2b copied on aside", "1a trained on",
+                      "main waits for aside", "2a used on main", "2b used on main", "2a trained on"]
+
+
+@pytest.mark.parametrize("path", ["device", "crops", "cpu"])
+def test_each_view_is_made_by_its_own_recipe(alike: Path, path: str) -> None:
+    """The second recipe turns all values over, and nothing else happens."""
+    recipes = PLAIN, replace(PLAIN, solarize=1.0, solarize_threshold=0.0)
+    order, held = Order(24, 8), load_images(scan(alike), "device", CPU, lambda line: None)[0]
+    source = {"device": lambda: DeviceBatches(held, recipes, order),
+              "crops": lambda: CropBatches(load(alike), recipes, order, 0, CPU),
+              "cpu": lambda: WorkerBatches(load(alike), recipes, order, 0)}[path]()
+    for view1, view2 in source.epoch(0):
+        first, second = (inverse_normalise(view, PLAIN) for view in (view1, view2))
+        assert (first + second - 1).abs().max() < 2 / 255
+
+
+def test_on_a_cpu_nothing_is_MadeAhead() -> None:
+    made: list[int] = []
+
+    def make() -> Iterator[batches.Views]:
+        for number in range(3):
+            made.append(number)
+            yield torch.zeros(1), torch.zeros(1)
+
+    views = TimedBatches(SimpleNamespace(epoch=lambda epoch, start: make())).epoch(0)  # type: ignore[arg-type]
+    next(views)
+    assert made == [0]
+
+
+class Source:
+    """Two batches, each of which the host makes in 3 s of `clock`."""
+
+    device = CPU
+
+    def __init__(self, clock: list[float]) -> None:
+        self.clock = clock
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Any]:
+        for _ in range(2):
+            self.clock[0] += 3
+            yield torch.zeros(1), torch.zeros(1)
+
+
+def test_the_time_that_a_cpu_waits_for_views_is_theirs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, waited = [0.0], []
+    monkeypatch.setattr(batches.time, "monotonic", lambda: clock[0])
+    timed = TimedBatches(Source(clock))  # type: ignore[arg-type]
+    for _ in timed.epoch(0):
+        clock[0] += 10  # the step
+        waited.append(timed.take_waited())
+    assert waited == [3, 3] and timed.take_waited() == 0
+
+
+def test_a_cuda_device_waits_by_its_own_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device works 7 s behind the host on a step's work, and waits for views in what is left of the host's time."""
+    host, waited = [0.0], []
+    device = {"idle from": 0.0, "knows": 0.0}
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self, stream: Any) -> None:
+            device["idle from"] = self.at = max(device["idle from"], host[0])
+
+        def query(self) -> bool:
+            return self.at <= device["knows"]
+
+        def elapsed_time(self, end: "Event") -> float:
+            return 1000 * (end.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(batches, "MadeAhead", lambda views, aside: partial(next, views, None))
+    timed = TimedBatches(Source(host))  # type: ignore[arg-type]
+    timed.aside = Fake([], "aside")  # type: ignore[assignment]
+    for _ in timed.epoch(0):
+        host[0] += 1
+        device["idle from"] += 8  # its step begins at 3 and ends at 11, while the host makes the next views from 4 to 7
+        waited.append(timed.take_waited())
+    assert waited == [0, 0]  # not there yet
+    device["knows"] = 100
+    assert timed.take_waited() == 3 and timed.take_waited() == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_views_MadeAhead_on_a_gpu_are_those_of_the_cpu(mixed: Path) -> None:
+    gpu, recipes, order = torch.device("cuda", 0), paper_recipes(16), Order(8, 2, seed=1)
+    sources = [CropBatches(load(mixed), recipes, order, 2, device) for device in (gpu, CPU)]
+    ahead, expected = (list(TimedBatches(source, source.device).epoch(epoch)) for source in sources for epoch in (0,))
+    torch.cuda.synchronize()
+    for (a1, a2), (b1, b2) in zip(ahead, expected, strict=True):
+        assert a1.device == gpu and (a1.cpu() - b1).abs().mean() < 1e-3 and (a2.cpu() - b2).abs().mean() < 1e-3
+    for source in sources:
+        source.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("path", ["device", "crops"])
+def test_training_on_cuda_does_not_wait_for_the_device(path: str, graph: bool, mixed: Path,
+                                                       image_folder: Callable[..., Path]) -> None:
+    """The whole loop, views included, but for the first step and the end of an epoch, and the epoch that records a graph."""
+    gpu, recipes = torch.device("cuda"), paper_recipes(16)
+    data = load_images(scan(image_folder() if path == "device" else mixed), "auto", gpu, lambda line: None)[0]
+    assert (data.pixels is not None) == (path == "device")
+    order = Order(len(data), 2)
+    source = DeviceBatches(data, recipes, order) if path == "device" else CropBatches(data, recipes, order, 0, gpu)
+    torch.manual_seed(0)
+    model = BYOL(small_backbone(), 4, hidden_dim=8, out_dim=6)
+    runtime = Runtime(gpu, torch.bfloat16, channels_last=True, cuda_graph=graph)
+    runtime.place_model(model)
+    optimizer = torch.optim.AdamW(model.online.parameters(), fused=True)
+    epochs = 1 + graph
+    watched = range((epochs - 1) * len(order) + 1, epochs * len(order) - 1)
+
+    def after_step(progress: Progress, step: Step) -> None:
+        torch.cuda.set_sync_debug_mode("error" if progress.updates in watched else "default")
+
+    try:
+        done = train(model, TimedBatches(source, gpu), epochs, optimizer=optimizer, runtime=runtime, after_step=after_step,
+                     lr_scheduler=torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0), lr_scheduler_interval="step")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert done.updates == epochs * len(order) and len(watched) > 1

@@ -82,17 +82,12 @@ def test_warmup_cosine_equals_values_worked_out_by_hand(step: int, expected: flo
     assert warmup_cosine(step, 90, 10, 0.48) == pytest.approx(expected, rel=1e-14, abs=1e-16)
 
 
-def test_warmup_cosine_ends_at_final() -> None:
-    assert warmup_cosine(20, 20, 4, 1.0, final=0.1) == 0.1
-    assert warmup_cosine(12, 20, 4, 1.0, final=0.1) == pytest.approx(0.55)
-
-
 def test_warmup_cosine_without_warmup_starts_at_base() -> None:
     assert warmup_cosine(0, 10, 0, 0.3) == 0.3
 
 
 def test_warmup_cosine_may_warm_up_to_the_end() -> None:
-    assert [warmup_cosine(step, 2, 2, 1.0, final=0.5) for step in range(3)] == [0.0, 0.5, 0.5]
+    assert [warmup_cosine(step, 2, 2, 1.0) for step in range(3)] == [0.0, 0.5, 0.0]
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -101,7 +96,6 @@ def test_warmup_cosine_may_warm_up_to_the_end() -> None:
     ((0, 10, -1, 1.0), "warmup_steps must be in"),
     ((math.nan, 10, 1, 1.0), "step must be finite"),
     ((0, 10, 1, math.inf), "base must be finite"),
-    ((0, 10, 1, 1.0, math.nan), "final must be finite"),
 ])
 def test_warmup_cosine_refuses(arguments: tuple[float, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -1,14 +1,16 @@
 """What `--data` names: the image files and tars below a folder, the lines of a list, the numbers of a pattern."""
 
 import difflib
+import math
 import os
 import re
 import stat
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import product, zip_longest
 from pathlib import Path
 
 from byol_core.system.console import printable, show
@@ -160,23 +162,13 @@ def expand(pattern: str, flag: str) -> list[str]:
     """
     if os.path.exists(pattern):
         return [pattern]
-    ranges = [(int(low), int(high)) for low, high in re.findall(r"\{(\d{1,18})\.\.(\d{1,18})\}", pattern)]
-    names = 1
-    for low, high in ranges:
-        names *= max(high - low + 1, 0)
+    texts = re.split(r"\{(\d{1,18})\.\.(\d{1,18})\}", pattern)  # text, low, high, text, low, high, text
+    ranges = [(int(low), int(high), len(low)) for low, high in zip(texts[1::3], texts[2::3])]
+    names = math.prod(max(high - low + 1, 0) for low, high, _ in ranges)
     if not 0 < names <= SHARDS_AT_MOST:
         raise ValueError(f"{flag} {pattern} stands for {names} names - use {{0000..0099}} with the lower number first")
-    return list(_expanded(pattern))
-
-
-def _expanded(pattern: str) -> Iterator[str]:
-    found = re.search(r"\{(\d{1,18})\.\.(\d{1,18})\}", pattern)
-    if found is None:
-        yield pattern
-        return
-    for rest in _expanded(pattern[found.end():]):
-        for number in range(int(found[1]), int(found[2]) + 1):
-            yield f"{pattern[:found.start()]}{number:0{len(found[1])}d}{rest}"
+    words = ([f"{number:0{width}d}" for number in range(low, high + 1)] for low, high, width in ranges)
+    return ["".join(map("".join, zip_longest(texts[::3], chosen, fillvalue=""))) for chosen in product(*words)]
 
 
 def common_folder(paths: Sequence[Path]) -> Path:

@@ -1,6 +1,8 @@
 """The images of a run, and what measures features on them or on those of --eval-data."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 from torch import nn
 
@@ -10,12 +12,34 @@ from byol_core.images.duplicates import same_paths
 from byol_core.images.image_set import ImageSet, scan
 from byol_core.run.setup import Setup
 from byol_core.system.files import write_text
-from byol_core.views.batches import Order
+from byol_core.views.batches import Order, TimedBatches
 from byol_core.views.pixels import BAD_LIMIT, ImageData, TooManyBadFilesError, load_images
-from byol_core.views.sources import Batches, batches_of
+from byol_core.views.sources import batches_of
 
 Say = Callable[[str], None]
 Loaded = tuple[ImageData, str]  # and where views are made, and why there
+
+
+@dataclass(frozen=True)
+class Data:
+    """The images of a run, where their views are made and why, the batches of them, and what measures features on them."""
+
+    images: ImageData
+    views_reason: str
+    batches: TimedBatches
+    measuring: "Measuring"
+
+
+def open_data(setup: Setup, files: ImageSet, say: Say, loaded: Loaded | None = None) -> Data:
+    """Raises: ValueError for images that cannot be trained or measured on. loaded: the images, if they are loaded already."""
+    images, reason = loaded or load(setup, files, say, setup.config.views)
+    plan, processes = setup.plan, setup.processes
+    order = Order(len(images), plan.batch_size, plan.accum_steps, setup.config.seed, processes.rank, processes.world_size,
+                  plan.updates_per_epoch)
+    views_of = partial(batches_of, images, plan.views, workers=setup.workers, device=setup.runtime.device,
+                       on_cpu=setup.config.views == "cpu")
+    measuring = Measuring(setup, images, say, lambda: SeparationScorer(views_of, order, setup.runtime))
+    return Data(images, reason, TimedBatches(views_of(order), setup.runtime.device), measuring)
 
 
 def load(setup: Setup, files: ImageSet, say: Say, views: str = "auto") -> Loaded:
@@ -29,26 +53,15 @@ def load(setup: Setup, files: ImageSet, say: Say, views: str = "auto") -> Loaded
         raise
 
 
-def order_of(setup: Setup, images: int) -> Order:
-    """Which images form which batch of this process."""
-    plan, processes = setup.plan, setup.processes
-    return Order(images, plan.batch_size, plan.accum_steps, setup.config.seed, processes.rank, processes.world_size,
-                 plan.updates_per_epoch)
-
-
-def open_views(setup: Setup, images: ImageData, order: Order) -> Batches:
-    return batches_of(images, setup.plan.views, order, setup.workers, setup.runtime.device, setup.config.views == "cpu")
-
-
 class Measuring:
     """Scores of a backbone: accuracies on labelled images, or, where there are none, how well it tells images apart.
 
-    eval_data: the images of --eval-data, where they are given.
+    without_labels: makes what tells the latter. eval_data: the images of --eval-data, where they are given.
     Raises: ValueError when --eval-data cannot be measured on.
     """
 
-    def __init__(self, setup: Setup, images: ImageData, say: Say) -> None:
-        self.setup, self.images, self.say = setup, images, say
+    def __init__(self, setup: Setup, images: ImageData, say: Say, without_labels: Callable[[], SeparationScorer]) -> None:
+        self.say, self.without_labels = say, without_labels
         self.eval_data: ImageData | None = None
         self.scorer: Scorer | SeparationScorer | None = None  # None: nothing is measured
         if not setup.config.eval or not setup.processes.first:
@@ -73,8 +86,7 @@ class Measuring:
         return None if self.scorer is None else self.scorer.measured_images
 
     def do_without_labels(self) -> None:
-        self.scorer = SeparationScorer(lambda order: open_views(self.setup, self.images, order),
-                                       order_of(self.setup, len(self.images)), self.setup.runtime)
+        self.scorer = self.without_labels()
 
     def measure(self, backbone: nn.Module) -> Scores | None:
         """None where nothing can be measured. Where the labels allow no accuracy it is done without them, from then on."""

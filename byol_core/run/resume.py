@@ -11,7 +11,6 @@ from typing import Any, cast
 import torch
 
 from byol_core.run.config import TrainConfig, check_option
-from byol_core.run.data import order_of
 from byol_core.run.log import RunLog
 from byol_core.run.plan import Plan, make_plan, with_min_scale
 from byol_core.run.results import Results
@@ -169,8 +168,8 @@ class Saveable:
                 f"--out, from these weights with --arch {setup.plan.arch} --init-from {setup.folder / LAST}")
 
     def _check(self, saved: State) -> None:
-        order = order_of(self.setup, len(self.images))
-        self.state.check(saved, self.setup.plan.epochs, len(order))
+        plan = self.setup.plan
+        self.state.check(saved, plan.epochs, plan.updates_per_epoch * plan.accum_steps)
         if not all(isinstance(text, str) and text.isidentifier() for text in (saved["precision"],
                                                                               saved.get("device", "cpu"))) \
                 or not isinstance(saved.get("compiled", False), bool):

@@ -13,7 +13,7 @@ from byol_core.cuda_graph import WARM_UP
 from byol_core.images.duplicates import find_copies
 from byol_core.images.image_set import ImageSet
 from byol_core.run.config import TrainConfig
-from byol_core.run.data import Loaded, Measuring, load, open_views, order_of
+from byol_core.run.data import Loaded, open_data
 from byol_core.run.describe import describe, write_config
 from byol_core.run.folder import COPIES, lock_of
 from byol_core.run.log import RunLog
@@ -29,7 +29,6 @@ from byol_core.system.distributed import ALONE, Processes
 from byol_core.system.files import LAST, State, replace_damaged, save_checkpoint, write_text
 from byol_core.system.signals import Stopped, StopRequest
 from byol_core.training import Progress, Step, train
-from byol_core.views.batches import TimedBatches
 from byol_core.views.pixels import BAD_LIMIT
 from byol_core.views.workers import WorkerError
 
@@ -54,12 +53,10 @@ class Run:
         self.processes, runtime = processes, self.setup.runtime
         self.log = RunLog(folder, plan.epochs, plan.updates_per_epoch, plan.batch_size, processes, asdict(plan))
         self.state = TrainingState(self.setup.new_model(), plan, runtime.scaler)
-        self.images, self.views_reason = loaded or load(self.setup, files, self.log.say, config.views)
+        self.data = open_data(self.setup, files, self.log.say, loaded)
+        self.images, self.batches = self.data.images, self.data.batches
         compare_processes(self.setup, self.images)
-        self.measuring = Measuring(self.setup, self.images, self.log.say)
-        order = order_of(self.setup, len(self.images))
-        self.batches = TimedBatches(open_views(self.setup, self.images, order), runtime.device)
-        self.results = Results(self.setup, self.log, self.state, self.images, self.measuring)
+        self.results = Results(self.setup, self.log, self.state, self.images, self.data.measuring)
         self.saveable = Saveable(self.setup, self.state, self.images, self.results, self.log)
         self.saved_updates = 0
         self._lock = lock_of(folder)
@@ -86,7 +83,7 @@ class Run:
 
     def describe(self) -> None:
         """Say what is about to be done, and why so."""
-        describe(self.setup, self.images.files, self.state, self.views_reason, self.log.say)
+        describe(self.setup, self.images.files, self.state, self.data.views_reason, self.log.say)
 
     def write_start(self) -> None:
         """config.json and views.png, before the first step."""
@@ -296,7 +293,7 @@ def fit_into(minutes: float, plan_of: Callable[[int, Choice | None], Plan],
         seen = trial.images_in(minutes)
         before, plan = plan, plan_of(seen, None if attempt == 0 else plan.network)
         trial.batches.close()
-        loaded = trial.images, trial.views_reason
+        loaded = trial.images, trial.data.views_reason
         del trial  # before the next one takes memory
         if (plan.arch, plan.batch_size) == (before.arch, before.batch_size):
             break

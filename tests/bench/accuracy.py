@@ -142,7 +142,7 @@ def run_of(options: list[str]) -> Run:
 
 def scorer_of(run: Run, plan: Plan) -> Scorer:
     """The scorer of `run`, for images of the size of that plan."""
-    own = run.measuring.scorer
+    own = run.data.measuring.scorer
     assert isinstance(own, Scorer)
     return Scorer(own.data, own.eval_data, plan.plain, own.runtime, own.workers, own.classifier, own.report)
 

@@ -94,7 +94,7 @@ def compare(case: str, options: argparse.Namespace, limits: str) -> None:
     text = "\n\n".join((environment(options.device, "torchvision"), limits, *again, *notes, markdown(columns, table)))
     stem = ", small stem" if small_stem else ""
     show(f"End to end: {options.arch}{stem}, {size} pixels, batch {batch}", text, options, images_per_second=rates,
-         workers=turns[OURS].run.setup.workers, views=turns[OURS].run.views_reason,
+         workers=turns[OURS].run.setup.workers, views=turns[OURS].run.data.views_reason,
          gigabytes=memory, milliseconds_of_bare_step=milliseconds[LIMIT] / options.updates, **numbers)
 
 
@@ -126,7 +126,7 @@ def others(paths: list[Path], network: tuple[str, bool, int], batch: int, runtim
 def compared(turns: "dict[str, Turns]", rates: dict[str, float], later_images: int) -> tuple[list[str], dict[str, float]]:
     """(what is to be said beside the table, numbers). later_images: of a turn once under way."""
     ours = turns[OURS]
-    notes = [f"Ours: {ours.run.setup.precision}, views: {ours.run.views_reason}; {ours.started:.2f} s to start"]
+    notes = [f"Ours: {ours.run.setup.precision}, views: {ours.run.data.views_reason}; {ours.started:.2f} s to start"]
     numbers: dict[str, float] = {}
     if RESIDENT in rates:
         notes.append(f"An update on real data takes {rates[RESIDENT] / rates[OURS]:.3f} times as long as on resident views")

@@ -153,7 +153,6 @@ def test_an_optimizer_that_cannot_skip_on_the_device_is_waited_for() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_step_on_cuda_does_not_wait_for_the_device(name: str) -> None:
     model = nn.Linear(8, 8).cuda()

@@ -4,9 +4,9 @@ import io
 import os
 import pickle
 import random
-import signal
 import subprocess
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,14 +15,11 @@ import torch
 import byol_core.images.shards as shards_module
 from byol_core.images.duplicates import overlap
 from byol_core.images.image_set import SHARD_INDEX, scan, typical_size
-from byol_core.run.run import Run
 from byol_core.views.batches import DeviceBatches, Order, WorkerBatches
-from byol_core.views.pixels import ImageData, load_images
 from byol_core.views.recipes import paper_recipes
+from tests.helpers.pictures import load
 from tests.helpers.runs import SMALL, assert_same_state, checkpoint, metrics, run, summary
 from tests.helpers.shards import Folder, names, pack, png, value, write_tar
-
-CPU = torch.device("cpu")
 
 
 def test_images_of_a_shard_are_found_with_their_bytes_and_labels(tmp_path: Path) -> None:
@@ -173,10 +170,6 @@ def test_fingerprint_changes_when_images_swap_their_places(tmp_path: Path) -> No
     assert scan(write_tar(tmp_path / "s.tar", [("0.png", b), ("1.png", a)])).fingerprint() != before
 
 
-def load(data: Path, where: str) -> ImageData:
-    return load_images(scan(data), where, CPU, lambda line: None)[0]
-
-
 @pytest.mark.parametrize("where", ["device", "cpu"])
 def test_a_shard_gives_the_views_that_the_folder_it_is_made_of_gives(image_folder: Folder, tmp_path: Path,
                                                                      where: str) -> None:
@@ -199,8 +192,8 @@ def test_images_of_a_shard_are_found_to_be_those_of_a_folder(image_folder: Folde
 
 @pytest.mark.slow
 @pytest.mark.parametrize("views", ["device", "cpu"])
-def test_a_run_on_shards_equals_one_on_the_folder_and_resumes_exactly(image_folder: Folder, tmp_path: Path, monkeypatch,
-                                                                      views: str, capsys) -> None:
+def test_a_run_on_shards_equals_one_on_the_folder_and_resumes_exactly(
+        image_folder: Folder, stopped_after: Callable[..., None], tmp_path: Path, monkeypatch, views: str, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     folder = image_folder(classes=2, per_class=6)
     files = sorted(folder.rglob("*.png"))
@@ -215,15 +208,7 @@ def test_a_run_on_shards_equals_one_on_the_folder_and_resumes_exactly(image_fold
         assert run("--data", "shards", *rest, "--workers", 2, "--out", "workers") == 0
         assert_same_state(checkpoint("plain"), checkpoint("workers"))
 
-    original = Run._after_step
-
-    def terminate_at(self: Run, progress, step) -> None:
-        if progress.updates == 4 and self.setup.config.resume is None:  # the middle of the second epoch
-            os.kill(os.getpid(), signal.SIGTERM)
-        original(self, progress, step)
-
-    monkeypatch.setattr(Run, "_after_step", terminate_at)
-    assert run("--data", "shards", *rest, "--out", "parts") == 143
+    stopped_after(4, "--data", "shards", *rest, "--out", "parts")  # in the middle of the second epoch
     assert checkpoint("parts")["progress"]["updates"] == 4
     built = counted(monkeypatch)
     assert run("--data", "shards", *rest, "--out", "parts", "--resume") == 0

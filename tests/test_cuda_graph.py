@@ -6,7 +6,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,11 +18,10 @@ from byol_core.lars import LARS
 from byol_core.networks import BYOL
 from byol_core.runtime import NonFiniteError, Runtime
 from byol_core.training import Progress, Step, train
+from tests.helpers.children import REPOSITORY
 from tests.helpers.weights import small_backbone
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 CPU = torch.device("cpu")
-REPOSITORY = Path(__file__).parents[1]
 
 
 class OnCpu:
@@ -223,18 +221,6 @@ def about_to_fail(compute: Callable[[Tensor, Tensor], tuple[Tensor, ...]], recor
     return recorded
 
 
-def test_too_little_memory_for_a_recording_is_said_by_the_error_that_torch_has_for_it() -> None:
-    def compute(view1: Tensor, view2: Tensor) -> tuple[Tensor, ...]:
-        if recording:
-            raise torch.OutOfMemoryError("2 GiB")
-        return (view1,)
-
-    recording: list[bool] = []
-    recorded = about_to_fail(compute, recording)
-    with pytest.raises(torch.OutOfMemoryError, match="2 GiB"):
-        recorded(torch.ones(1), torch.ones(1))
-
-
 def test_a_loss_that_is_not_finite_leaves_the_weights_as_they_were() -> None:
     batches = batches_of(8)
     batches[6] = batches[6][0] * torch.inf, batches[6][1]
@@ -270,19 +256,24 @@ def test_what_makes_the_host_wait_is_computed_without_a_graph(monkeypatch: pytes
     assert stand_in and stand_in.recordings == 0 and differ(model, trained(False)[0]) == []
 
 
-@pytest.mark.parametrize("while_computing", [False, True])
-def test_what_cannot_be_recorded_is_refused_with_the_cause_and_the_way_out(while_computing: bool) -> None:
-    """torch raises where the computation is at fault, and again when the recording ends."""
+NOT_RECORDED = "cannot be recorded as a CUDA graph - leave --cuda-graph out, or cuda_graph=False; torch says: "
+
+
+@pytest.mark.parametrize("raised, kind, said", [
+    (None, RuntimeError, f"{NOT_RECORDED}operation failed"),
+    (RuntimeError("cannot look at a number"), RuntimeError, f"{NOT_RECORDED}cannot look at a number"),
+    (torch.OutOfMemoryError("2 GiB"), torch.OutOfMemoryError, "2 GiB")])
+def test_what_cannot_be_recorded_is_refused_with_the_cause_and_the_way_out(
+        raised: Exception | None, kind: type[Exception], said: str) -> None:
+    """torch raises where the computation is at fault, and again when the recording ends; of memory, what it has for it."""
     def compute(view1: Tensor, view2: Tensor) -> tuple[Tensor, ...]:
-        if while_computing and recording:
-            raise RuntimeError("cannot look at a number")
+        if recording and raised:
+            raise raised
         return (view1,)
 
     recording: list[bool] = []
     recorded = about_to_fail(compute, recording)
-    cause = "cannot look at a number" if while_computing else "operation failed"
-    with pytest.raises(RuntimeError, match="cannot be recorded as a CUDA graph - leave --cuda-graph out, or cuda_graph=False; "
-                                           f"torch says: {cause}"):
+    with pytest.raises(kind, match=said):
         recorded(torch.ones(1), torch.ones(1))
 
 
@@ -305,7 +296,6 @@ def exact() -> Iterator[None]:
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize("options", [{}, {"accum_steps": 2}, {"amp": torch.bfloat16}, {"amp": torch.float16},
                                      {"amp": torch.bfloat16, "accum_steps": 2, "optimizer": "adamw"},
                                      {"channels_last": True, "optimizer": "lars"}, {"then_evaluated": True}], ids=str)
@@ -320,7 +310,6 @@ def test_a_gpu_trains_the_same_with_a_graph_and_without(options: dict[str, Any],
 
 
 @pytest.mark.gpu
-@needs_gpu
 def test_a_network_that_looks_at_a_number_is_trained_without_a_graph() -> None:
     gpu = torch.device("cuda")
 
@@ -334,7 +323,6 @@ def test_a_network_that_looks_at_a_number_is_trained_without_a_graph() -> None:
 
 
 @pytest.mark.gpu
-@needs_gpu
 def test_what_cannot_be_recorded_says_so_on_a_gpu() -> None:
     """In a process of its own, as a recording that failed leaves torch unfit for further work."""
     code = "from tests.test_cuda_graph import look_at_a_number_late; look_at_a_number_late()"

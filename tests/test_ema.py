@@ -21,7 +21,6 @@ from byol_core.ema import ema_update
 from tests.helpers.modules import assert_refused, formula, holder, net
 
 pytestmark = pytest.mark.usefixtures("seeded")
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
 def test_ema_update_matches_values_computed_by_hand() -> None:
@@ -286,7 +285,6 @@ def test_ema_update_equals_other_implementations(
 
 
 @pytest.mark.gpu
-@needs_gpu
 def test_ema_update_runs_inside_a_captured_cuda_graph() -> None:
     target, online = net().cuda(), net().cuda()
     ema_update(copy.deepcopy(target), online, 0.9)  # warm up
@@ -300,7 +298,6 @@ def test_ema_update_runs_inside_a_captured_cuda_graph() -> None:
 
 
 @pytest.mark.gpu
-@needs_gpu
 def test_ema_update_does_not_wait_for_the_gpu() -> None:
     target, online = net().cuda(), net().cuda()
     expected = formula(target[0].weight, online[0].weight, 0.9).float()

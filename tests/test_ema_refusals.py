@@ -12,7 +12,6 @@ from byol_core.ema import ema_update
 from tests.helpers.modules import assert_refused, buffered, compiled, holder, net, tied
 
 pytestmark = pytest.mark.usefixtures("seeded")
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
 @pytest.mark.parametrize("tau", [-0.5, 1.5, -1e-9, 1 + 1e-9, math.nan, math.inf, -math.inf,
@@ -135,7 +134,6 @@ def test_ema_update_refuses_what_is_not_a_module() -> None:
 
 
 @pytest.mark.gpu
-@needs_gpu
 def test_ema_update_refuses_different_devices() -> None:
     assert_refused(net().cuda(), net(), "parameter '0.weight' is on cuda:0, online's on cpu")
 

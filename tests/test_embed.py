@@ -17,6 +17,7 @@ from byol_core.embed import main
 from byol_core.evaluate import features as evaluate
 from byol_core.images.decoding import decode
 from byol_core.pretrained import load_pretrained
+from byol_core.views.pixels import plain_batches
 from byol_core.views.recipes import plain_view
 from tests.helpers.weights import write_backbone
 
@@ -148,7 +149,7 @@ def test_rows_are_not_held_in_memory(backbone: Path, image_folder: Folder, tmp_p
         return features
 
     monkeypatch.setattr(evaluate, "_features", count)
-    monkeypatch.setattr("byol_core.views.pixels.plain_batches.__defaults__", (0, 4))
+    monkeypatch.setattr(plain_batches, "__defaults__", (0, 4))
     assert run(backbone, image_folder(classes=2, per_class=20), tmp_path / "e.npz") == 0
     assert len(alive) == 10 and most <= 2
 

@@ -341,7 +341,6 @@ def test_a_commit_is_named_where_there_is_no_repository(monkeypatch: pytest.Monk
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_gpus_own_time_is_that_of_its_work() -> None:
     short, long = (table.milliseconds_on_gpu(lambda cycles=cycles: torch.cuda._sleep(cycles), "cuda", 5)
                    for cycles in (2_000_000, 80_000_000))

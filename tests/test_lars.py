@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from byol_core.lars import LARS, lars_update, parameter_groups
 
 pytestmark = pytest.mark.usefixtures("seeded")
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 SHAPES = [(4, 3), (2, 3, 3, 3), (5,), (1, 1), ()]
 
 
@@ -211,7 +210,6 @@ def test_lars_step_reads_nothing_back_to_the_host() -> None:
 
 
 @pytest.mark.gpu
-@needs_gpu
 def test_lars_step_does_not_wait_for_the_gpu() -> None:
     params, grads = make(3)
     expected = [reference(param.detach().double().numpy(), [step[i].double().numpy() for step in grads], lr=0.5)

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import nn
 
 import train
+from byol_core.run import setup
 from byol_core.run.run import Run
 
 PLACE = Path(__file__).parents[1] / "data" / "format1" / "last.pt"
@@ -50,7 +51,7 @@ def main() -> int:
             self.stop.signal = signal.SIGTERM
         after_step(self, progress, step)
 
-    with tempfile.TemporaryDirectory() as place, mock.patch("byol_core.run.setup.build_backbone", tiny_backbone), \
+    with tempfile.TemporaryDirectory() as place, mock.patch.object(setup, "build_backbone", tiny_backbone), \
             mock.patch.object(Run, "_after_step", stop):
         data, out = write_images(Path(place) / "imgs"), Path(place) / "out"
         if train.main(["--data", str(data), "--out", str(out), *OPTIONS]) != 143:

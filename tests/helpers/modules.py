@@ -1,4 +1,4 @@
-"""Small modules for ema_update, and what it must do to them."""
+"""Small modules for ema_update, what it must do to them, and views for the loop."""
 
 import pytest
 import torch
@@ -50,3 +50,13 @@ def tied() -> nn.Module:
     module = nn.ModuleDict({"first": nn.Linear(2, 2), "second": nn.Linear(2, 2)})
     module["second"].weight = module["first"].weight
     return module
+
+
+def random_views(batches: int, dtype: torch.dtype = torch.float32) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    views = torch.rand(batches, 2, 4, 3, 8, 8, generator=generator, dtype=torch.float64).to(dtype)
+    return [(view1, view2) for view1, view2 in views]
+
+
+class Interrupted(Exception):
+    pass

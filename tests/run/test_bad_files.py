@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from byol_core.images import image_set as folder_module
+from byol_core.run import run as run_module
 from byol_core.run.run import Run
 from byol_core.system.console import printable
 from tests.helpers.pictures import png, saved, tiff
@@ -274,7 +275,7 @@ def test_a_check_counts_what_cannot_be_read_and_what_is_there_twice(image_folder
     assert "check: of 27 images tried 5 cannot be read (bad_files.txt); of all 27 5 are copies" in said.out
     assert "error: 5 of 27 images cannot be read, more than 10%" in said.err and len(listed("out-check")) == 5
     if options:
-        monkeypatch.setattr("byol_core.run.run.CHECK_IMAGES", 3)  # the first, and two from further on
+        monkeypatch.setattr(run_module, "CHECK_IMAGES", 3)  # the first, and two from further on
         assert run("--data", data, "--epochs", 1, "--out", "out", *SMALL, *options, "--check") == 1
         assert "check: of 3 images tried 1 cannot be read" in capsys.readouterr().out
 

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from byol_core.evaluate import __main__ as evaluate_command
+from byol_core.evaluate import separation
 from byol_core.evaluate.scoring import Scorer
 from byol_core.report.facts import read_run
 from byol_core.report.page import write_report
@@ -131,7 +132,7 @@ def test_without_labels_the_best_goes_along_and_classes_of_one_image_are_none(im
         arguments = ["--data", data, "--epochs", 3, "--eval-every", 1, *SMALL]
         monkeypatch.setattr(Run, "_after_step", terminate)
         values = iter([1.0, 9.0, 8.0, 7.0, 7.0, 7.0, 7.0])  # before, after two epochs; then after the last one and in the end
-        monkeypatch.setattr("byol_core.evaluate.separation.separation", lambda features: torch.tensor(next(values)))
+        monkeypatch.setattr(separation, "separation", lambda features: torch.tensor(next(values)))
         assert run(*arguments, "--out", name) == 143
         assert run(*arguments, "--out", f"{name}-other", "--resume", name) == 0
         assert run(*arguments, "--out", name, "--resume") == 0
@@ -148,7 +149,7 @@ def test_without_labels_best_is_the_network_with_the_best_separation(image_folde
                                                                      separations: list[float], epoch: int) -> None:
     kept: dict[int, dict] = {}
     left = iter([0.5, *separations, separations[-1]])  # before, after each epoch, and in the end
-    monkeypatch.setattr("byol_core.evaluate.separation.separation", lambda features: torch.tensor(next(left)))
+    monkeypatch.setattr(separation, "separation", lambda features: torch.tensor(next(left)))
     keep_weights(monkeypatch, kept)
     assert run("--data", image_folder(classes=0, per_class=16), "--epochs", 4, "--eval-every", 1, "--out", "out", *SMALL) == 0
     weights, about = best("out")

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from byol_core.evaluate.health import judge
+from byol_core.run import log as log_module
 from byol_core.run.log import RunLog
 from byol_core.training import Progress, Step
 
@@ -165,7 +166,7 @@ def test_numbers_that_are_not_json_do_not_reach_the_file(tmp_path: Path) -> None
 
 
 def test_a_slow_run_shows_progress_before_its_first_record(tmp_path: Path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr("byol_core.run.log.PLAIN_EVERY", 0.0)
+    monkeypatch.setattr(log_module, "PLAIN_EVERY", 0.0)
     train_log(tmp_path, 3, [1.0])
     first, *_ = capsys.readouterr().err.splitlines()
     assert first.startswith("epoch 1/2  update 1/50") and "img/s" in first and "eta" in first

@@ -1,14 +1,11 @@
 """Views from worker crops: the reference's pixels, the other paths' order, stand-ins and resume, and nothing that grows."""
 
-import contextlib
 import gc
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,24 +24,24 @@ from byol_core.run import command
 from byol_core.run.run import Run
 from byol_core.runtime import Runtime
 from byol_core.training import Progress, Step, train
-from byol_core.views import batches, crops
+from byol_core.views import crops
 from byol_core.views import pixels as data
-from byol_core.views.batches import DeviceBatches, MadeAhead, Order, TimedBatches, WorkerBatches
+from byol_core.views.batches import DeviceBatches, Order, TimedBatches, WorkerBatches
 from byol_core.views.crops import CropBatches, cut, reduction
 from byol_core.views.pixels import ImageData, load_images
 from byol_core.views.recipes import ViewRecipe, digits_recipes, inverse_normalise, paper_recipes
 from byol_core.views.render import draw_boxes
-from tests.helpers.weights import small_backbone
+from tests.helpers import pictures
+from tests.helpers.pictures import CPU, PLAIN
+from tests.helpers.runs import SMALL
 
-CPU = torch.device("cpu")
-PLAIN = ViewRecipe(16)  # a view is the whole image
 CROPPED = ViewRecipe(16, crop_scale=(0.08, 1.0), flip=0.5)
 ORIENTATION = 274
 
 
 def load(root: Path) -> ImageData:
     """Not held in memory, whatever its size."""
-    return load_images(scan(root), "cpu", CPU, lambda line: None)[0]
+    return pictures.load(root, "cpu")
 
 
 def new_batches(root: Path, recipe: ViewRecipe, order: Order, workers: int = 0) -> CropBatches:
@@ -260,14 +257,11 @@ def test_images_held_in_memory_are_held_once(image_folder: Callable[..., Path], 
     assert decoded[0].untyped_storage().nbytes() == 16 * 3 * 16 * 16
 
 
-SMALL = ["--arch", "conv6", "--hidden-dim", "16", "--projection-dim", "8", "--image-size", "16", "--batch-size", "4",
-         "--workers", "0", "--device", "cpu", "--no-eval", "--epochs", "3", "--recipe", "paper", "--optimizer", "sgd"]
-
-
 @pytest.mark.parametrize("views", ["auto", "device"])
 def test_a_run_on_images_of_different_sizes_stopped_and_resumed_is_the_run_never_stopped(
         mixed: Path, tmp_path: Path, views: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--data", str(mixed), *SMALL, "--views", views]
+    options = ["--data", str(mixed), *SMALL, "--no-eval", "--epochs", "3", "--recipe", "paper", "--optimizer", "sgd"]
+    arguments = [*options, "--views", views]
     assert command.main([*arguments, "--out", str(tmp_path / "whole")]) == 0
     assert "views: worker crops, finished on cpu (images of different sizes)" in (tmp_path / "whole/train.log").read_text()
     after_step = Run._after_step
@@ -285,56 +279,8 @@ def test_a_run_on_images_of_different_sizes_stopped_and_resumed_is_the_run_never
     assert parts["progress"] == whole["progress"] and whole["progress"]["updates"] == 6
     assert all(torch.equal(parts["model"][name], value) for name, value in whole["model"].items())
     assert json.loads(whole["identity"])["views made"] == "of worker crops"
-    assert command.main([*SMALL, "--data", str(mixed), "--views", "cpu", "--out", str(tmp_path / "parts"), "--resume"]) == 2
+    assert command.main([*options, "--views", "cpu", "--out", str(tmp_path / "parts"), "--resume"]) == 2
     assert re.search("views made of worker crops -> on the cpu", capsys.readouterr().err)
-
-
-class Fake:
-    """Stands in for CUDA's streams and for views: says what happens, in order."""
-
-    def __init__(self, events: list[str], name: str) -> None:
-        self.events, self.name, self.device = events, name, torch.device("cuda")
-
-    def wait_stream(self, other: "Fake") -> None:
-        self.events.append(f"{self.name} waits for {other.name}")
-
-    def record_stream(self, stream: "Fake") -> None:
-        self.events.append(f"{self.name} used on {stream.name}")
-
-    def to(self, device: torch.device, non_blocking: bool = False) -> "Fake":
-        assert non_blocking and device.type == "cuda"
-        self.events.append(f"{self.name} copied on {self.current.name}")
-        return self
-
-    current: "Fake"
-
-
-def test_each_batch_is_made_aside_while_the_one_before_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    events: list[str] = []
-    aside, main = Fake(events, "aside"), Fake(events, "main")
-    Fake.current = main
-
-    @contextlib.contextmanager
-    def stream(chosen: Fake) -> Iterator[None]:
-        Fake.current = chosen
-        yield
-        Fake.current = main
-
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
-    monkeypatch.setattr(torch.cuda, "stream", stream)
-
-    def make() -> Iterator[Any]:
-        for number in (1, 2):
-            events.append(f"{number} made on {Fake.current.name}")
-            yield Fake(events, f"{number}a"), Fake(events, f"{number}b")
-
-    for view, _ in iter(MadeAhead(make(), aside), None):  # type: ignore[attr-defined]
-        assert Fake.current is main
-        events.append(f"{view.name} trained on")  # type: ignore[attr-defined]
-    assert events == ["aside waits for main", "1 made on aside", "1a copied on aside", "1b copied on aside",
-                      "main waits for aside", "1a used on main", "1b used on main",
-                      "2 made on aside", "2a copied on aside", "2b copied on aside", "1a trained on",
-                      "main waits for aside", "2a used on main", "2b used on main", "2a trained on"]
 
 
 @pytest.mark.parametrize("path", ["device", "crops", "cpu"])
@@ -350,77 +296,7 @@ def test_each_view_is_made_by_its_own_recipe(alike: Path, path: str) -> None:
         assert (first + second - 1).abs().max() < 2 / 255
 
 
-def test_on_a_cpu_nothing_is_MadeAhead() -> None:
-    made: list[int] = []
-
-    def make() -> Iterator[batches.Views]:
-        for number in range(3):
-            made.append(number)
-            yield torch.zeros(1), torch.zeros(1)
-
-    views = TimedBatches(SimpleNamespace(epoch=lambda epoch, start: make())).epoch(0)  # type: ignore[arg-type]
-    next(views)
-    assert made == [0]
-
-
-class Source:
-    """Two batches, each of which the host makes in 3 s of `clock`."""
-
-    device = CPU
-
-    def __init__(self, clock: list[float]) -> None:
-        self.clock = clock
-
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Any]:
-        for _ in range(2):
-            self.clock[0] += 3
-            yield torch.zeros(1), torch.zeros(1)
-
-
-def test_the_time_that_a_cpu_waits_for_views_is_theirs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, waited = [0.0], []
-    monkeypatch.setattr(batches.time, "monotonic", lambda: clock[0])
-    timed = TimedBatches(Source(clock))  # type: ignore[arg-type]
-    for _ in timed.epoch(0):
-        clock[0] += 10  # the step
-        waited.append(timed.take_waited())
-    assert waited == [3, 3] and timed.take_waited() == 0
-
-
-def test_a_cuda_device_waits_by_its_own_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The device works 7 s behind the host on a step's work, and waits for views in what is left of the host's time."""
-    host, waited = [0.0], []
-    device = {"idle from": 0.0, "knows": 0.0}
-
-    class Event:
-        def __init__(self, enable_timing: bool) -> None:
-            assert enable_timing
-
-        def record(self, stream: Any) -> None:
-            device["idle from"] = self.at = max(device["idle from"], host[0])
-
-        def query(self) -> bool:
-            return self.at <= device["knows"]
-
-        def elapsed_time(self, end: "Event") -> float:
-            return 1000 * (end.at - self.at)
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
-    monkeypatch.setattr(batches, "MadeAhead", lambda views, aside: partial(next, views, None))
-    timed = TimedBatches(Source(host))  # type: ignore[arg-type]
-    timed.aside = Fake([], "aside")  # type: ignore[assignment]
-    for _ in timed.epoch(0):
-        host[0] += 1
-        device["idle from"] += 8  # its step begins at 3 and ends at 11, while the host makes the next views from 4 to 7
-        waited.append(timed.take_waited())
-    assert waited == [0, 0]  # not there yet
-    device["knows"] = 100
-    assert timed.take_waited() == 3 and timed.take_waited() == 0
-
-
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_views_MadeAhead_on_a_gpu_are_those_of_the_cpu(mixed: Path) -> None:
     gpu, recipes, order = torch.device("cuda", 0), paper_recipes(16), Order(8, 2, seed=1)
     sources = [CropBatches(load(mixed), recipes, order, 2, device) for device in (gpu, CPU)]
@@ -433,10 +309,9 @@ def test_views_MadeAhead_on_a_gpu_are_those_of_the_cpu(mixed: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("graph", [False, True])
 @pytest.mark.parametrize("path", ["device", "crops"])
-def test_training_on_cuda_does_not_wait_for_the_device(path: str, graph: bool, mixed: Path,
+def test_training_on_cuda_does_not_wait_for_the_device(path: str, graph: bool, mixed: Path, small_byol: BYOL,
                                                        image_folder: Callable[..., Path]) -> None:
     """The whole loop, views included, but for the first step and the end of an epoch, and the epoch that records a graph."""
     gpu, recipes = torch.device("cuda"), paper_recipes(16)
@@ -444,11 +319,9 @@ def test_training_on_cuda_does_not_wait_for_the_device(path: str, graph: bool, m
     assert (data.pixels is not None) == (path == "device")
     order = Order(len(data), 2)
     source = DeviceBatches(data, recipes, order) if path == "device" else CropBatches(data, recipes, order, 0, gpu)
-    torch.manual_seed(0)
-    model = BYOL(small_backbone(), 4, hidden_dim=8, out_dim=6)
     runtime = Runtime(gpu, torch.bfloat16, channels_last=True, cuda_graph=graph)
-    runtime.place_model(model)
-    optimizer = torch.optim.AdamW(model.online.parameters(), fused=True)
+    runtime.place_model(small_byol)
+    optimizer = torch.optim.AdamW(small_byol.online.parameters(), fused=True)
     epochs = 1 + graph
     watched = range((epochs - 1) * len(order) + 1, epochs * len(order) - 1)
 
@@ -456,8 +329,9 @@ def test_training_on_cuda_does_not_wait_for_the_device(path: str, graph: bool, m
         torch.cuda.set_sync_debug_mode("error" if progress.updates in watched else "default")
 
     try:
-        done = train(model, TimedBatches(source, gpu), epochs, optimizer=optimizer, runtime=runtime, after_step=after_step,
-                     lr_scheduler=torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0), lr_scheduler_interval="step")
+        done = train(small_byol, TimedBatches(source, gpu), epochs, optimizer=optimizer, runtime=runtime,
+                     after_step=after_step, lr_scheduler_interval="step",
+                     lr_scheduler=torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert done.updates == epochs * len(order) and len(watched) > 1

@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from byol_core.images.image_set import ImageSet, scan
+from byol_core.views import pixels as pixels_module
 from byol_core.views.batches import DeviceBatches, Order, WorkerBatches, _ViewDataset
 from byol_core.views.pixels import BadFiles, TooManyBadFilesError, decode_all, load_images, plain_batches
 from byol_core.views.recipes import ViewRecipe, inverse_normalise, paper_recipes
@@ -103,8 +104,8 @@ def test_images_on_a_gpu_are_not_asked_for_in_forked_processes(image_folder: Cal
         return []
 
     held = load_images(scan(image_folder()), "device", CPU, lambda line: None)[0]
-    monkeypatch.setattr("byol_core.views.pixels.new_loader", loader)
-    monkeypatch.setattr("byol_core.views.pixels.batches_from", iter)
+    monkeypatch.setattr(pixels_module, "new_loader", loader)
+    monkeypatch.setattr(pixels_module, "batches_from", iter)
     pixels = held.pixels
     assert pixels is not None
     on_gpu: Any = SimpleNamespace(device=torch.device("cuda"), shape=pixels.shape, cpu=lambda: pixels)
@@ -119,7 +120,7 @@ def test_worker_processes_decode_the_same_and_report_bad_files_in_the_same_order
     root = image_folder(classes=0, per_class=100)
     for number in (3, 97, 32, 31):
         (root / f"{number:03d}.png").write_bytes(b"torn")
-    monkeypatch.setattr("byol_core.views.pixels.DECODED_ALONE", 50)
+    monkeypatch.setattr(pixels_module, "DECODED_ALONE", 50)
     files, bad = scan(root), ([], [])
     alone, shared = (decode_all(files, lambda index, reason: seen.append((index, reason)), workers)
                      for seen, workers in zip(bad, (0, 2)))
@@ -193,7 +194,7 @@ def test_sets_of_one_size_are_held_in_memory_and_others_are_not(image_folder: Ca
 
 
 def test_a_set_over_the_memory_budget_is_not_held(image_folder: Callable[..., Path], monkeypatch) -> None:
-    monkeypatch.setattr("byol_core.views.pixels.MEMORY_BUDGET", 1000)
+    monkeypatch.setattr(pixels_module, "MEMORY_BUDGET", 1000)
     data, reason = load_images(scan(image_folder()), "auto", CPU, print)
     assert data.pixels is None and "over the budget" in reason
 

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from byol_core.run.folder import open_run_folder
 from byol_core.system.console import in_plain_words
 from byol_core.system.signals import SIGNALS
-from byol_core.views import batches, workers
+from byol_core.views import batches, pixels, workers
 from byol_core.views.batches import Order, WorkerBatches
 from byol_core.views.pixels import choose_workers, plain_batches
 from byol_core.views.workers import WorkerError, batches_from, new_loader
@@ -114,7 +114,7 @@ def test_workers_that_are_frozen_are_killed_although_torch_waits_for_them_withou
                                                               (None, 8, 4, 1), (0, 4, 16, 0), (20, 4, 16, 20)])
 def test_workers_are_one_per_cpu_shared_by_the_processes(asked: int | None, processes: int, cpus: int, expected: int,
                                                          monkeypatch) -> None:
-    monkeypatch.setattr("byol_core.views.pixels.usable_cpus", lambda: cpus)
+    monkeypatch.setattr(pixels, "usable_cpus", lambda: cpus)
     assert choose_workers(asked, processes) == expected
 
 

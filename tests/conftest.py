@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import train
 from byol_core.networks import BYOL
 from byol_core.run import command
 from byol_core.run.run import Run
@@ -78,3 +79,14 @@ def stopped_after(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             assert command.main([str(argument) for argument in arguments]) == 143
 
     return start
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a short run on 36 images of 3 classes, beside its data in imgs/."""
+    place = tmp_path_factory.mktemp("trained")
+    data = write_images(place, classes=3, per_class=12)
+    assert train.main(["--data", str(data), "--epochs", "2", "--out", str(place / "run"), "--arch", "conv6",
+                       "--image-size", "16", "--view-size", "12", "--batch-size", "12", "--hidden-dim", "16",
+                       "--projection-dim", "8", "--workers", "0", "--seed", "3", "--device", "cpu"]) == 0
+    return place / "run"

@@ -20,18 +20,14 @@ import train
 from byol_core.evaluate import __main__ as evaluate_command
 from byol_core.evaluate import linear_probe
 from byol_core.evaluate.__main__ import confusion_matrix, main
-from byol_core.evaluate.features import embed, embed_data, fit_classifier, unconverged
-from byol_core.images.duplicates import overlap
+from byol_core.evaluate.features import embed_data
 from byol_core.images.image_set import scan
-from byol_core.pretrained import load_pretrained, untrained_backbone
-from byol_core.run.config import TrainConfig
-from byol_core.run.plan import make_plan
-from byol_core.run.setup import new_model
+from byol_core.pretrained import untrained_backbone
 from byol_core.runtime import Runtime
-from byol_core.system.files import export_backbone, read_checkpoint, read_weights
-from byol_core.views.pixels import Facts, load_images
+from byol_core.system.files import export_backbone
+from byol_core.views.pixels import load_images
 from byol_core.views.recipes import ViewRecipe
-from tests.helpers.pictures import write_images
+from tests.helpers.runs import changed_copy
 
 Folder = Callable[..., Path]
 
@@ -47,17 +43,6 @@ class Clumsy(ClassifierMixin, BaseEstimator):
 
     def predict(self, features: np.ndarray) -> np.ndarray:
         raise AssertionError("never fitted")
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a short run on 36 images of 3 classes, beside its data in imgs/."""
-    place = tmp_path_factory.mktemp("trained")
-    data = write_images(place, classes=3, per_class=12)
-    assert train.main(["--data", str(data), "--epochs", "2", "--out", str(place / "run"), "--arch", "conv6",
-                       "--image-size", "16", "--view-size", "12", "--batch-size", "12", "--hidden-dim", "16",
-                       "--projection-dim", "8", "--workers", "0", "--seed", "3", "--device", "cpu"]) == 0
-    return place / "run"
 
 
 @pytest.fixture
@@ -76,80 +61,6 @@ def results(path: Path) -> dict[str, dict[str, float]]:
     for record in json.loads(path.read_text())["results"]:
         found.setdefault(record["network"], {})[record["metric"]] = record["accuracy"]
     return found
-
-
-def changed_copy(trained: Path, place: Path, change: Callable[[Tensor], Tensor]) -> Path:
-    """A copy of the exported backbone with other weights."""
-    place.mkdir()
-    weights = {name: change(tensor) if tensor.is_floating_point() else tensor
-               for name, tensor in read_weights(trained / "backbone.pt").items()}
-    export_backbone(place, weights, json.loads((trained / "backbone.json").read_text()))
-    return place / "backbone.pt"
-
-
-# Loading
-
-
-@pytest.mark.parametrize("source", ["", "backbone.pt", "last.pt", "previous.pt"])
-def test_a_backbone_is_found_in_the_run_its_export_and_its_checkpoints(trained: Path, source: str) -> None:
-    found = load_pretrained(trained / source)
-    state = read_checkpoint(trained / (source if source == "previous.pt" else "last.pt"))["model"]
-    assert isinstance(state, dict)
-    for name, tensor in found.backbone.state_dict().items():
-        assert torch.equal(tensor, state[f"online.backbone.{name}"])
-    assert (found.arch, found.feature_dim, found.seed, found.recipe.size) == ("conv6", 128, 3, 16)
-    assert not found.backbone.training
-
-
-def test_the_export_says_all_that_the_checkpoint_knows(trained: Path) -> None:
-    export, checkpoint = load_pretrained(trained / "backbone.pt"), load_pretrained(trained / "last.pt")
-    for field in ("mean", "std", "size", "interpolation"):
-        assert getattr(export.recipe, field) == getattr(checkpoint.recipe, field)
-    assert (export.recipe.crop_scale is None) == (checkpoint.recipe.crop_scale is None)
-    about = json.loads((trained / "backbone.json").read_text())
-    digest = subprocess.run(["sha256sum", trained / "backbone.pt"], capture_output=True, text=True).stdout.split()[0]
-    assert about["sha256"] == digest and about["feature_dim"] == 128 and about["seed"] == 3
-
-
-def test_the_target_network_comes_from_the_checkpoint_only(trained: Path, tmp_path: Path) -> None:
-    state = read_checkpoint(trained / "last.pt")["model"]
-    assert isinstance(state, dict)
-    for source in (trained, trained / "last.pt"):
-        weight = load_pretrained(source, "target").backbone.state_dict()["conv1.weight"]
-        assert torch.equal(weight, state["target.backbone.conv1.weight"])
-        assert not torch.equal(weight, state["online.backbone.conv1.weight"])
-    with pytest.raises(ValueError, match="holds the online network only - give the run folder or its last.pt"):
-        load_pretrained(trained / "backbone.pt", "target")
-    for name in ("backbone.pt", "backbone.json"):
-        shutil.copy(trained / name, tmp_path)
-    with pytest.raises(ValueError, match="has no last.pt, which alone holds the target"):
-        load_pretrained(tmp_path, "target")
-
-
-def test_the_untrained_network_is_the_one_the_run_began_with(trained: Path) -> None:
-    config = TrainConfig(arch="conv6", image_size=16, batch_size=12, hidden_dim=16, projection_dim=8, seed=3)
-    started = new_model(config, make_plan(config, Facts(36, 16, True))).online.backbone.state_dict()
-    before = torch.get_rng_state()
-    for name, tensor in load_pretrained(trained).untrained().state_dict().items():
-        assert torch.equal(tensor, started[name])
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_what_cannot_be_loaded_is_named(trained: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no such file or folder"):
-        load_pretrained(tmp_path / "none")
-    with pytest.raises(ValueError, match="has no backbone.pt or last.pt"):
-        load_pretrained(tmp_path)
-    shutil.copy(trained / "backbone.pt", tmp_path)
-    with pytest.raises(ValueError, match="has no backbone.json beside it"):
-        load_pretrained(tmp_path / "backbone.pt")
-    (tmp_path / "backbone.json").write_text('{"arch": "conv6"}')
-    with pytest.raises(ValueError, match="backbone.json does not describe a backbone .KeyError: 'network'"):
-        load_pretrained(tmp_path)
-    other = changed_copy(trained, tmp_path / "other", lambda tensor: tensor + 1)
-    shutil.copy(trained / "backbone.pt", other)
-    with pytest.raises(ValueError, match="is not the file that backbone.json describes"):
-        load_pretrained(other)
 
 
 @pytest.mark.usefixtures("without_few_labels")
@@ -376,37 +287,10 @@ def test_a_folder_with_copies_overlaps_with_itself(trained: Path, image_folder: 
     assert "a file of the same content)" in capsys.readouterr().err
 
 
-def test_overlap_reads_only_files_whose_size_occurs_on_both_sides(tmp_path: Path, monkeypatch) -> None:
-    for name, content in (("a", b"12"), ("b", b"345"), ("c", b"12"), ("d", b"34"), ("e", b"6789")):
-        (tmp_path / name).write_bytes(content)
-    (tmp_path / "list.txt").write_text("a\nb\nc\nd\ne\nf")  # f is missing
-    read = []
-    files = scan(tmp_path / "list.txt")
-    monkeypatch.setattr("byol_core.images.duplicates.sha256", lambda path: read.append(path.name) or path.read_bytes().hex())
-    assert overlap(files, [0, 1, 5], files, [2, 3, 4]) == (0, 1)
-    assert sorted(read) == ["a", "c", "d"]
-
-
 @pytest.mark.usefixtures("without_few_labels")
 def test_a_classifier_that_did_not_converge_is_remarked(trained: Path, capsys) -> None:
     assert run(trained, trained.parent / "imgs", "--classifier", f"{__name__}.Hasty") == 0
     assert f"note: {__name__}.Hasty of online: Hasty did not converge within max_iter=1" in capsys.readouterr().err
-
-
-def test_convergence_is_seen_through_a_pipeline_and_constant_features_do_no_harm() -> None:
-    x, y = torch.rand(30, 4, generator=torch.Generator().manual_seed(0)), torch.arange(30) % 3
-    x[:, 2] = 1.5
-    fitted = fit_classifier(x, y)
-    assert unconverged(fitted) is None and np.isfinite(fitted[-1].coef_).all()  # type: ignore[index]
-    remade = fit_classifier(x, y, Hasty())
-    remark = unconverged(remade)
-    assert remark is not None and "Hasty did not converge within max_iter=1" in remark
-
-
-def test_half_precision_networks_give_float32_on_the_cpu() -> None:
-    backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 4)).bfloat16()
-    features = embed(backbone, [torch.rand(3, 3, 2, 2).bfloat16()])
-    assert features.dtype == torch.float32 and features.device.type == "cpu"
 
 
 def test_wrong_input_is_one_line_and_code_two(trained: Path, tmp_path: Path, capsys) -> None:

@@ -7,7 +7,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from byol_core.evaluate.features import (Features, classifier_accuracy, embed, few_label_accuracy, fit_classifier,
-                                         knn_accuracy, load_classifier, split)
+                                         knn_accuracy, load_classifier, split, unconverged)
 from byol_core.evaluate.scoring import Scorer
 
 
@@ -179,3 +179,24 @@ def test_knn_takes_any_dtype() -> None:
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
         x: Tensor = train.x.to(dtype)
         assert knn_accuracy(x, train.y, x, train.y, k=1) == 1.0
+
+
+class Hasty(LogisticRegression):
+    def __init__(self) -> None:
+        super().__init__(max_iter=1)
+
+
+def test_convergence_is_seen_through_a_pipeline_and_constant_features_do_no_harm() -> None:
+    x, y = torch.rand(30, 4, generator=torch.Generator().manual_seed(0)), torch.arange(30) % 3
+    x[:, 2] = 1.5
+    fitted = fit_classifier(x, y)
+    assert unconverged(fitted) is None and np.isfinite(fitted[-1].coef_).all()  # type: ignore[index]
+    remade = fit_classifier(x, y, Hasty())
+    remark = unconverged(remade)
+    assert remark is not None and "Hasty did not converge within max_iter=1" in remark
+
+
+def test_half_precision_networks_give_float32_on_the_cpu() -> None:
+    backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 4)).bfloat16()
+    features = embed(backbone, [torch.rand(3, 3, 2, 2).bfloat16()])
+    assert features.dtype == torch.float32 and features.device.type == "cpu"

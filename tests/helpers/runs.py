@@ -1,11 +1,14 @@
 """Small runs of the command in this process, and what they leave in their folders."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from byol_core.run import command
+from byol_core.system.files import export_backbone, read_weights
 from tests.helpers import children
 
 SMALL = [*children.SMALL, "--workers", "0"]
@@ -53,3 +56,12 @@ def metrics(out: str | Path) -> list[dict]:
     """The records without what the clock decides."""
     records = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in record.items() if key not in ("images_per_second", "wait")} for record in records]
+
+
+def changed_copy(trained: Path, place: Path, change: Callable[[Tensor], Tensor]) -> Path:
+    """A copy of the exported backbone with other weights."""
+    place.mkdir()
+    weights = {name: change(tensor) if tensor.is_floating_point() else tensor
+               for name, tensor in read_weights(trained / "backbone.pt").items()}
+    export_backbone(place, weights, json.loads((trained / "backbone.json").read_text()))
+    return place / "backbone.pt"

@@ -3,95 +3,24 @@
 import json
 import re
 import shlex
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from byol_core.report import page as report
 from byol_core.report.__main__ import main
-from byol_core.report.charts import Curve, draw, number_text, smoothed, thinned, ticks
-from byol_core.report.compare import compare, flatten
+from byol_core.report.compare import compare
 from byol_core.report.facts import read_run
 from byol_core.report.page import write_report
-from byol_core.report.pictures import save_grid, tile
-from byol_core.run.config import TrainConfig, command_line, parse_config
+from byol_core.run.config import TrainConfig, parse_config
+from tests.helpers.reports import Page, change_json, line, write_run
 
 HOSTILE = '</pre><script>alert(1)</script><img src="http://x/y" onerror=alert(1)>\'"&amp;'
-VOID = {"meta", "img"}
-
-
-class Page(HTMLParser):
-    """Every tag that opens closes, nothing is loaded from elsewhere, and nothing can run."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.text = ""
-        self.tags: list[str] = []
-        page = path.read_text("utf-8")
-        assert len(page) < 5_000_000 and "url(" not in page and "@import" not in page
-        self.feed(page)
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attributes: list) -> None:
-        values = dict(attributes)
-        assert tag not in ("script", "link", "iframe", "object", "embed", "form", "a")
-        assert not any(name.startswith("on") for name in values)
-        assert values.get("src", "data:").startswith("data:image/png;base64,") or tag != "img"
-        assert "href" not in values
-        self.tags.append(tag)
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open[-1:] != ["style"]:
-            self.text += data + " "
-
-
-def line(update: int, **values: object) -> dict[str, object]:
-    return {"update": update, "epoch": update / 3, "loss": 4 / update, "spread": 0.9, "rank": 9.0, "rank_limit": 15,
-            "cosine": 0.1, "alignment": 0.5, "uniformity": -2.0, "tau": 0.5, "lr": 0.1, "images_per_second": 100.0,
-            "wait": 0.25, "skipped": 0, **values}
-
-
-def write_run(folder: Path, labels: bool = True, updates: int = 6, hostile: str = "<b>", **summary: object) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    scores = {"knn": 0.912, "knn_untrained": 0.5, "linear": 0.95, "linear_untrained": 0.6} if labels else \
-        {"knn": None, "knn_untrained": None, "linear": None, "linear_untrained": None}
-    (folder / "summary.json").write_text(json.dumps({
-        "status": "finished", "reason": None, "images": 12, "classes": 2 if labels else 0, "epochs": 2, "updates": updates,
-        "seconds": 3.5, "images_per_second": 41.0, "wait_fraction": 0.25, "device": "cpu", "amp": "float32", **scores,
-        "measured_on": f"3 images of {hostile}" if labels else None, "rank_features": 4.25, "rank_features_untrained": 3.5,
-        **summary}))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line(n)) + "\n" for n in range(1, updates + 1)))
-    (folder / "config.json").write_text(json.dumps({
-        "config": {"data": hostile, "out": str(folder), "epochs": 2, "seed": 5},
-        "commands": {key: command_line(TrainConfig(data=(hostile,), out=out, epochs=2, seed=5))
-                     for key, out in (("this", str(folder)), ("elsewhere", None))},
-        "choices": [{"name": "lr", "value": 0.1, "shown": "0.1 x 64/256 = 0.025", "reason": f"a & b {hostile}"}],
-        "plan": {"epochs": 2, "updates_per_epoch": 3, "lr": 0.025, "batch_size": 64, "arch": hostile,
-                 "views": [{"size": 8, "blur": 1.0}, {"size": 8, "blur": 0.1}]},
-        "data": {"images": 12, "classes": [hostile, "b"] if labels else []}, "versions": {"torch": hostile}}))
-    (folder / "bad_files.txt").write_text(f"{hostile}.jpg\ttorn {hostile}\n")
-    (folder / "train.log").write_text("2026-01-01T00:00:00 hello\n")
-    (folder / "backbone.json").write_text(json.dumps({
-        "arch": hostile, "small_stem": False, "image_size": 8, "mean": [0.5, 0.25, 0.125], "std": [1, 1, 1]}))
-    save_grid(folder / "views.png", [[tile(Image.new("RGB", (4, 4)))]], [["x"]])
-    return folder
 
 
 def page(folder: Path, under_way: bool = False) -> str:
     write_report(folder, under_way)
     return Page(folder / "report.html").text
-
-
-def change_json(path: Path, **values: object) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
 def add_line(folder: Path, text: str) -> None:
@@ -301,94 +230,8 @@ def test_pictures_that_would_make_the_page_too_large_are_named_instead(tmp_path:
     assert "see views.png in the run folder" in page(write_run(tmp_path))
 
 
-def test_comparison_shows_differences_alone_and_all_results(tmp_path: Path, capsys) -> None:
-    one, other = write_run(tmp_path / "one"), write_run(tmp_path / "other", knn=0.25)
-    config = json.loads((other / "config.json").read_text())
-    config["plan"]["views"][1]["blur"] = 0.75
-    (other / "config.json").write_text(json.dumps(config))
-    assert main([str(one), str(other), "--out", str(tmp_path / "both.html")]) == 0
-    assert capsys.readouterr().out == f"{tmp_path / 'both.html'}\n"
-    text = Page(tmp_path / "both.html").text
-    results, differences = text.split("Differences in configuration")
-    assert "91.2%" in results and "25.0%" in results
-    assert "views 2 blur" in differences and "0.75" in differences and "views 1 blur" not in differences
-    assert Page(tmp_path / "both.html").tags.count("svg") == 10
-
-
-def test_results_that_are_the_same_in_all_runs_are_left_out(tmp_path: Path) -> None:
-    folders = [write_run(tmp_path / "one"), write_run(tmp_path / "other", linear=0.875)]
-    compare(folders, tmp_path / "both.html")
-    results = Page(tmp_path / "both.html").text.split("Differences in configuration")[0]
-    assert "verdict" in results and "87.5%" in results and "91.2%" not in results.split("linear")[-1]
-    assert "wait fraction" not in results and "updates" not in results
-    compare(folders[:1], tmp_path / "one.html")
-    assert "wait fraction" in Page(tmp_path / "one.html").text
-
-
-@pytest.mark.parametrize("lr, by_powers", [(0.5, False), (100.0, True)])
-def test_a_rate_far_above_the_others_does_not_flatten_them(tmp_path: Path, lr: float, by_powers: bool) -> None:
-    folders = [write_run(tmp_path / "one"), write_run(tmp_path / "other")]
-    records = [line(n, lr=lr if n < 6 else 0.0) for n in range(1, 7)]
-    (tmp_path / "other" / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    compare(folders, tmp_path / "both.html")
-    text = (tmp_path / "both.html").read_text()
-    figure = text[text.index('id="curve-lr"'):]
-    assert ("powers of ten" in figure) == by_powers
-    heights = [float(pair.split(",")[1]) for pair in re.findall(r'<polyline class="s0" points="([^"]+)"', figure)[0].split()]
-    bottom = 200 - 34  # of the drawing, where its axis is
-    assert bottom - heights[0] > 20  # the lower curve, of 0.1, is seen
-
-
 def test_command_writes_a_report_again_and_refuses_what_is_no_run(tmp_path: Path, capsys) -> None:
     write_run(tmp_path / "run")
     assert main([str(tmp_path / "run")]) == 0 and (tmp_path / "run" / "report.html").exists()
     assert main([str(tmp_path)]) == 2
     assert capsys.readouterr().err == f"error: {tmp_path} is not a run folder: no config.json in it\n"
-
-
-def test_flatten_names_every_leaf() -> None:
-    assert flatten({"a": 1, "b": {"c": [1, 2]}, "v": [{"x": 1}, {"x": 2}]}) == {
-        "a": 1, "b c": [1, 2], "v 1 x": 1, "v 2 x": 2}
-
-
-@pytest.mark.parametrize("arguments", [
-    [], ["--data", "a b", "--epochs", "7", "--lr", "0.1"], ["--no-eval", "--compile", "--no-small-stem"], ["--small-stem"],
-    ["--data=-x", "--out", "a'b", "--tau-base", "0.5", "--workers", "0"], ["--data", "a", "b c"],
-    ["--data=-x", "--data", "y"]])
-def test_command_line_asks_for_the_same_run(arguments: list[str]) -> None:
-    config = parse_config(arguments)
-    assert parse_config(shlex.split(command_line(config))[2:]) == config
-
-
-@pytest.mark.parametrize("low, high, expected", [
-    (0, 4, [0, 1, 2, 3, 4]), (0, 0.93, [0, 0.5, 1]), (0, 63, [0, 20, 40, 60, 80]), (0.9, 1, [0.9, 0.95, 1]),
-    (-2.5, 0, [-3, -2, -1, 0]), (0, 0.0019, [0, 0.0005, 0.001, 0.0015, 0.002]), (5, 5, [2, 4, 6, 8])])
-def test_ticks_are_round_and_enclose_the_values(low: float, high: float, expected: list[float]) -> None:
-    assert ticks(low, high) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("value, step, text", [
-    (0.5, 0.5, "0.5"), (20, 20, "20"), (1500, 500, "1,500"), (0.0015, 0.0005, "0.0015"), (1.5e-5, 5e-6, "1.5e-5"),
-    (0.98265, 1e-5, "0.98265"), (2e6, 1e6, "2e6"), (0.0, 1e-6, "0.000000"), (-3, 1, "-3")])
-def test_numbers_on_an_axis_are_as_short_as_tells_them_apart(value: float, step: float, text: str) -> None:
-    assert number_text(value, step) == text
-    assert number_text(0.25, 0.05, percent=True) == "25%"
-
-
-def test_thinning_and_smoothing_keep_means_and_ends() -> None:
-    points = [(float(x), float(x % 2)) for x in range(2001)]
-    few = thinned(points)
-    assert len(few) <= 241 and few[-1] == points[-1]
-    assert sum(y for _, y in few) / len(few) == pytest.approx(0.5, abs=0.05)
-    straight = [(float(x), 2.0 * x) for x in range(100)]
-    assert [y for _, y in smoothed(straight)] == pytest.approx([y for _, y in straight])
-
-
-def test_curve_is_drawn_where_its_numbers_are() -> None:
-    drawing = draw("a < b", Curve({"": [(0.0, 0.0), (5.0, 1.0), (10.0, 0.5)]}, low=0.0))
-    line = re.search(r'<polyline class="s0" points="([^"]+)"', drawing)
-    assert line
-    (x0, y0), (x1, y1), (x2, y2) = [tuple(map(float, pair.split(","))) for pair in line[1].split()]
-    assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2) and y2 == pytest.approx((y0 + y1) / 2, abs=0.1) and y0 > y1
-    assert 'aria-label="a &lt; b over epochs"' in drawing
-    assert draw("one point", Curve({"": [(1.0, 1.0)]})) == draw("none", Curve({"": []})) == ""

@@ -3,6 +3,7 @@
 import html
 import json
 import os
+import shlex
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +18,7 @@ from byol_core.evaluate import scoring
 from byol_core.pretrained import load_pretrained
 from byol_core.report import __main__ as report
 from byol_core.run import results
+from byol_core.run.config import command_line, parse_config
 from byol_core.run.run import Run
 from byol_core.views.recipes import normalise
 from tests.helpers.children import REPOSITORY
@@ -315,3 +317,12 @@ def test_console_summary_and_report_give_the_same_verdict(image_folder: Callable
     assert line in capsys.readouterr().out
     page = html.unescape(Path("out/report.html").read_text())
     assert all(told[key].lower() in page.lower() for key in ("verdict", "verdict_why", "verdict_advice"))
+
+
+@pytest.mark.parametrize("arguments", [
+    [], ["--data", "a b", "--epochs", "7", "--lr", "0.1"], ["--no-eval", "--compile", "--no-small-stem"], ["--small-stem"],
+    ["--data=-x", "--out", "a'b", "--tau-base", "0.5", "--workers", "0"], ["--data", "a", "b c"],
+    ["--data=-x", "--data", "y"]])
+def test_command_line_asks_for_the_same_run(arguments: list[str]) -> None:
+    config = parse_config(arguments)
+    assert parse_config(shlex.split(command_line(config))[2:]) == config

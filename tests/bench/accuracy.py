@@ -205,7 +205,8 @@ def tell(options: argparse.Namespace, seed: int, found: dict[str, float | None])
     append_json(options, **{f"seed {seed}": {"accuracies": found}})
 
 
-def main() -> None:
+def parse() -> tuple[argparse.Namespace, list[str]]:
+    """(this command's options, those that are passed on to the runs)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("set", choices=("digits", "cifar10", "tiny64"))
@@ -229,12 +230,17 @@ def main() -> None:
         parser.error(f"no folder {options.images / 'train'} - give the one that holds train/ and test/ as --images")
     if options.lightly:
         importlib.import_module("lightly")  # before hours of training
-    arguments = ["--data", "digits"] if options.set == "digits" else [
-        "--data", str(options.images / "train"), "--eval-data", str(options.images / "test")]
-    arguments += passed_on
     own = {word.partition("=")[0] for word in passed_on} & set(OURS)
     if own:
         parser.error(f"{' '.join(sorted(own))}: this command sets that itself")
+    return options, passed_on
+
+
+def main() -> None:
+    options, passed_on = parse()
+    arguments = ["--data", "digits"] if options.set == "digits" else [
+        "--data", str(options.images / "train"), "--eval-data", str(options.images / "test")]
+    arguments += passed_on
     images = [] if options.set == "digits" else [checksum(options.images)]
     place = options.out / "-".join([options.set, *images, *(word.strip("-").replace("/", "_") for word in passed_on)])
     length = ["--minutes", f"{options.minutes:g}"] if options.minutes else ["--epochs", str(options.epochs or 100)]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from byol_core.system.command import Parser, backbone_parser, run_in_two_parts, say
+from byol_core.system.command import Parser, backbone_parser, file_to_write, run_in_two_parts, say
 
 if TYPE_CHECKING:  # torch is loaded when there is something to do: --help need not wait
     from torch import Tensor
@@ -50,25 +50,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def prepare(options: Namespace) -> Embedding:
     """Everything that can be wrong is found here, before any image goes through the network."""
     from byol_core.images.image_set import scan
-    from byol_core.pretrained import load_pretrained
-    from byol_core.runtime import Runtime, choose_device, choose_precision
-    from byol_core.views.pixels import choose_workers
+    from byol_core.pretrained import asked_for
 
-    out = Path(options.out)
+    out = file_to_write("--out", options.out)
     if out.suffix != ".npz":
         raise ValueError(f"--out {out}: embeddings are written in NumPy's format - give a name that ends in .npz")
-    if not out.absolute().parent.is_dir():
-        raise ValueError(f"--out {out}: there is no such folder - create it, or give another place")
-    device = choose_device(options.device)[0]
-    pretrained = load_pretrained(options.checkpoint, options.network)
-    for line in pretrained.notes:
-        say(f"warning: {line}")
-    runtime = Runtime(device, choose_precision("auto", device, pretrained.arch)[0], channels_last=True)
+    pretrained, runtime, workers = asked_for(options, say)
     runtime.place_model(pretrained.backbone)
     files = scan(options.data)
     for line in files.remarks:
         say(f"warning: {line}")
-    return Embedding(pretrained, files, runtime, choose_workers(options.workers), out)
+    return Embedding(pretrained, files, runtime, workers, out)
 
 
 def carry_out(embedding: Embedding) -> None:

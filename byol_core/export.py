@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from byol_core.system.command import Parser, backbone_parser, run_in_two_parts, say
+from byol_core.system.command import Parser, backbone_parser, file_to_write, run_in_two_parts, say
 
 if TYPE_CHECKING:  # torch is loaded when there is something to do: --help need not wait
     from torch import Tensor, nn
@@ -47,11 +47,9 @@ def prepare(options: Namespace) -> Export:
     """Everything that can be wrong is found here, before anything is written."""
     from byol_core.pretrained import load_pretrained
 
-    out = Path(options.out)
+    out = file_to_write("--out", options.out)
     if out.suffix not in NEEDED:
         raise ValueError(f"--out {out}: give a name that ends in .onnx, or in .ts for TorchScript")
-    if not out.absolute().parent.is_dir():
-        raise ValueError(f"--out {out}: there is no such folder - create it, or give another place")
     for package in NEEDED[out.suffix]:
         try:
             importlib.import_module(package)

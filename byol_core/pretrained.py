@@ -3,7 +3,8 @@
 import json
 import warnings
 import zipfile
-from collections.abc import Mapping
+from argparse import Namespace
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from byol_core.backbones import build_backbone, check_torchvision, load_weights, weights_of_seed
+from byol_core.runtime import Runtime, choose_device, choose_precision
 from byol_core.system.files import (CheckpointError, State, backbone_weights, newest_checkpoint, read_checkpoint, read_weights,
                                     sha256, without_wrappers)
+from byol_core.views.pixels import choose_workers
 from byol_core.views.recipes import IMAGENET_MEAN, IMAGENET_STD, ViewRecipe
 
 
@@ -36,6 +39,16 @@ class Pretrained:
     def untrained(self) -> nn.Module:
         """The same network as the seed of its run started it, but for --init-from."""
         return untrained_backbone(self.arch, self.small_stem, self.recipe.size, self.seed)[0]
+
+
+def asked_for(options: Namespace, note: Callable[[str], None]) -> tuple[Pretrained, Runtime, int]:
+    """(backbone, runtime, worker processes) that the options of `backbone_parser` name. note: takes warnings."""
+    device = choose_device(options.device)[0]
+    pretrained = load_pretrained(options.checkpoint, options.network)
+    for line in pretrained.notes:
+        note(f"warning: {line}")
+    runtime = Runtime(device, choose_precision("auto", device, pretrained.arch)[0], channels_last=True)
+    return pretrained, runtime, choose_workers(options.workers)
 
 
 def untrained_backbone(arch: str, small_stem: bool, image_size: int, seed: int) -> tuple[nn.Module, int]:

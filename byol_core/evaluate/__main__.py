@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from byol_core.system.command import Parser, backbone_parser, run_in_two_parts, say
+from byol_core.system.command import Parser, backbone_parser, file_to_write, run_in_two_parts, say
 
 if TYPE_CHECKING:  # torch and scikit-learn are loaded when there is something to do: --help need not wait
     from torch import Tensor, nn
@@ -68,26 +68,22 @@ def prepare(options: Namespace) -> Evaluation:
     """Everything that can be wrong is found here, before any image goes through a network."""
     from byol_core.evaluate.features import load_classifier
     from byol_core.evaluate.scoring import class_remark
-    from byol_core.pretrained import load_pretrained, load_torchvision
-    from byol_core.runtime import Runtime, choose_device, choose_precision
-    from byol_core.views.pixels import choose_workers
+    from byol_core.pretrained import asked_for, load_torchvision
 
     classifier = None if options.classifier is None else load_classifier(options.classifier)
-    if options.json is not None and not Path(options.json).absolute().parent.is_dir():
-        raise ValueError(f"--json {options.json}: there is no such folder - create it, or give another place")
-    device = choose_device(options.device)[0]
-    pretrained = load_pretrained(options.checkpoint, options.network)
+    if options.json is not None:
+        file_to_write("--json", options.json)
+    notes: list[str] = []
+    pretrained, runtime, workers = asked_for(options, notes.append)
     networks = {"untrained": (pretrained.untrained(), pretrained.recipe)}
     if options.baseline_weights is not None:
         networks["weights"] = load_torchvision(Path(options.baseline_weights), pretrained)
     networks[options.network] = pretrained.backbone, pretrained.recipe
     files = _labelled("--data", options.data)
     eval_files = None if options.eval_data is None else _labelled("--eval-data", options.eval_data)
-    runtime = Runtime(device, choose_precision("auto", device, pretrained.arch)[0], channels_last=True)
-    evaluation = Evaluation(options, pretrained, networks, runtime, choose_workers(options.workers), files, eval_files,
-                            classifier)
-    for line in pretrained.notes:
-        evaluation.note(f"warning: {line}")
+    evaluation = Evaluation(options, pretrained, networks, runtime, workers, files, eval_files, classifier)
+    for line in notes:
+        evaluation.note(line)
     remark = None if eval_files is None else class_remark(files, eval_files)
     if remark is not None:
         evaluation.note(f"warning: {remark}")

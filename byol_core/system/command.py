@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from byol_core.system.console import is_out_of_memory, one_line, own_words, show
@@ -78,6 +79,13 @@ def backbone_parser(prog: str, description: str, with_images: bool = True) -> Pa
         parser.add_argument("--workers", type=auto_or_workers, metavar="auto|N", help="data worker processes (default: auto)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
+
+
+def file_to_write(flag: str, name: str) -> Path:
+    """Raises: ValueError when its folder is not there."""
+    if not Path(name).absolute().parent.is_dir():
+        raise ValueError(f"{flag} {name}: there is no such folder - create it, or give another place")
+    return Path(name)
 
 
 def run_in_two_parts(prepare: Callable[[], Prepared], carry_out: Callable[[Prepared], None], debug: bool) -> int:

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,18 +21,6 @@ from tests.helpers.runs import SMALL, assert_same_state, checkpoint, metrics, ru
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 
 Folder = Callable[..., Path]
-
-
-def stop_after(updates: int, monkeypatch: pytest.MonkeyPatch, arguments: list[object]) -> None:
-    original = Run._after_step
-
-    def stop(self: Run, progress, step) -> None:
-        self.stop.signal = signal.SIGTERM if progress.updates == updates else None
-        original(self, progress, step)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Run, "_after_step", stop)
-        assert run(*arguments) == 143
 
 
 def odd_folder(root: Path, side: int | None = None) -> Path:
@@ -72,13 +59,13 @@ def listed(out: str | Path) -> set[str]:
 
 
 @pytest.mark.parametrize("views", ["device", "cpu"])
-def test_a_run_over_bad_files_resumes_to_the_same_result_bit_for_bit(monkeypatch: pytest.MonkeyPatch, views: str) -> None:
+def test_a_run_over_bad_files_resumes_to_the_same_result_bit_for_bit(stopped_after: Callable[..., None], views: str) -> None:
     data = odd_folder(Path("odd"), side=16 if views == "device" else None)
     arguments = ["--data", data, "--epochs", 2, "--views", views, "--no-eval", *SMALL]
     assert run(*arguments, "--out", "whole") == 0
     assert summary("whole")["bad_files"] == 6 and listed("whole") == BAD
-    stop_after(8, monkeypatch, [*arguments, "--out", "parts"])
-    stop_after(20, monkeypatch, [*arguments, "--out", "parts", "--resume"])
+    stopped_after(8, *arguments, "--out", "parts")
+    stopped_after(20, *arguments, "--out", "parts", "--resume")
     assert run(*arguments, "--out", "parts", "--resume") == 0
     assert_same_state(checkpoint("whole"), checkpoint("parts"))
     assert metrics("whole") == metrics("parts")
@@ -91,21 +78,21 @@ def test_a_run_over_bad_files_resumes_to_the_same_result_bit_for_bit(monkeypatch
 
 
 @pytest.mark.slow
-def test_workers_change_nothing_about_bad_files(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_change_nothing_about_bad_files(stopped_after: Callable[..., None]) -> None:
     arguments = ["--data", odd_folder(Path("odd")), "--epochs", 2, "--views", "cpu", "--no-eval", *SMALL]
     assert run(*arguments, "--out", "alone") == 0
-    stop_after(8, monkeypatch, [*arguments, "--out", "shared", "--workers", 2])
+    stopped_after(8, *arguments, "--out", "shared", "--workers", 2)
     assert run(*arguments, "--out", "shared", "--resume", "--workers", 1) == 0
     assert_same_state(checkpoint("alone"), checkpoint("shared"))
     assert listed("alone") == listed("shared") == BAD
 
 
-def test_bad_files_met_before_an_interruption_are_told_after_it(image_folder: Folder, monkeypatch: pytest.MonkeyPatch,
+def test_bad_files_met_before_an_interruption_are_told_after_it(image_folder: Folder, stopped_after: Callable[..., None],
                                                                 capsys) -> None:
     data = image_folder(classes=0, per_class=24)
     arguments = ["--data", data, "--epochs", 1, "--out", "out", "--views", "cpu", "--no-eval", *SMALL]
     (data / "005.png").write_bytes(b"")
-    stop_after(5, monkeypatch, arguments)  # of 6
+    stopped_after(5, *arguments)  # of 6
     if summary("out")["bad_files"] == 0:
         pytest.fail("another file should be the broken one, for this order")
     capsys.readouterr()

@@ -17,19 +17,14 @@ from byol_core.evaluate import separation
 from byol_core.evaluate.scoring import Scorer
 from byol_core.report.facts import read_run
 from byol_core.report.page import write_report
-from byol_core.run import command
 from byol_core.run.results import Results
 from byol_core.run.run import Run
 from tests.helpers.children import REPOSITORY
-from tests.helpers.runs import SMALL, checkpoint
+from tests.helpers.runs import SMALL, checkpoint, run
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 
 Folder = Callable[..., Path]
-
-
-def run(*arguments: object) -> int:
-    return command.main([str(argument) for argument in arguments])
 
 
 def script_scores(monkeypatch: pytest.MonkeyPatch, knn: dict[int, float], last: float) -> None:

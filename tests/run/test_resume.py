@@ -123,24 +123,22 @@ def test_resuming_before_the_first_checkpoint_starts_clean(image_folder: Callabl
     assert [record["update"] for record in metrics("out")] == [4, 8]
 
 
-def test_the_best_network_goes_along_into_another_folder(image_folder: Callable[..., Path], monkeypatch) -> None:
+def test_the_best_network_goes_along_into_another_folder(image_folder: Callable[..., Path], stopped_after: Callable[..., None],
+                                                         monkeypatch) -> None:
     arguments = ["--data", image_folder(per_class=10), "--epochs", 3, "--eval-every", 1, *SMALL]
     knn = iter([0.9, 0.2, 0.3])
     monkeypatch.setattr(scoring.Scorer, "quick", lambda *_: next(knn))
     monkeypatch.setattr(scoring.Scorer, "measure", lambda *_: {"knn": 0.1, "linear": 0.1})
-    with monkeypatch.context() as patched:
-        patched.setattr(Run, "_share_bad_files", lambda run: run.stop._handle(signal.SIGTERM, None))  # at the end of epoch 1
-        assert run(*arguments, "--out", "one") == 143
+    stopped_after(5, *arguments, "--out", "one")  # at the end of epoch 1
     assert run(*arguments, "--out", "other", "--resume", "one/last.pt") == 0
     assert (summary("other")["best_knn"], summary("other")["best_epoch"]) == (0.9, 1)
     assert Path("other/best.pt").read_bytes() == Path("one/best.pt").read_bytes()
 
 
-def test_a_run_resumed_into_another_folder_takes_its_records_along(image_folder: Callable[..., Path], monkeypatch) -> None:
+def test_a_run_resumed_into_another_folder_takes_its_records_along(image_folder: Callable[..., Path],
+                                                                   stopped_after: Callable[..., None]) -> None:
     arguments = ["--data", image_folder(), "--epochs", 2, "--no-eval", *SMALL]
-    with monkeypatch.context() as patched:
-        patched.setattr(Run, "_share_bad_files", lambda run: run.stop._handle(signal.SIGTERM, None))  # at the end of epoch 1
-        assert run(*arguments, "--out", "one") == 143
+    stopped_after(4, *arguments, "--out", "one")  # at the end of epoch 1
     assert run(*arguments, "--out", "other", "--resume", "one/last.pt") == 0
     assert [record["update"] for record in metrics("other")] == [4, 8]
     assert [record["update"] for record in metrics("one")] == [4] and Path("other/views.png").exists()

@@ -213,7 +213,7 @@ class Commanding:
 
 
 def train_parser() -> argparse.ArgumentParser:
-    from byol_core.run.config import build_parser
+    from byol_core.run.options import build_parser
     return build_parser()
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from byol_core.pretrained import load_pretrained
-from byol_core.run.config import TrainConfig
+from byol_core.run.options import TrainConfig
 from byol_core.run.plan import make_plan
 from byol_core.run.setup import new_model
 from byol_core.system.files import read_checkpoint

@@ -12,7 +12,7 @@ import pytest
 from byol_core import embed, export
 from byol_core.evaluate import __main__ as evaluate_command
 from byol_core.images.digits import write_digits
-from byol_core.run.config import build_parser
+from byol_core.run.options import build_parser
 from tests.helpers.runs import FILES
 
 PARSERS = {"train.py": build_parser(), "byol_core.evaluate": evaluate_command.build_parser(),

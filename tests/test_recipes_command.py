@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from byol_core.run.config import TrainConfig
+from byol_core.run.options import TrainConfig
 from byol_core.run.plan import make_plan
 from byol_core.views.pixels import Facts
 from tests.bench import recipes

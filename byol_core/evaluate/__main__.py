@@ -12,7 +12,8 @@ from byol_core.system.command import Parser, backbone_parser, file_to_write, run
 if TYPE_CHECKING:  # torch and scikit-learn are loaded when there is something to do: --help need not wait
     from torch import Tensor, nn
 
-    from byol_core.evaluate.features import Classifier, Features
+    from byol_core.evaluate.features import Features
+    from byol_core.evaluate.probes import Classifier
     from byol_core.images.image_set import ImageSet
     from byol_core.pretrained import Pretrained
     from byol_core.runtime import Runtime
@@ -66,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def prepare(options: Namespace) -> Evaluation:
     """Everything that can be wrong is found here, before any image goes through a network."""
-    from byol_core.evaluate.features import load_classifier
+    from byol_core.evaluate.probes import load_classifier
     from byol_core.evaluate.scoring import class_remark
     from byol_core.pretrained import asked_for, load_torchvision
 
@@ -168,8 +169,7 @@ def _measure(evaluation: Evaluation, name: str, fit: "Features", test: "Features
     import torch
     from sklearn.base import clone
 
-    from byol_core.evaluate.features import fit_classifier, knn_accuracy, unconverged
-    from byol_core.evaluate.linear_probe import LinearProbe, too_large_for_sklearn
+    from byol_core.evaluate.probes import LinearProbe, fit_classifier, knn_accuracy, too_large_for_sklearn, unconverged
     from byol_core.evaluate.scoring import few_label_accuracies
 
     def predict(classifier: "Classifier | None", metric: str) -> "Tensor":

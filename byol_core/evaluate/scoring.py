@@ -6,9 +6,9 @@ import torch
 from sklearn.base import clone
 from torch import Tensor, nn
 
-from byol_core.evaluate.features import (Classifier, Features, accuracy_of, embed_data, few_label_accuracy, fit_classifier,
-                                         knn_accuracy, split, unconverged)
-from byol_core.evaluate.linear_probe import LinearProbe, too_large_for_sklearn
+from byol_core.evaluate.features import Features, embed_data, split
+from byol_core.evaluate.probes import (Classifier, LinearProbe, accuracy_of, few_label_accuracy, fit_classifier, knn_accuracy,
+                                       too_large_for_sklearn, unconverged)
 from byol_core.images.image_set import ImageSet
 from byol_core.runtime import Runtime
 from byol_core.system.console import one_line

@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from byol_core.run.config import TrainConfig, parse_config
+from byol_core.run.options import TrainConfig, parse_config
 from byol_core.system.console import in_plain_words, one_line, show
 from byol_core.system.signals import Stopped, StopRequest
 
@@ -61,8 +61,8 @@ def prepare(config: TrainConfig, processes: "Processes", stack: contextlib.ExitS
 
     check_torchvision()
     from byol_core.images.image_set import scan
-    from byol_core.run.config import with_sample
     from byol_core.run.folder import RUNS, choose_out, goes_on_in_its_folder, open_run_folder
+    from byol_core.run.options import with_sample
     from byol_core.run.plan import make_plan
     from byol_core.run.resume import begun_as, go_on
     from byol_core.run.run import Run, fit_into

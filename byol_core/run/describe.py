@@ -9,8 +9,8 @@ import torch
 import torchvision
 
 from byol_core.images.image_set import ImageSet
-from byol_core.run.config import command_line
 from byol_core.run.folder import space_warning
+from byol_core.run.options import command_line
 from byol_core.run.plan import Choice, Plan
 from byol_core.run.setup import Setup
 from byol_core.run.state import TrainingState

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TextIO
 
 from byol_core.report.facts import read_run
-from byol_core.run.config import TrainConfig
+from byol_core.run.options import TrainConfig
 from byol_core.system.files import LAST, PREVIOUS, remove_leftovers
 
 RUNS = Path("runs")

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, replace
 
-from byol_core.run.config import TrainConfig
+from byol_core.run.options import TrainConfig
 from byol_core.schedules import scaled_lr
 from byol_core.views.pixels import Facts, usual_size
 from byol_core.views.recipes import ViewRecipe, digits_recipes, paper_recipes

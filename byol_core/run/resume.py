@@ -10,8 +10,8 @@ from typing import Any, cast
 
 import torch
 
-from byol_core.run.config import TrainConfig, check_option
 from byol_core.run.log import RunLog
+from byol_core.run.options import TrainConfig, check_option
 from byol_core.run.plan import Plan, make_plan, with_min_scale
 from byol_core.run.results import Results
 from byol_core.run.setup import Setup

@@ -12,11 +12,11 @@ import torch
 from byol_core.cuda_graph import WARM_UP
 from byol_core.images.duplicates import find_copies
 from byol_core.images.image_set import ImageSet
-from byol_core.run.config import TrainConfig
 from byol_core.run.data import Loaded, open_data
 from byol_core.run.describe import describe, write_config
 from byol_core.run.folder import COPIES, lock_of
 from byol_core.run.log import RunLog
+from byol_core.run.options import TrainConfig
 from byol_core.run.plan import RESNET_FROM, Choice, Plan
 from byol_core.run.results import Results
 from byol_core.run.resume import Saveable, compare_processes, find_saved

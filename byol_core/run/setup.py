@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 
 from byol_core.backbones import build_backbone, check_backbone, load_weights, recompute_blocks, weights_of_seed
-from byol_core.evaluate.features import Classifier, load_classifier
+from byol_core.evaluate.probes import Classifier, load_classifier
 from byol_core.networks import BYOL
-from byol_core.run.config import TrainConfig
+from byol_core.run.options import TrainConfig
 from byol_core.run.plan import Plan
 from byol_core.run.tensorboard import check_tensorboard
 from byol_core.runtime import Runtime, allow_tf32, choose_device, choose_precision, prefers_channels_last

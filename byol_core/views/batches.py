@@ -16,9 +16,10 @@ from torch.utils.data import Dataset, Sampler
 
 from byol_core.images.decoding import BadImageError
 from byol_core.system.seeds import seed_from
+from byol_core.views.draw import draw
 from byol_core.views.pixels import Failure, ImageData, TooManyBadFilesError
 from byol_core.views.recipes import ViewRecipe, cpu_view
-from byol_core.views.render import draw, render_all
+from byol_core.views.render import render_all
 from byol_core.views.workers import batches_from, close, new_loader, shared
 
 Views = tuple[Tensor, Tensor]  # two views of each image, (B, 3, S, S) each

@@ -8,9 +8,9 @@ import torch
 
 from byol_core.images.image_set import scan
 from byol_core.views.batches import DeviceBatches, Order, WorkerBatches
-from byol_core.views.crops import CropBatches
 from byol_core.views.pixels import ImageData, choose_workers, load_images, look_at, usual_size
 from byol_core.views.recipes import ViewRecipe, paper_recipes
+from byol_core.views.worker_crops import CropBatches
 
 Batches = DeviceBatches | WorkerBatches
 

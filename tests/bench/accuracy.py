@@ -24,10 +24,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from byol_core.evaluate.features import knn_accuracy
+from byol_core.evaluate.probes import knn_accuracy
 from byol_core.evaluate.scoring import Scorer
 from byol_core.run import command
-from byol_core.run.config import parse_config
+from byol_core.run.options import parse_config
 from byol_core.run.plan import Plan, make_plan
 from byol_core.run.run import Run
 from byol_core.system.distributed import ALONE

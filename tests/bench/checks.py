@@ -19,8 +19,8 @@ from torch.optim import Optimizer
 from byol_core.images.digits import write_digits
 from byol_core.images.image_set import scan
 from byol_core.run import log as metrics
-from byol_core.run.config import TrainConfig
 from byol_core.run.log import RunLog
+from byol_core.run.options import TrainConfig
 from byol_core.run.plan import make_plan
 from byol_core.run.setup import new_model
 from byol_core.run.state import build_optimizer, build_scheduler

@@ -27,8 +27,8 @@ from torch.utils.data import DataLoader
 
 from byol_core.cuda_graph import WARM_UP
 from byol_core.images.image_set import scan
-from byol_core.run.config import TrainConfig
 from byol_core.run.log import RECORD_EVERY
+from byol_core.run.options import TrainConfig
 from byol_core.run.plan import make_plan
 from byol_core.run.run import Run
 from byol_core.runtime import Runtime

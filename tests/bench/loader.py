@@ -20,9 +20,9 @@ from torch.utils.data import DataLoader
 
 from byol_core.images.image_set import ImageSet, scan
 from byol_core.views.batches import DeviceBatches, Order, TimedBatches, WorkerBatches
-from byol_core.views.crops import CropBatches
 from byol_core.views.pixels import ImageData, choose_workers, load_images
 from byol_core.views.recipes import paper_recipes
+from byol_core.views.worker_crops import CropBatches
 from tests.bench import rivals
 from tests.bench.table import environment, markdown, parse, show, side_by_side
 from tests.bench.views import find, torchvision_view

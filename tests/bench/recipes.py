@@ -34,9 +34,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from byol_core.evaluate.scoring import Scorer
 from byol_core.images.image_set import scan
-from byol_core.run.config import TrainConfig, build_parser, parse_config
 from byol_core.run.data import Loaded, load
 from byol_core.run.folder import open_run_folder
+from byol_core.run.options import TrainConfig, build_parser, parse_config
 from byol_core.run.plan import Choice, Plan, make_plan
 from byol_core.run.run import Run, fit_into
 from byol_core.views.pixels import Facts, look_at

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from byol_core.run.config import TrainConfig
+from byol_core.run.options import TrainConfig
 from byol_core.run.plan import make_plan
 from byol_core.run.setup import new_model
 from byol_core.run.state import build_optimizer

@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from byol_core.run.config import TrainConfig
+from byol_core.run.options import TrainConfig
 from byol_core.run.plan import make_plan
 from byol_core.run.state import build_optimizer, build_scheduler
 from byol_core.runtime import Runtime, choose_precision, prefers_channels_last

@@ -20,9 +20,10 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
-from byol_core.views.crops import cut
+from byol_core.views.draw import draw, draw_boxes
 from byol_core.views.recipes import ViewRecipe, cpu_view, paper_recipes
-from byol_core.views.render import draw, draw_boxes, render
+from byol_core.views.render import render
+from byol_core.views.worker_crops import cut
 from tests.bench import rivals
 from tests.bench.table import environment, markdown, parse, show, side_by_side
 

@@ -18,7 +18,7 @@ from torchvision.models import resnet18
 
 import train
 from byol_core.evaluate import __main__ as evaluate_command
-from byol_core.evaluate import linear_probe
+from byol_core.evaluate import probes
 from byol_core.evaluate.__main__ import confusion_matrix, main
 from byol_core.evaluate.features import embed_data
 from byol_core.images.image_set import scan
@@ -128,7 +128,7 @@ def test_sgd_takes_over_by_size_and_on_request(trained: Path, monkeypatch, capsy
     assert "note: linear is scikit-learn's" in capsys.readouterr().err
     assert run(trained, trained.parent / "imgs", "--linear", "sgd") == 0
     assert "note: linear is SGD" in capsys.readouterr().err
-    monkeypatch.setattr(linear_probe, "SKLEARN_UP_TO", 10)
+    monkeypatch.setattr(probes, "SKLEARN_UP_TO", 10)
     assert run(trained, trained.parent / "imgs") == 0
     assert "note: linear is SGD" in capsys.readouterr().err
     assert run(trained, trained.parent / "imgs", "--linear", "sklearn") == 0

@@ -16,7 +16,7 @@ from byol_core.images.digits import write_digits
 from byol_core.images.image_set import scan
 from byol_core.losses import byol_loss, effective_rank, spread
 from byol_core.networks import BYOL
-from byol_core.run.config import TrainConfig
+from byol_core.run.options import TrainConfig
 from byol_core.run.plan import Plan, make_plan
 from byol_core.run.setup import new_model
 from byol_core.run.state import build_optimizer, build_scheduler

@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from byol_core.report.pictures import save_grid, tile
-from byol_core.run.config import TrainConfig, command_line
+from byol_core.run.options import TrainConfig, command_line
 
 VOID = {"meta", "img"}
 

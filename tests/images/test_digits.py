@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 from byol_core.images.digits import write_digits
 from byol_core.images.image_set import scan
 from byol_core.run import command
-from byol_core.run.config import TrainConfig, parse_config, with_sample
+from byol_core.run.options import TrainConfig, parse_config, with_sample
 
 
 def test_digits_are_split_by_class_into_1437_and_360(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from byol_core.images import listing
 from byol_core.images.decoding import BadImageError, decode
 from byol_core.images.image_set import scan
 from byol_core.images.listing import expand
-from byol_core.run.config import TrainConfig, parse_config
 from byol_core.run.folder import choose_out
+from byol_core.run.options import TrainConfig, parse_config
 from tests.helpers.pictures import touch
 from tests.helpers.runs import SMALL, run, summary
 

@@ -12,7 +12,7 @@ from byol_core.report.__main__ import main
 from byol_core.report.compare import compare
 from byol_core.report.facts import read_run
 from byol_core.report.page import write_report
-from byol_core.run.config import TrainConfig, parse_config
+from byol_core.run.options import TrainConfig, parse_config
 from tests.helpers.reports import Page, change_json, line, write_run
 
 HOSTILE = '</pre><script>alert(1)</script><img src="http://x/y" onerror=alert(1)>\'"&amp;'

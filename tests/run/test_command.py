@@ -18,7 +18,7 @@ from byol_core.evaluate import scoring
 from byol_core.pretrained import load_pretrained
 from byol_core.report import __main__ as report
 from byol_core.run import results
-from byol_core.run.config import command_line, parse_config
+from byol_core.run.options import command_line, parse_config
 from byol_core.run.run import Run
 from byol_core.views.recipes import normalise
 from tests.helpers.children import REPOSITORY

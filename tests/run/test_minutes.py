@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from byol_core.run import command
-from byol_core.run.config import parse_config
+from byol_core.run.options import parse_config
 from byol_core.run.run import CHECK_STEPS, Run
 from byol_core.runtime import Runtime
 from byol_core.system.distributed import ALONE, Processes

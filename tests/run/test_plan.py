@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from byol_core.run.config import TrainConfig, build_parser, parse_config
+from byol_core.run.options import TrainConfig, build_parser, parse_config
 from byol_core.run.plan import Plan, half_life_tau, make_plan
 from byol_core.views.pixels import Facts
 

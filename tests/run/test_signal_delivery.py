@@ -146,7 +146,7 @@ def test_a_signal_that_something_swallows_before_training_is_answered_all_the_sa
 
 
 @pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143)])
-@pytest.mark.parametrize("module", ["argparse", "byol_core.run.config"])
+@pytest.mark.parametrize("module", ["argparse", "byol_core.run.options"])
 def test_a_signal_while_the_command_itself_is_loaded_ends_it_without_a_word(module: str, name: str, code: int) -> None:
     script = ("import os, runpy, signal, sys\n"
               "class Finder:\n"

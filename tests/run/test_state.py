@@ -7,7 +7,7 @@ import torch
 
 from byol_core.lars import LARS
 from byol_core.networks import BYOL
-from byol_core.run.config import TrainConfig
+from byol_core.run.options import TrainConfig
 from byol_core.run.plan import Plan, make_plan
 from byol_core.run.state import build_optimizer, build_scheduler
 from byol_core.views.pixels import Facts

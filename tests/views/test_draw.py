@@ -10,8 +10,9 @@ from scipy import stats
 from torch import Tensor
 from torchvision import transforms
 
+from byol_core.views.draw import ViewParams, draw, draw_boxes
 from byol_core.views.recipes import ViewRecipe, paper_recipes
-from byol_core.views.render import ViewParams, draw, draw_boxes, render
+from byol_core.views.render import render
 from tests.helpers.views import BUSY, DRAWN, same_distribution
 
 

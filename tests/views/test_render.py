@@ -15,8 +15,9 @@ from torchvision.transforms.v2 import functional as F
 
 from byol_core.views import image_ops
 from byol_core.views import render as device_views
+from byol_core.views.draw import ViewParams, draw
 from byol_core.views.recipes import ViewRecipe, cpu_view, digits_recipes, inverse_normalise, normalise, paper_recipes
-from byol_core.views.render import ViewParams, draw, render, render_all
+from byol_core.views.render import render, render_all
 from tests.helpers.views import BUSY, DRAWN, photograph, same_distribution
 
 

@@ -11,7 +11,7 @@ from byol_core.images.image_set import scan
 from byol_core.run import command
 from byol_core.run.run import Run
 from byol_core.views.batches import DeviceBatches
-from byol_core.views.crops import CropBatches
+from byol_core.views.worker_crops import CropBatches
 from tests.helpers.runs import SMALL
 
 

@@ -15,9 +15,10 @@ from torchvision.transforms.v2 import functional as F
 
 from byol_core.images.decoding import BadImageError, upright_size
 from byol_core.views.batches import Order, Views, WorkerBatches, first_readable
+from byol_core.views.draw import draw, draw_boxes
 from byol_core.views.pixels import Failure, ImageData
 from byol_core.views.recipes import ViewRecipe
-from byol_core.views.render import draw, draw_boxes, render_all
+from byol_core.views.render import render_all
 
 REDUCED_BY = (8, 4, 2)  # what JPEG decoders offer
 SPARE = 2  # a reduced image still has so many pixels per pixel of the view, along both sides of the crop

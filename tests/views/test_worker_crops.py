@@ -24,13 +24,13 @@ from byol_core.run import command
 from byol_core.run.run import Run
 from byol_core.runtime import Runtime
 from byol_core.training import Progress, Step, train
-from byol_core.views import crops
 from byol_core.views import pixels as data
+from byol_core.views import worker_crops
 from byol_core.views.batches import DeviceBatches, Order, TimedBatches, WorkerBatches
-from byol_core.views.crops import CropBatches, cut, reduction
+from byol_core.views.draw import draw_boxes
 from byol_core.views.pixels import ImageData, load_images
 from byol_core.views.recipes import ViewRecipe, digits_recipes, inverse_normalise, paper_recipes
-from byol_core.views.render import draw_boxes
+from byol_core.views.worker_crops import CropBatches, cut, reduction
 from tests.helpers import pictures
 from tests.helpers.pictures import CPU, PLAIN
 from tests.helpers.runs import SMALL
@@ -149,9 +149,9 @@ def test_a_stand_in_of_another_size_is_cropped_within_its_own(mixed: Path) -> No
 def test_a_header_that_tells_another_size_changes_nothing(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     order = Order(8, 8, seed=1)
     batches_ = new_batches(mixed, CROPPED, order)
-    monkeypatch.setattr(crops, "REDUCED_BY", ())
+    monkeypatch.setattr(worker_crops, "REDUCED_BY", ())
     true, _ = next(batches_.epoch(0))
-    monkeypatch.setattr(crops, "upright_size", lambda source: upright_size(source)[::-1])
+    monkeypatch.setattr(worker_crops, "upright_size", lambda source: upright_size(source)[::-1])
     assert torch.equal(next(batches_.epoch(0))[0], true)
 
 

@@ -12,8 +12,8 @@ import train
 from byol_core.networks import BYOL
 from byol_core.run import command
 from byol_core.run.run import Run
+from tests.helpers.modules import small_backbone, write_backbone
 from tests.helpers.pictures import write_images
-from tests.helpers.weights import small_backbone
 
 HANDLED = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
 
@@ -90,3 +90,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
                        "--image-size", "16", "--view-size", "12", "--batch-size", "12", "--hidden-dim", "16",
                        "--projection-dim", "8", "--workers", "0", "--seed", "3", "--device", "cpu"]) == 0
     return place / "run"
+
+
+@pytest.fixture
+def backbone(tmp_path: Path) -> Path:
+    """An exported conv6 with random weights."""
+    return write_backbone(tmp_path / "run")

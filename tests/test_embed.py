@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +18,9 @@ from byol_core.images.decoding import decode
 from byol_core.pretrained import load_pretrained
 from byol_core.views.pixels import plain_batches
 from byol_core.views.recipes import plain_view
-from tests.helpers.weights import write_backbone
-
-Folder = Callable[..., Path]
-ROOT = Path(embed.__file__).parent.parent
-
-
-@pytest.fixture
-def backbone(tmp_path: Path) -> Path:
-    return write_backbone(tmp_path / "run")
+from tests.helpers.children import REPOSITORY
+from tests.helpers.modules import write_backbone
+from tests.helpers.pictures import Folder
 
 
 def run(backbone: Path, data: Path, out: Path, *arguments: str) -> int:
@@ -172,17 +165,18 @@ def test_wrong_input_is_one_line_and_code_two(backbone: Path, image_folder: Fold
 @pytest.mark.slow
 def test_the_command_itself_runs_and_helps_without_torch(backbone: Path, image_folder: Folder, tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-m", "byol_core.embed", "--checkpoint", backbone, "--data", image_folder(),
-                           "--out", tmp_path / "e.npz", "--workers", "0"], capture_output=True, text=True, cwd=ROOT)
+                           "--out", tmp_path / "e.npz", "--workers", "0"], capture_output=True, text=True, cwd=REPOSITORY)
     assert done.returncode == 0 and done.stdout == f"{tmp_path / 'e.npz'}: 16 embeddings of 128 numbers\n", done.stderr
     script = "import sys; from byol_core.embed import main\ntry: main(['--help'])\n" \
              "except SystemExit: pass\nsys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", script], capture_output=True, cwd=ROOT).returncode == 0
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, cwd=REPOSITORY).returncode == 0
 
 
 @pytest.mark.slow
-@pytest.mark.skipif('"embeddings.npz"' not in (ROOT / "README.md").read_text(), reason="the README has no recipe")
+@pytest.mark.skipif('"embeddings.npz"' not in (REPOSITORY / "README.md").read_text(), reason="the README has no recipe")
 def test_the_readmes_recipe_runs_as_printed(backbone: Path, image_folder: Folder, tmp_path: Path) -> None:
-    recipe = next(block for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    readme = (REPOSITORY / "README.md").read_text()
+    recipe = next(block for block in re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
                   if '"embeddings.npz"' in block)
     data = image_folder(classes=2, per_class=10)
     (data / "class1" / "copy.png").write_bytes((data / "class1" / "003.png").read_bytes())

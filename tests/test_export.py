@@ -12,14 +12,7 @@ from torch import Tensor
 from byol_core import export
 from byol_core.export import main
 from byol_core.pretrained import load_pretrained
-from tests.helpers.weights import write_backbone
-
-ROOT = Path(export.__file__).parent.parent
-
-
-@pytest.fixture
-def backbone(tmp_path: Path) -> Path:
-    return write_backbone(tmp_path / "run")
+from tests.helpers.children import REPOSITORY
 
 
 def run(backbone: Path, out: Path) -> int:
@@ -96,5 +89,5 @@ def test_wrong_input_is_one_line_and_code_two(backbone: Path, tmp_path: Path, ca
 def test_help_does_not_load_torch() -> None:
     script = ("import sys\nfrom byol_core.export import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
               "sys.exit('torch' in sys.modules)")
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=REPOSITORY)
     assert done.returncode == 0 and "--out FILE" in done.stdout and "--data" not in done.stdout

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from byol_core.networks import BYOL, OnlineNetwork, TargetNetwork, mlp_head
-from tests.helpers.weights import small_backbone
+from tests.helpers.modules import small_backbone
 
 
 def test_mlp_head_is_linear_batch_norm_relu_linear() -> None:

@@ -13,8 +13,7 @@ from byol_core.losses import byol_loss
 from byol_core.networks import BYOL
 from byol_core.runtime import Runtime
 from byol_core.training import Progress, Step, train
-from tests.helpers.modules import Interrupted, random_views
-from tests.helpers.weights import small_backbone
+from tests.helpers.modules import Interrupted, random_views, small_backbone
 
 
 class Endless(torch.utils.data.IterableDataset):

@@ -11,8 +11,7 @@ from byol_core.losses import byol_loss
 from byol_core.networks import BYOL
 from byol_core.runtime import NonFiniteError, Runtime
 from byol_core.training import Progress, Step, train
-from tests.helpers.modules import Interrupted, random_views
-from tests.helpers.weights import small_backbone
+from tests.helpers.modules import Interrupted, random_views, small_backbone
 
 
 def test_a_step_that_the_scaler_skips_moves_nothing() -> None:

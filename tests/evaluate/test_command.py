@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +26,8 @@ from byol_core.runtime import Runtime
 from byol_core.system.files import export_backbone
 from byol_core.views.pixels import load_images
 from byol_core.views.recipes import ViewRecipe
+from tests.helpers.pictures import Folder
 from tests.helpers.runs import changed_copy
-
-Folder = Callable[..., Path]
 
 
 class Hasty(LogisticRegression):

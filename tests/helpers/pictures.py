@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from byol_core.views.pixels import ImageData, load_images
 from byol_core.views.recipes import ViewRecipe
 
 CPU = torch.device("cpu")
+Folder = Callable[..., Path]  # the fixture `image_folder`
 PLAIN = ViewRecipe(16)  # no augmentation: a view is the image
 
 

@@ -2,13 +2,11 @@
 
 import io
 import tarfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 from byol_core.images.decoding import decode
 from byol_core.images.image_set import ImageSet
-
-Folder = Callable[..., Path]
 
 
 def write_tar(path: Path, members: Iterable[tuple[str, bytes]], kind: int = tarfile.PAX_FORMAT) -> Path:

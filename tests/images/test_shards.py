@@ -17,9 +17,9 @@ from byol_core.images.duplicates import overlap
 from byol_core.images.image_set import SHARD_INDEX, scan
 from byol_core.views.batches import DeviceBatches, Order, WorkerBatches
 from byol_core.views.recipes import paper_recipes
-from tests.helpers.pictures import load
+from tests.helpers.pictures import Folder, load
 from tests.helpers.runs import SMALL, assert_same_state, checkpoint, metrics, run, summary
-from tests.helpers.shards import Folder, names, pack, png, value, write_tar
+from tests.helpers.shards import names, pack, png, value, write_tar
 
 
 def test_images_of_a_shard_are_found_with_their_bytes_and_labels(tmp_path: Path) -> None:

@@ -15,12 +15,10 @@ from byol_core.images import image_set as folder_module
 from byol_core.run import run as run_module
 from byol_core.run.run import Run
 from byol_core.system.console import printable
-from tests.helpers.pictures import png, saved, tiff
+from tests.helpers.pictures import Folder, png, saved, tiff
 from tests.helpers.runs import SMALL, assert_same_state, checkpoint, metrics, run, summary
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
-
-Folder = Callable[..., Path]
 
 
 def odd_folder(root: Path, side: int | None = None) -> Path:

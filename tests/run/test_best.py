@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,11 +19,10 @@ from byol_core.report.page import write_report
 from byol_core.run.results import Results
 from byol_core.run.run import Run
 from tests.helpers.children import REPOSITORY
+from tests.helpers.pictures import Folder
 from tests.helpers.runs import SMALL, checkpoint, run
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
-
-Folder = Callable[..., Path]
 
 
 def script_scores(monkeypatch: pytest.MonkeyPatch, knn: dict[int, float], last: float) -> None:

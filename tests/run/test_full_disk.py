@@ -16,8 +16,8 @@ from byol_core.system.files import KEYS, newest_checkpoint, read_checkpoint, sav
 from byol_core.system.signals import Stopped
 from tests.helpers.children import At, run_child
 from tests.helpers.kills import STEP, arguments, assert_same_run, run
+from tests.helpers.modules import save
 from tests.helpers.runs import checkpoint
-from tests.helpers.weights import save
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 

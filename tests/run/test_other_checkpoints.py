@@ -17,10 +17,10 @@ from byol_core.run import setup
 from byol_core.run.run import Run
 from byol_core.system.files import read_backbone, read_checkpoint, read_weights, save_checkpoint
 from tests.helpers import format1
+from tests.helpers.pictures import Folder
 from tests.helpers.runs import SMALL, assert_same_state, checkpoint, metrics, run, summary
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
-Folder = Callable[..., Path]
 WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "DataParallel": nn.DataParallel, "compile": functools.partial(torch.compile, backend="eager"),
     "both": lambda module: nn.DataParallel(torch.compile(module, backend="eager"))}

@@ -13,11 +13,10 @@ import pytest
 from byol_core.run.run import Run
 from byol_core.run.tensorboard import Board
 from tests.helpers.children import REPOSITORY
+from tests.helpers.pictures import Folder
 from tests.helpers.runs import SMALL, run
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
-
-Folder = Callable[..., Path]
 
 
 def test_events_hold_every_record_and_picture_and_none_twice_after_a_resume(image_folder: Folder, monkeypatch) -> None:

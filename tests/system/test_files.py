@@ -18,7 +18,7 @@ import torch
 
 from byol_core.system.files import (KEYS, CheckpointError, atomic_write, newest_checkpoint, read_checkpoint, read_weights,
                                     remove_leftovers, write_json)
-from tests.helpers.weights import save
+from tests.helpers.modules import save
 
 
 def test_last_and_the_one_before_are_kept(tmp_path: Path) -> None:
@@ -41,7 +41,7 @@ def test_a_file_is_on_the_disk_before_its_name_and_its_name_before_the_save_ends
 
 
 def test_save_interrupted_before_replace_leaves_the_old_file_loadable(tmp_path: Path) -> None:
-    script = ("import os, sys\nfrom pathlib import Path\nfrom tests.helpers.weights import save\n"
+    script = ("import os, sys\nfrom pathlib import Path\nfrom tests.helpers.modules import save\n"
               "folder = Path(sys.argv[1])\nsave(folder, 1)\n"
               "real = os.replace\nos.replace = lambda a, b: os._exit(9) if str(b).endswith('last.pt') else real(a, b)\n"
               "save(folder, 2)\n")
@@ -226,7 +226,7 @@ def test_other_files_are_named_for_what_they_are(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="no resource limits there")
 def test_full_disk_keeps_the_old_file_and_leaves_no_other(tmp_path: Path) -> None:
     script = ("import resource, signal, sys, torch\nfrom pathlib import Path\n"
-              "from byol_core.system.files import save_checkpoint\nfrom tests.helpers.weights import save\n"
+              "from byol_core.system.files import save_checkpoint\nfrom tests.helpers.modules import save\n"
               "folder = Path(sys.argv[1])\nsave(folder, 1)\n"
               "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
               "try:\n    save_checkpoint(folder, {'tensor': torch.zeros(100_000)})\n"

@@ -50,12 +50,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def prepare(options: Namespace) -> Embedding:
     """Everything that can be wrong is found here, before any image goes through the network."""
     from byol_core.images.image_set import scan
-    from byol_core.pretrained import asked_for
+    from byol_core.pretrained import open_backbone
 
     out = file_to_write("--out", options.out)
     if out.suffix != ".npz":
         raise ValueError(f"--out {out}: embeddings are written in NumPy's format - give a name that ends in .npz")
-    pretrained, runtime, workers = asked_for(options, say)
+    pretrained, runtime, workers = open_backbone(options, say)
     runtime.place_model(pretrained.backbone)
     files = scan(options.data)
     for line in files.remarks:

@@ -41,7 +41,7 @@ class Pretrained:
         return untrained_backbone(self.arch, self.small_stem, self.recipe.size, self.seed)[0]
 
 
-def asked_for(options: Namespace, note: Callable[[str], None]) -> tuple[Pretrained, Runtime, int]:
+def open_backbone(options: Namespace, note: Callable[[str], None]) -> tuple[Pretrained, Runtime, int]:
     """(backbone, runtime, worker processes) that the options of `backbone_parser` name. note: takes warnings."""
     device = choose_device(options.device)[0]
     pretrained = load_pretrained(options.checkpoint, options.network)

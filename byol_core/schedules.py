@@ -30,30 +30,30 @@ def cosine_tau(step: float, max_steps: float, base: float) -> float:
     return float(max(base, tau))  # 1 - (1 - 0.1) rounds to below 0.1
 
 
-def warmup_cosine(step: float, max_steps: float, warmup_steps: float, base: float) -> float:
-    """Linear from 0 at step 0 to base at warmup_steps, then a half cosine down to 0 at max_steps.
+def warmup_cosine(step: float, max_steps: float, warmup_steps: float, base: float, final: float = 0.0) -> float:
+    """Linear from 0 at step 0 to base at warmup_steps, then a half cosine down to final at max_steps.
 
     step: updates applied so far, from 0; below 0 counts as 0, above max_steps as max_steps.
     max_steps: updates of the whole run, above 0. warmup_steps: in [0, max_steps]; 0 starts at base.
-    base: the peak, often a learning rate.
+    base, final: the peak and the last value, often learning rates.
     Raises: ValueError when an argument is not finite, max_steps is not positive or warmup_steps lies outside
     [0, max_steps].
-    Source: DeepMind's byol/utils/schedules.py, learning_schedule.
+    Source: DeepMind's byol/utils/schedules.py, learning_schedule; final is added here, 0 there.
 
     >>> [warmup_cosine(step, 6, 2, 0.4) for step in (0, 1, 2, 4, 6)]
     [0.0, 0.2, 0.4, 0.2, 0.0]
     """
-    _require_finite("warmup_cosine", step=step, max_steps=max_steps, warmup_steps=warmup_steps, base=base)
+    _require_finite("warmup_cosine", step=step, max_steps=max_steps, warmup_steps=warmup_steps, base=base, final=final)
     if max_steps <= 0:
         raise ValueError(f"warmup_cosine: max_steps must be positive, got {max_steps}")
     if not 0 <= warmup_steps <= max_steps:
         raise ValueError(f"warmup_cosine: warmup_steps must be in [0, max_steps = {max_steps}], got {warmup_steps}")
     if step >= max_steps:
-        return 0.0
+        return float(final)
     if step < warmup_steps:
         return base * max(step, 0) / warmup_steps
     progress = max(step - warmup_steps, 0) / (max_steps - warmup_steps)
-    return base * (1.0 + math.cos(math.pi * progress)) / 2.0
+    return final + (base - final) * (1.0 + math.cos(math.pi * progress)) / 2.0
 
 
 def scaled_lr(base: float, batch_size: int) -> float:

@@ -182,7 +182,8 @@ def _updates(batches: SeekableBatches | PlainBatches, epochs: int, accum_steps: 
             progress.batch += 1
 
     for epoch in range(progress.epoch, epochs):
-        source = (batches.epoch(epoch, progress.batch) if seekable else  # type: ignore[union-attr]
+        source: Iterator[Any] = iter(())  # a loader's workers of the epoch before end, before others begin
+        source = (iter(batches.epoch(epoch, progress.batch)) if seekable else  # type: ignore[union-attr]
                   islice(batches, progress.batch, None))  # type: ignore[arg-type]
         for _ in range((len(batches) - progress.batch) // accum_steps):
             yield micro_batches()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from byol_core import embed, export
 from byol_core.evaluate import __main__ as evaluate_command
@@ -68,8 +69,10 @@ def test_python_runs_as_printed(block: str, tmp_path: Path) -> None:
     rows = np.random.default_rng(0).normal(size=(30, 8)).astype(np.float32)
     if '"./imgs"' in block:
         write_digits(tmp_path / "imgs")
+        for number in range(2):  # with images of different sizes, which workers read
+            Image.new("RGB", (9 + number, 9)).save(tmp_path / "imgs" / f"{number}.png")
     np.savez(tmp_path / "embeddings.npz", embeddings=rows, names=[f"{row}.jpg" for row in range(30)])
-    done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True,
+    done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, timeout=600,
                           env={**__import__("os").environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
 

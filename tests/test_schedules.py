@@ -76,7 +76,12 @@ def test_warmup_cosine_without_warmup_starts_at_base() -> None:
 
 
 def test_warmup_cosine_may_warm_up_to_the_end() -> None:
-    assert [warmup_cosine(step, 2, 2, 1.0) for step in range(3)] == [0.0, 0.5, 0.0]
+    assert [warmup_cosine(step, 2, 2, 1.0, final=0.5) for step in range(3)] == [0.0, 0.5, 0.5]
+
+
+def test_warmup_cosine_ends_at_final() -> None:
+    assert warmup_cosine(20, 20, 4, 1.0, final=0.1) == 0.1
+    assert warmup_cosine(12, 20, 4, 1.0, final=0.1) == pytest.approx(0.55)
 
 
 @pytest.mark.parametrize(("schedule", "arguments", "message"), [
@@ -90,6 +95,7 @@ def test_warmup_cosine_may_warm_up_to_the_end() -> None:
     (warmup_cosine, (0, 10, -1, 1.0), "warmup_steps must be in"),
     (warmup_cosine, (math.nan, 10, 1, 1.0), "step must be finite"),
     (warmup_cosine, (0, 10, 1, math.inf), "base must be finite"),
+    (warmup_cosine, (0, 10, 1, 1.0, math.nan), "final must be finite"),
     (due, (1, 0, 10), "every must be at least 1, got 0"),
 ])
 def test_what_no_run_has_is_refused(schedule: Callable[..., object], arguments: tuple[float, ...], message: str) -> None:

@@ -330,3 +330,26 @@ def test_a_scheduler_of_another_optimizer_is_refused(small_byol: BYOL) -> None:
     other = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
     with pytest.raises(ValueError, match="belongs to another optimizer"):
         train(small_byol, random_views(1), 1, lr_scheduler=torch.optim.lr_scheduler.ConstantLR(other))
+
+
+def test_a_loaders_epoch_ends_before_the_next_one_begins(small_byol: BYOL) -> None:
+    events: list[str] = []
+
+    class Loader(list):
+        def __iter__(self):
+            events.append("begins")
+            try:
+                yield from [*list.__iter__(self), self[0]]  # one more than is taken
+            finally:
+                events.append("ends")
+
+    train(small_byol, Loader(random_views(2)), epochs=2)
+    assert events == ["begins", "ends"] * 2
+
+
+def test_an_epoch_may_be_a_list(small_byol: BYOL) -> None:
+    class Listed(Seekable):
+        def epoch(self, epoch: int, start: int = 0):
+            return list(super().epoch(epoch, start))
+
+    assert train(small_byol, Listed(2), epochs=1).updates == 2

@@ -69,13 +69,13 @@ def prepare(options: Namespace) -> Evaluation:
     """Everything that can be wrong is found here, before any image goes through a network."""
     from byol_core.evaluate.probes import load_classifier
     from byol_core.evaluate.scoring import class_remark
-    from byol_core.pretrained import asked_for, load_torchvision
+    from byol_core.pretrained import load_torchvision, open_backbone
 
     classifier = None if options.classifier is None else load_classifier(options.classifier)
     if options.json is not None:
         file_to_write("--json", options.json)
     notes: list[str] = []
-    pretrained, runtime, workers = asked_for(options, notes.append)
+    pretrained, runtime, workers = open_backbone(options, notes.append)
     networks = {"untrained": (pretrained.untrained(), pretrained.recipe)}
     if options.baseline_weights is not None:
         networks["weights"] = load_torchvision(Path(options.baseline_weights), pretrained)

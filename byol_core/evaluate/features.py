@@ -16,6 +16,10 @@ from byol_core.views.recipes import ViewRecipe
 HELD_OUT = 0.2
 
 
+class NonFiniteFeaturesError(ValueError):
+    """A network whose weights have run away."""
+
+
 @dataclass(frozen=True)
 class Features:
     """Embeddings (n, d) float32 and labels (n,) int64, both on the CPU."""
@@ -77,7 +81,8 @@ def _joined(parts: list[Tensor], prefix: str, name: Callable[[int], str]) -> Ten
     features = torch.cat(parts)
     bad = (~torch.isfinite(features).all(1)).nonzero().flatten()
     if len(bad):
-        raise ValueError(f"{prefix}{len(bad)} of {len(features)} embeddings are not finite (first: {name(int(bad[0]))})")
+        raise NonFiniteFeaturesError(
+            f"{prefix}{len(bad)} of {len(features)} embeddings are not finite (first: {name(int(bad[0]))})")
     return features
 
 

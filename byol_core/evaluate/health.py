@@ -22,7 +22,7 @@ CERTAIN = 1.96  # standard deviations of a difference that chance exceeds once i
 LEARNED = 0.1  # share of the untrained network's errors that are gone, on average, where much was learned
 LONGER, ENOUGH_UPDATES, SMALL_BATCH = 4, 10_000, 64  # what is advised where little was learned
 RATES = ("optimizer", "lr", "predictor_lr", "weight_decay", "tau_base", "tau_schedule", "scheduler", "warmup_epochs",
-         "min_scale")
+         "crop_scale")
 LONGEST = 1e6  # minutes that are worth advising
 OWN_NETWORKS = ("conv4", "conv6")  # whose weights torchvision does not have
 SMALL_TAU = 0.9  # the smallest of the paper's that came close to the best
@@ -233,7 +233,8 @@ def _finished(records: Sequence[Record], scores: Mapping[str, object], plan: Map
 
 def _back_to_the_recipe(plan: Mapping[str, object]) -> list[str]:
     asked = [name for name in RATES if _asked_for(name, plan)]
-    return [f"leave {' and '.join('--' + name.replace('_', '-') for name in asked)} to the recipe"] if asked else []
+    flags = ["--min-scale" if name == "crop_scale" else "--" + name.replace("_", "-") for name in asked]
+    return [f"leave {' and '.join(flags)} to the recipe"] if asked else []
 
 
 def _more(records: Sequence[Record], scores: Mapping[str, object], plan: Mapping[str, object]) -> list[str]:

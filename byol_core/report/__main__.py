@@ -9,8 +9,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from byol_core.report.compare import compare
-from byol_core.report.page import write_report
 from byol_core.system.console import one_line, show
 
 
@@ -20,6 +18,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
     parser.add_argument("--out", metavar="FILE", help="where to write the comparison (default: compare.html)")
     asked = parser.parse_args(arguments)
+
+    from byol_core.report.compare import compare  # only now is torch loaded: --help need not wait
+    from byol_core.report.page import write_report
+
     folders = [Path(run) for run in asked.runs]
     for folder in folders:
         if not (folder / "config.json").exists():

@@ -212,15 +212,15 @@ def _use(run: RunFacts) -> str:
 
 def _go_on(run: RunFacts) -> str:
     command, elsewhere = (str(run.config["commands"].get(key, "")) for key in ("this", "elsewhere"))
-    if not command or not elsewhere:  # older runs have none
-        return ""
+    if not command or not elsewhere:  # runs of earlier versions have none
+        return "<p>The command that started the run goes on with it, --resume added.</p>"
     processes = run.summary.get("world_size") or 1
     if processes != 1:
         command = command.replace("python", f"torchrun --nproc-per-node={processes}", 1)
     if run.status == "finished":
         again = f"{elsewhere} --out NEW-FOLDER --init-from {shlex.quote(str(run.folder / 'backbone.pt'))}"
         return f"<p>The run is complete. A new one may start from its weights:</p><pre>{html.escape(again)}</pre>"
-    if run.status == "failed" and run.summary.get("error") == "NonFiniteError":
+    if run.status == "failed" and run.summary.get("error") in ("NonFiniteError", "NonFiniteFeaturesError"):
         return "<p>Gone on with, the run would fail in the same place: see the reason above, and what it advises.</p>"
     if not any((run.folder / name).exists() for name in (LAST, PREVIOUS)):
         what = "begins anew: no checkpoint was saved yet."

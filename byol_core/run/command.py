@@ -79,7 +79,7 @@ def prepare(config: TrainConfig, processes: "Processes", stack: contextlib.ExitS
     def look() -> "ImageSet":
         return scan(config.data, leave_out=(folder, RUNS), keep_in=folder)
 
-    files = processes.on_first(look) or look()  # the others find what the first one has kept
+    files = processes.on_first(look) or look()  # the others find the index of shards that it has kept
     facts, world_size = look_at(files), processes.world_size
     begun = processes.from_first(lambda: begun_as(config, folder)) if config.resume is not None else None
     loaded = None

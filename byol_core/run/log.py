@@ -192,7 +192,7 @@ class RunLog:
         self.loss_count, self.skipped, self.last = state["loss_count"], state["skipped"], state["last"]
         self._collapse_reported = state["collapse_reported"]
         self._recent.extend(state.get("recent", []))  # which checkpoints did not always hold
-        self.resumed = [*map(int, state.get("resumed", [])), progress.updates]
+        self.resumed = [*(at for at in state.get("resumed", []) if isinstance(at, int)), progress.updates]
         self._recorded = (self.seconds, self.waited, progress.updates)
         records = folder / "metrics.jsonl"
         if self.processes.first and records.is_file():

@@ -140,7 +140,7 @@ def _program() -> str:
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog=_program().removeprefix("python "), allow_abbrev=False,
                     description="Train BYOL on a folder of images, without labels.",
-                    epilog="example: python train.py --data ./imgs --epochs 100")
+                    epilog=f"example: {_program()} --data ./imgs --epochs 100")
     groups: dict[str, argparse._ArgumentGroup] = {}
     for option_field in fields(TrainConfig):
         title = option_field.metadata["group"]

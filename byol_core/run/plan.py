@@ -328,6 +328,7 @@ def _choices_of_views(recipe: str, least: Choice | None, view1: ViewRecipe, view
     of_blur = ("published settings for small images do not blur" if view1.blur == view2.blur == 0 else
                "the paper's, for one view and the other")
     return [Choice("crop_scale", f"{low:g} to {high:g}",
-                   "share of the image's area: " + ("the paper's, at every size" if least is None else least.reason)),
+                   "share of the image's area: " + ("the paper's, at every size" if least is None else least.reason),
+                   least is not None and least.asked),
             Choice("blur", f"{view1.blur:g} and {view2.blur:g}", of_blur),
             Choice("solarize", f"{view1.solarize:g} and {view2.solarize:g}", "the paper's, for one view and the other")]

@@ -214,11 +214,13 @@ class MadeAhead:
     def __init__(self, views: Iterator[Views], aside: "torch.cuda.Stream") -> None:
         self.views, self.aside = views, aside
         self.consumer = torch.cuda.current_stream(aside.device)
+        self.begun = False
+        self.following: Views | None = None
         aside.wait_stream(self.consumer)  # what the views are made of may still be on its way
-        self.following = self._make()
 
     def __call__(self) -> Views | None:
-        current = self.following
+        current = self.following if self.begun else self._make()
+        self.begun = True
         if current is not None:
             self.consumer.wait_stream(self.aside)  # for this batch; the next is queued only then
             for view in current:

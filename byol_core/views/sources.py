@@ -1,6 +1,8 @@
 """The three sources of views, and which of them fits the images."""
 
+import atexit
 import warnings
+import weakref
 from collections.abc import Sequence
 from os import PathLike
 
@@ -50,4 +52,13 @@ def open_batches(data: "str | PathLike[str] | Sequence[str]", batch_size: int = 
     recipes = views or paper_recipes(view_size or usual_size(facts))
     workers = choose_workers(workers)
     images, _ = load_images(files, "auto", device, warnings.warn, workers)
-    return batches_of(images, recipes, Order(len(files), batch_size, seed=seed), workers, device)
+    batches = batches_of(images, recipes, Order(len(files), batch_size, seed=seed), workers, device)
+    if isinstance(batches, WorkerBatches):  # whose workers ignore the signal with which Python would end them at its own end
+        atexit.register(_close, weakref.ref(batches))
+    return batches
+
+
+def _close(batches: "weakref.ref[WorkerBatches]") -> None:
+    left = batches()
+    if left is not None:
+        left.close()

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from byol_core.evaluate.features import Features, embed, split
+from byol_core.evaluate.features import Features, NonFiniteFeaturesError, embed, split
 
 
 def test_embed_runs_in_eval_mode_without_gradients_and_restores_the_mode() -> None:
@@ -28,7 +28,7 @@ def test_embed_takes_loaders_with_labels_and_returns_float32() -> None:
 def test_embed_names_what_is_not_finite_and_refuses_nothing_at_all() -> None:
     images = torch.zeros(4, 3, 1, 1)
     images[2] = torch.nan
-    with pytest.raises(ValueError, match=r"1 of 4 embeddings are not finite \(first: row 2\)"):
+    with pytest.raises(NonFiniteFeaturesError, match=r"1 of 4 embeddings are not finite \(first: row 2\)"):
         embed(nn.Sequential(nn.Flatten(), nn.Linear(3, 2)), [images])
     with pytest.raises(ValueError, match="no images"):
         embed(nn.Linear(1, 1), [])

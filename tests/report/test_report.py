@@ -85,9 +85,10 @@ def test_without_a_checkpoint_nothing_is_gone_on_from(tmp_path: Path) -> None:
         assert "begins anew: no checkpoint was saved yet" in text and "exactly" not in text
 
 
+@pytest.mark.parametrize("error", ["NonFiniteError", "NonFiniteFeaturesError"])
 @pytest.mark.parametrize("saved", [False, True])
-def test_a_run_whose_numbers_ran_away_is_not_to_be_resumed(tmp_path: Path, saved: bool) -> None:
-    write_run(tmp_path, status="failed", epochs=0, error="NonFiniteError",
+def test_a_run_whose_numbers_ran_away_is_not_to_be_resumed(tmp_path: Path, saved: bool, error: str) -> None:
+    write_run(tmp_path, status="failed", epochs=0, error=error,
               reason="the loss or a gradient is not finite at epoch 1, update 13 - start again with a lower --lr")
     if saved:
         (tmp_path / "last.pt").touch()

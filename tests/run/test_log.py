@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 import os
 import select
 import struct
@@ -63,7 +64,7 @@ def test_resumed_log_drops_what_will_be_done_again_and_goes_on(tmp_path: Path) -
     assert train.loss_count == 3 and train.loss_sum == 6.0
     assert state["resumed"] == [] and train.state_dict()["resumed"] == [13]
     again = RunLog(tmp_path, 2, 25, 4)
-    again.resume(train.state_dict(), Progress(updates=20), tmp_path)
+    again.resume({**train.state_dict(), "resumed": ["x", 13, math.inf]}, Progress(updates=20), tmp_path)
     assert again.resumed == [13, 20]
 
 

@@ -79,7 +79,8 @@ def test_flags_win_over_the_recipe() -> None:
     reasons = {choice.name: choice.reason for choice in chosen.choices}
     assert reasons["lr"] == "as asked" and reasons["warmup_epochs"] != "as asked"
     assert [choice.name for choice in chosen.choices if choice.asked] == [
-        name for name, reason in reasons.items() if reason == "as asked"]
+        name for name, reason in reasons.items() if reason.endswith("as asked")]
+    assert reasons["crop_scale"] == "share of the image's area: as asked"
 
 
 def test_every_choice_has_a_reason() -> None:

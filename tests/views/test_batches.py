@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterator
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -62,7 +61,7 @@ def test_each_batch_is_made_aside_while_the_one_before_is_used(monkeypatch: pyte
                       "main waits for aside", "2a used on main", "2b used on main", "2a trained on"]
 
 
-def test_on_a_cpu_nothing_is_MadeAhead() -> None:
+def test_on_a_cpu_nothing_is_made_ahead() -> None:
     made: list[int] = []
 
     def make() -> Iterator[batches.Views]:
@@ -86,7 +85,7 @@ class Source:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Any]:
         for _ in range(2):
             self.clock[0] += 3
-            yield torch.zeros(1), torch.zeros(1)
+            yield Fake([], "1"), Fake([], "2")
 
 
 def test_the_time_that_a_cpu_waits_for_views_is_theirs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +99,7 @@ def test_the_time_that_a_cpu_waits_for_views_is_theirs_alone(monkeypatch: pytest
 
 
 def test_a_cuda_device_waits_by_its_own_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The device works 7 s behind the host on a step's work, and waits for views in what is left of the host's time."""
+    """The device waits for the first views and those made ahead of it; then its own work takes longer than the host's."""
     host, waited = [0.0], []
     device = {"idle from": 0.0, "knows": 0.0}
 
@@ -118,14 +117,15 @@ def test_a_cuda_device_waits_by_its_own_clock(monkeypatch: pytest.MonkeyPatch) -
             return 1000 * (end.at - self.at)
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
-    monkeypatch.setattr(batches, "MadeAhead", lambda views, aside: partial(next, views, None))
+    Fake.current = Fake([], "main")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Fake.current)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     timed = TimedBatches(Source(host))  # type: ignore[arg-type]
     timed.aside = Fake([], "aside")  # type: ignore[assignment]
     for _ in timed.epoch(0):
         host[0] += 1
-        device["idle from"] += 8  # its step begins at 3 and ends at 11, while the host makes the next views from 4 to 7
+        device["idle from"] += 8  # its step begins at 6, when the host has made two batches, and ends at 14
         waited.append(timed.take_waited())
     assert waited == [0, 0]  # not there yet
     device["knows"] = 100
-    assert timed.take_waited() == 3 and timed.take_waited() == 0
+    assert timed.take_waited() == 6 and timed.take_waited() == 0

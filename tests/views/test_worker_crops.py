@@ -297,7 +297,7 @@ def test_each_view_is_made_by_its_own_recipe(alike: Path, path: str) -> None:
 
 
 @pytest.mark.gpu
-def test_views_MadeAhead_on_a_gpu_are_those_of_the_cpu(mixed: Path) -> None:
+def test_views_made_ahead_on_a_gpu_are_those_of_the_cpu(mixed: Path) -> None:
     gpu, recipes, order = torch.device("cuda", 0), paper_recipes(16), Order(8, 2, seed=1)
     sources = [CropBatches(load(mixed), recipes, order, 2, device) for device in (gpu, CPU)]
     ahead, expected = (list(TimedBatches(source, source.device).epoch(epoch)) for source in sources for epoch in (0,))

@@ -35,8 +35,8 @@ from byol_core.runtime import Runtime
 from byol_core.training import Progress, Step, train
 from byol_core.views.pixels import choose_workers, look_at
 from tests.bench import rivals, step
+from tests.bench.loader import find
 from tests.bench.table import environment, markdown, parse, show, side_by_side, wait_for
-from tests.bench.views import find
 
 CASES = {"32": (32, False, 128), "64": (64, False, 64), "32s": (32, True, 64), "224": (224, False, 64)}  # size, stem, batch
 OURS = "**byol_core's train** with its defaults"

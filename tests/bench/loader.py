@@ -16,18 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
+from torch import Tensor
 from torch.utils.data import DataLoader
+from torchvision.transforms import InterpolationMode, v2
 
 from byol_core.images.image_set import ImageSet, scan
 from byol_core.views.batches import DeviceBatches, Order, TimedBatches, WorkerBatches
 from byol_core.views.pixels import ImageData, choose_workers, load_images
-from byol_core.views.recipes import paper_recipes
+from byol_core.views.recipes import ViewRecipe, paper_recipes
 from byol_core.views.worker_crops import CropBatches
 from tests.bench import rivals
 from tests.bench.table import environment, markdown, parse, show, side_by_side
-from tests.bench.views import find, torchvision_view
 
 BATCH = 32
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 
 
 def main() -> None:
@@ -84,7 +87,7 @@ def compare(paths: list[Path], size: int, options: argparse.Namespace) -> None:
     if held is not None:
         resident = DeviceBatches(held, recipes, order)
         rows["**byol_core**: decoded once, held on the device"] = lambda: consume(TimedBatches(resident, device).epoch(0))
-    pipeline = [torchvision_view(recipe, tensors=False) for recipe in recipes]
+    pipeline = [torchvision_view(recipe) for recipe in recipes]
     makers: dict[str, Callable[[], Any]] = {
         "torchvision v2 on PIL, in a DataLoader": lambda: lambda image: [view(image) for view in pipeline],
         "lightly's BYOL transform, in a DataLoader": lambda: rivals.lightly_transform(size, blur=True)}
@@ -126,6 +129,26 @@ def reference(batches: WorkerBatches, device: torch.device) -> None:
 def copied(batches: Iterable[Any], device: torch.device) -> None:
     for view1, view2 in batches:
         view1.to(device), view2.to(device)
+
+
+def find(folder: Path, count: int) -> list[Path]:
+    """`count` images spread evenly over the folder."""
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise SystemExit(f"no images under {folder}: looked for {' '.join(sorted(SUFFIXES))}")
+    return paths[::max(1, len(paths) // count)][:count]
+
+
+def torchvision_view(recipe: ViewRecipe) -> Callable[[Image.Image], Tensor]:
+    """The recipe as one would write it with torchvision's transforms alone, in bytes up to the normalisation."""
+    assert recipe.crop_scale is not None
+    jitter = v2.ColorJitter(recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue)
+    return v2.Compose([
+        v2.RandomResizedCrop(recipe.size, recipe.crop_scale, recipe.crop_ratio, InterpolationMode.BICUBIC),
+        v2.RandomHorizontalFlip(recipe.flip), v2.RandomApply([jitter], recipe.jitter), v2.RandomGrayscale(recipe.grey),
+        v2.RandomApply([v2.GaussianBlur(recipe.blur_kernel, recipe.blur_sigma)], recipe.blur),
+        v2.RandomSolarize(128, recipe.solarize), v2.PILToTensor(),
+        v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(recipe.mean), list(recipe.std))])
 
 
 if __name__ == "__main__":

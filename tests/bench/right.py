@@ -33,8 +33,8 @@ from byol_core.runtime import Runtime, allow_tf32, choose_precision, prefers_cha
 from byol_core.system import distributed as processes
 from tests.bench import rivals
 from tests.bench.end_to_end import CASES
+from tests.bench.loader import find
 from tests.bench.table import append_json, environment, parse
-from tests.bench.views import find
 from tests.helpers.children import REPOSITORY, At
 from tests.helpers.digits import BAND, BAND_EPOCHS, outside_the_band
 

@@ -28,12 +28,10 @@ CURVES: tuple[tuple[str, str, str, Callable[..., Curve]], ...] = (
 
 
 def curve_of(run: RunFacts, key: str, kind: Callable[..., Curve]) -> Curve:
-    skipped = [record["epoch"] for before, record in zip([{}, *run.records], run.records)
-               if record.get("skipped", 0) > before.get("skipped", record.get("skipped", 0) if before else 0)]
     untrained = run.summary.get(f"{key}_untrained")
     baseline = None if untrained is None else (
         untrained, f"untrained {untrained:.1%}" if key == "knn" else f"untrained {untrained:.2f}")
-    return kind({"": run.points(key)}, marks={"resume": run.resumed, "skip": skipped}, baseline=baseline)
+    return kind({"": run.points(key)}, marks={"resume": run.resumed, "skip": run.skips}, baseline=baseline)
 
 
 def figure(key: str, title: str, note: str, curve: Curve) -> str:

@@ -51,6 +51,12 @@ class RunFacts:
         return judge(self.records, self.plan.get("epochs") or 0, self.status, self.summary,
                      {**self.plan, "choices": self.choices})
 
+    @property
+    def skips(self) -> list[float]:
+        """Epochs at which the float16 scaler skipped steps."""
+        return [record["epoch"] for before, record in zip([{}, *self.records], self.records)
+                if record.get("skipped", 0) > before.get("skipped", record.get("skipped", 0) if before else 0)]
+
     def recorded(self, key: str) -> list[tuple[float, float]]:
         """(epoch, value) of every record that has it."""
         return [(record["epoch"], record[key]) for record in self.records if key in record]

@@ -33,8 +33,8 @@ def write_report(folder: Path, under_way: bool = False) -> None:
     """
     run = read_run(folder, under_way)
     curves = "".join(figure(key, title, note, curve_of(run, key, kind)) for key, title, note, kind in CURVES)
-    legend = "".join(f'<span><i class="mark {kind}"></i>{text}</span>' for kind, text in
-                     (("resume", "resumed"), ("skip", "steps skipped by the float16 scaler")) if f'"mark {kind}"' in curves)
+    legend = "".join(f'<span><i class="mark {kind}"></i>{text}</span>' for kind, text, marks in
+                     (("resume", "resumed", run.resumed), ("skip", "steps skipped by the float16 scaler", run.skips)) if marks)
     sections = [
         ("", _verdict(run) + _facts(run)),
         ("What it learned", _scores(run)),
@@ -71,7 +71,7 @@ def _verdict(run: RunFacts) -> str:
     lines = [f'<p class="headline">{html.escape(headline[0].upper() + headline[1:])}</p>']
     if run.status == "failed" and run.summary.get("reason"):
         lines.append(f"<p>{html.escape(str(run.summary['reason']))}</p>")
-    state = "" if verdict.word in headline else f"{verdict.word}: "
+    state = "" if run.status in ("running", "finished") else f"{verdict.word}: "  # where the headline does not say it
     if verdict.word != "starting":
         told = state + verdict.why
         lines.append(f"<p>{html.escape(told[0].upper() + told[1:])}.</p>")
@@ -214,9 +214,6 @@ def _go_on(run: RunFacts) -> str:
     command, elsewhere = (str(run.config["commands"].get(key, "")) for key in ("this", "elsewhere"))
     if not command or not elsewhere:  # runs of earlier versions have none
         return "<p>The command that started the run goes on with it, --resume added.</p>"
-    processes = run.summary.get("world_size") or 1
-    if processes != 1:
-        command = command.replace("python", f"torchrun --nproc-per-node={processes}", 1)
     if run.status == "finished":
         again = f"{elsewhere} --out NEW-FOLDER --init-from {shlex.quote(str(run.folder / 'backbone.pt'))}"
         return f"<p>The run is complete. A new one may start from its weights:</p><pre>{html.escape(again)}</pre>"

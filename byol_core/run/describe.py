@@ -69,7 +69,8 @@ def write_config(setup: Setup, files: ImageSet) -> None:
     asked, plan = setup.asked, setup.plan
     write_json(setup.folder / "config.json", {
         "config": asdict(setup.config),
-        "commands": {"this": command_line(asked), "elsewhere": command_line(replace(asked, out=None))},
+        "commands": {name: command_line(options, setup.processes.world_size)
+                     for name, options in (("this", asked), ("elsewhere", replace(asked, out=None)))},
         "choices": [{**asdict(choice), "shown": value_of(choice, plan)} for choice in plan.choices],
         "plan": {key: value for key, value in asdict(plan).items() if key != "choices"},
         "data": {"images": len(files), "classes": list(files.classes), "image_names": files.fingerprint()},

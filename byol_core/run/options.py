@@ -132,15 +132,15 @@ def check_option(name: str, value: object) -> None:
 
 
 def _program() -> str:
-    """How this command was called."""
+    """What was started, behind "python"."""
     installed = sys.argv[0].replace("\\", "/").endswith("byol_core/__main__.py")
-    return "python -m byol_core" if installed else "python train.py"
+    return "-m byol_core" if installed else "train.py"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = Parser(prog=_program().removeprefix("python "), allow_abbrev=False,
+    parser = Parser(prog=_program(), allow_abbrev=False,
                     description="Train BYOL on a folder of images, without labels.",
-                    epilog=f"example: {_program()} --data ./imgs --epochs 100")
+                    epilog=f"example: python {_program()} --data ./imgs --epochs 100")
     groups: dict[str, argparse._ArgumentGroup] = {}
     for option_field in fields(TrainConfig):
         title = option_field.metadata["group"]
@@ -162,9 +162,9 @@ def parse_config(arguments: Sequence[str] | None = None) -> TrainConfig:
     return TrainConfig(**values)
 
 
-def command_line(config: TrainConfig) -> str:
-    """The command that asks for `config`; with --resume added, the one that goes on with it."""
-    words = _program().split()
+def command_line(config: TrainConfig, processes: int = 1) -> str:
+    """The command that asks for `config` in so many processes; with --resume added, the one that goes on with it."""
+    start, words = "python" if processes == 1 else f"torchrun --nproc-per-node={processes}", list[str]()
     for option_field in fields(TrainConfig):
         value, flag = getattr(config, option_field.name), _flag(option_field)[0]
         if value == option_field.default or option_field.name in ("resume", "check", "debug"):
@@ -176,7 +176,7 @@ def command_line(config: TrainConfig) -> str:
         else:
             for part in value if isinstance(value, tuple) else (str(value),):
                 words += [f"{flag}={part}"] if part.startswith("-") else [flag, part]
-    return shlex.join(words)
+    return f"{start} {_program()} {shlex.join(words)}".rstrip()
 
 
 def with_sample(config: TrainConfig) -> TrainConfig:

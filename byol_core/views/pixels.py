@@ -55,15 +55,18 @@ class BadFiles:
 
     def give_up(self, tried: int) -> NoReturn:
         """Raises: TooManyBadFilesError. tried: images among which they are."""
-        some = "; ".join(self.listing().replace("\t", ": ").splitlines()[:3])
+        some = "; ".join(self._lines(": ")[:3])
         raise TooManyBadFilesError(
             f"{len(self.reasons)} of {tried} images cannot be read, more than {BAD_LIMIT:.0%} ({some}"
             f"{'; ...' if len(self.reasons) > 3 else ''}) - repair them, or take them away", self.listing())
 
     def listing(self, place: str = "") -> str:
         """A line per file: its name, below `place`, and why it was skipped."""
-        return "".join(f"{printable(place + self.files.name(index))}\t{printable(reason)}\n"
-                       for index, reason in sorted(self.reasons.items()))
+        return "".join(f"{line}\n" for line in self._lines("\t", place))
+
+    def _lines(self, between: str, place: str = "") -> list[str]:
+        return [f"{printable(place + self.files.name(index))}{between}{printable(reason)}"
+                for index, reason in sorted(self.reasons.items())]
 
 
 @dataclass

@@ -326,3 +326,4 @@ def test_console_summary_and_report_give_the_same_verdict(image_folder: Callable
 def test_command_line_asks_for_the_same_run(arguments: list[str]) -> None:
     config = parse_config(arguments)
     assert parse_config(shlex.split(command_line(config))[2:]) == config
+    assert command_line(config, 2) == command_line(config).replace("python", "torchrun --nproc-per-node=2", 1)

@@ -18,7 +18,7 @@ from byol_core.schedules import cosine_tau
 from byol_core.system.seeds import seed_from
 
 Scheduler = LRScheduler | ReduceLROnPlateau
-END = object()  # of a loader
+END = object()  # what stands for the end of a loader
 
 
 class PlainBatches(Protocol):
@@ -85,7 +85,7 @@ class Method:
     target's momentum, "cosine" from the base to 1 over all updates, or "constant". accum_steps: micro-batches per update.
     lr_scheduler_interval: the learning-rate scheduler is stepped after each applied "step" or after each "epoch". seed: of
     dropout and the like, seeded anew from (seed, update); your own loader's randomness is not seeded here.
-    Raises: ValueError for what is none of these.
+    Raises: ValueError for a value that is out of range or unknown.
     """
 
     criterion: Callable[[Tensor, Tensor], Tensor] = byol_loss

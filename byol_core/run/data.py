@@ -56,7 +56,7 @@ def load(setup: Setup, files: ImageSet, say: Say, views: str = "auto") -> Loaded
 class Measuring:
     """Scores of a backbone: accuracies on labelled images, or, where there are none, how well it tells images apart.
 
-    without_labels: makes what tells the latter. eval_data: the images of --eval-data, where they are given.
+    without_labels: makes the scorer for images without labels. eval_data: the images of --eval-data, where they are given.
     Raises: ValueError when --eval-data cannot be measured on.
     """
 

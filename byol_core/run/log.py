@@ -67,7 +67,7 @@ class RunLog:
         self.loss_count = 0
         self.skipped = 0
         self.last: dict[str, Value] = {}
-        self.resumed: list[int] = []  # updates at which the run was
+        self.resumed: list[int] = []  # the updates after which the run went on in a new session
         self.board: Board | None = None  # gets every record too
         self._bar: tqdm | None = None
         self._printed = self._marked = time.monotonic()

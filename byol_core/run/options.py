@@ -132,13 +132,13 @@ def check_option(name: str, value: object) -> None:
 
 
 def _program() -> str:
-    """What was started, behind "python"."""
+    """What follows "python" in the command that was given."""
     installed = sys.argv[0].replace("\\", "/").endswith("byol_core/__main__.py")
     return "-m byol_core" if installed else "train.py"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = Parser(prog=_program(), allow_abbrev=False,
+    parser = Parser(prog=_program().replace("-m", "python -m"), allow_abbrev=False,
                     description="Train BYOL on a folder of images, without labels.",
                     epilog=f"example: python {_program()} --data ./imgs --epochs 100")
     groups: dict[str, argparse._ArgumentGroup] = {}

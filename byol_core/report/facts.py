@@ -21,8 +21,9 @@ LARGEST = 1e300  # beyond it a number is damage, and overflows in a drawing
 class RunFacts:
     """summary: numbers, texts, or None for what is not known; updates and epochs are as late as the records.
 
-    config: its sections, {} for one that is absent. choices: with name, value, reason and asked. records: lines of metrics.jsonl,
-    of which only numbers are kept. resumed: epochs at which a new session began. skipped: lines of bad_files.txt.
+    config: its sections, {} for one that is absent. choices: with name, value, reason and asked. records: lines of
+    metrics.jsonl, of which only numbers are kept. resumed: epochs at which a new session began. skipped: lines of
+    bad_files.txt.
     """
 
     folder: Path

@@ -166,19 +166,13 @@ def _check_spread(evaluation: Evaluation, name: str, features: "Features") -> No
 
 def _measure(evaluation: Evaluation, name: str, fit: "Features", test: "Features") -> "tuple[dict[str, float], Tensor]":
     """(accuracies in [0, 1] by metric, the linear probe's predictions)."""
-    import torch
-    from sklearn.base import clone
-
-    from byol_core.evaluate.probes import LinearProbe, fit_classifier, knn_accuracy, too_large_for_sklearn, unconverged
-    from byol_core.evaluate.scoring import few_label_accuracies
+    from byol_core.evaluate.probes import LinearProbe, knn_accuracy
+    from byol_core.evaluate.scoring import accuracy_of_probe, few_label_accuracies, usual_probe
 
     def predict(classifier: "Classifier | None", metric: str) -> "Tensor":
-        fitted = fit_classifier(fit.x, fit.y, classifier)
-        remark = unconverged(fitted)
+        accuracies[metric], predicted, remark = accuracy_of_probe(fit, test, classifier)
         if remark is not None:
             evaluation.note(f"note: {metric} of {name}: {remark}")
-        predicted = torch.as_tensor(fitted.predict(test.x.numpy()))
-        accuracies[metric] = float((predicted == test.y).double().mean())
         return predicted
 
     accuracies: dict[str, float] = {}
@@ -187,15 +181,14 @@ def _measure(evaluation: Evaluation, name: str, fit: "Features", test: "Features
             evaluation.note(f"note: knn_{k} uses {len(fit.y)} neighbours, all images there are to fit on")
         accuracies[f"knn_{k}"] = knn_accuracy(fit.x, fit.y, test.x, test.y, k)
     accuracies |= few_label_accuracies(fit, test, FEW_LABELS, lambda line: evaluation.note(f"note: {line}"))
-    large = too_large_for_sklearn(fit.x, int(fit.y.max()) + 1)
-    by_sgd = evaluation.options.linear == "sgd" or large and evaluation.options.linear == "auto"
-    evaluation.note("note: linear is " + ("SGD on frozen features, the published protocol" if by_sgd else
-                                          "scikit-learn's logistic regression on standardised features"))
-    predicted = predict(LinearProbe(device=evaluation.runtime.device) if by_sgd else None, "linear")
+    device, linear = evaluation.runtime.device, evaluation.options.linear
+    probe = usual_probe(fit, device) if linear == "auto" else LinearProbe(device=device) if linear == "sgd" else None
+    evaluation.note("note: linear is " + ("scikit-learn's logistic regression on standardised features" if probe is None else
+                                          "SGD on frozen features, the published protocol"))
+    predicted = predict(probe, "linear")
     if evaluation.options.classifier is not None:
-        fresh = None if evaluation.classifier is None else clone(evaluation.classifier, safe=False)
         try:
-            predict(fresh, evaluation.options.classifier)
+            predict(evaluation.classifier, evaluation.options.classifier)
         except Exception as error:  # classifiers raise whatever they like
             raise RuntimeError(f"--classifier {evaluation.options.classifier} failed on the features of the {name} network: "
                                f"{error}") from error

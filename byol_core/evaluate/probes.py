@@ -66,11 +66,8 @@ def fit_classifier(features: Tensor, labels: Tensor, classifier: Classifier | No
 def classifier_accuracy(train_features: Tensor, train_labels: Tensor, test_features: Tensor, test_labels: Tensor,
                         classifier: Classifier | None = None) -> float:
     """Accuracy in [0, 1] on the test features of `fit_classifier` on the training features."""
-    return accuracy_of(fit_classifier(train_features, train_labels, classifier), test_features, test_labels)
-
-
-def accuracy_of(fitted: Classifier, features: Tensor, labels: Tensor) -> float:
-    return float(np.mean(fitted.predict(_array(features)) == _array(labels)))
+    fitted = fit_classifier(train_features, train_labels, classifier)
+    return float(np.mean(fitted.predict(_array(test_features)) == _array(test_labels)))
 
 
 def few_label_accuracy(train: Features, test: Features, per_class: int, draws: int = DRAWS, seed: int = 0) -> float:

@@ -7,7 +7,7 @@ from sklearn.base import clone
 from torch import Tensor, nn
 
 from byol_core.evaluate.features import Features, embed_data, split
-from byol_core.evaluate.probes import (Classifier, LinearProbe, accuracy_of, few_label_accuracy, fit_classifier, knn_accuracy,
+from byol_core.evaluate.probes import (Classifier, LinearProbe, few_label_accuracy, fit_classifier, knn_accuracy,
                                        too_large_for_sklearn, unconverged)
 from byol_core.images.image_set import ImageSet
 from byol_core.runtime import Runtime
@@ -50,15 +50,10 @@ class Scorer:
     def measure(self, backbone: nn.Module) -> Scores:
         """All accuracies. Raises: ValueError when the labels do not allow any."""
         fit, test = self.features(backbone)
-        per_class = torch.bincount(fit.y)
-        classifier = None if self.classifier is None else clone(self.classifier, safe=False)
-        if classifier is None and too_large_for_sklearn(fit.x, len(per_class)):
-            classifier = LinearProbe(device=self.runtime.device)
         scores: Scores = {"knn": knn_accuracy(fit.x, fit.y, test.x, test.y), "linear": None}
+        classifier = usual_probe(fit, self.runtime.device) if self.classifier is None else self.classifier
         try:
-            fitted = fit_classifier(fit.x, fit.y, classifier)
-            scores["linear"] = accuracy_of(fitted, test.x, test.y)
-            remark = unconverged(fitted)
+            scores["linear"], _, remark = accuracy_of_probe(fit, test, classifier)
         except ValueError as error:  # the labels do not suit this classifier
             remark = f"the classifier failed, so there is no linear accuracy: {one_line(error)}"
         if remark is not None:
@@ -85,6 +80,18 @@ class Scorer:
         indices, x = embed_data(backbone, data, self.recipe, some_indices(len(data), self.at_most or len(data)),
                                 self.runtime, self.workers)
         return Features(x, data.files.labels[indices])
+
+
+def usual_probe(fit: Features, device: torch.device) -> Classifier | None:
+    """SGD on large sets, and None, which stands for logistic regression, on others."""
+    return LinearProbe(device=device) if too_large_for_sklearn(fit.x, int(fit.y.max()) + 1) else None
+
+
+def accuracy_of_probe(fit: Features, test: Features, classifier: Classifier | None) -> tuple[float, Tensor, str | None]:
+    """(accuracy in [0, 1], the classes it predicts, what is to be said of its fitting) of a fresh copy of a classifier."""
+    fitted = fit_classifier(fit.x, fit.y, None if classifier is None else clone(classifier, safe=False))
+    predicted = torch.as_tensor(fitted.predict(test.x.numpy()))
+    return float((predicted == test.y).double().mean()), predicted, unconverged(fitted)
 
 
 def few_label_accuracies(fit: Features, test: Features, counts: Sequence[int],

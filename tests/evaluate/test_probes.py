@@ -145,7 +145,7 @@ def test_a_class_without_an_image_to_fit_on_takes_no_measure_away(monkeypatch, m
     fit = Features(train.x[there], train.y[there])
     monkeypatch.setattr(Scorer, "features", lambda *_: (fit, test))
     scorer = object.__new__(Scorer)
-    scorer.classifier = None
+    scorer.classifier, scorer.runtime = None, Runtime("cpu")
     assert set(scorer.measure(nn.Identity())) == {"knn", "linear", "linear_1", "linear_5"}
 
 
@@ -266,9 +266,8 @@ def test_a_run_on_a_large_set_is_measured_by_sgd_unless_a_classifier_is_asked_fo
     data, held_out = (load_images(scan(folder), "device", torch.device("cpu"), lambda line: None)[0]
                       for folder in write_digits(tmp_path / "digits"))
     fitted: list[str] = []
-    monkeypatch.setattr(scoring, "fit_classifier", lambda x, y, classifier: fitted.append(type(classifier).__name__))
-    monkeypatch.setattr(scoring, "accuracy_of", lambda *sets: 0.5)
-    monkeypatch.setattr(scoring, "unconverged", lambda classifier: None)
+    monkeypatch.setattr(scoring, "accuracy_of_probe", lambda fit, test, classifier: (
+        fitted.append(type(classifier).__name__), (0.5, None, None))[1])
     monkeypatch.setattr(scoring, "FEW_LABELS", ())
     for limit, classifier in ((10**9, None), (10, None), (10, GaussianNB())):
         monkeypatch.setattr(probes, "SKLEARN_UP_TO", limit)

@@ -11,7 +11,6 @@ import torchvision
 from byol_core.images.image_set import ImageSet
 from byol_core.run.folder import space_warning
 from byol_core.run.options import command_line
-from byol_core.run.plan import Choice, Plan
 from byol_core.run.setup import Setup
 from byol_core.run.state import TrainingState
 from byol_core.system.files import write_json
@@ -35,19 +34,13 @@ def describe(setup: Setup, files: ImageSet, state: TrainingState, views_reason: 
         say(f"length: {plan.epochs} epochs of {plan.updates_per_epoch} updates take about "
             f"{config.minutes:g} minutes of training here")
     for choice in plan.choices:
-        say(f"  {choice.name} {value_of(choice, plan)} ({choice.reason})")
+        say(f"  {choice.name} {choice} ({choice.reason})")
     _describe_machine(setup, views_reason, say)
     say(f"run folder: {setup.folder}")
     if setup.processes.first:  # whose folder it is
         warning = space_warning(setup.folder, state.checkpoint_bytes())
         if warning is not None:
             say(warning)
-
-
-def value_of(choice: Choice, plan: Plan) -> str:
-    """As a person reads it; of the rate also what comes of it."""
-    value = f"{choice.value:.6g}" if isinstance(choice.value, float) else str(choice.value)
-    return f"{value} x {plan.batch_size}/256 = {plan.lr:.6g}" if choice.name == "lr" else value
 
 
 def _describe_machine(setup: Setup, views_reason: str, say: Callable[[str], None]) -> None:
@@ -71,7 +64,7 @@ def write_config(setup: Setup, files: ImageSet) -> None:
         "config": asdict(setup.config),
         "commands": {name: command_line(options, setup.processes.world_size)
                      for name, options in (("this", asked), ("elsewhere", replace(asked, out=None)))},
-        "choices": [{**asdict(choice), "shown": value_of(choice, plan)} for choice in plan.choices],
+        "choices": [{**asdict(choice), "shown": str(choice)} for choice in plan.choices],
         "plan": {key: value for key, value in asdict(plan).items() if key != "choices"},
         "data": {"images": len(files), "classes": list(files.classes), "image_names": files.fingerprint()},
         "versions": {"byol_core": __version__, "torch": str(torch.__version__), "torchvision": torchvision.__version__,

@@ -26,10 +26,16 @@ PAPER_PRESETS = {40: (0.45, 1e-6, 0.97), 100: (0.45, 1e-6, 0.99), 300: (0.3, 1e-
 
 @dataclass(frozen=True)
 class Choice:
+    """One choice of a plan. asked: by the user. shown: the value as a person reads it, where more is to be said of it."""
+
     name: str
     value: int | float | str | bool
     reason: str
-    asked: bool = False  # by the user
+    asked: bool = False
+    shown: str = ""
+
+    def __str__(self) -> str:
+        return self.shown or (f"{self.value:.6g}" if isinstance(self.value, float) else str(self.value))
 
 
 def as_asked(name: str, value: int | float | str | bool) -> Choice:
@@ -137,6 +143,7 @@ def make_plan(config: TrainConfig, facts: Facts, world_size: int = 1, seen: int 
 
     values = {name: choice.value for name, choice in chosen.items()}
     values["lr"] = scaled_lr(float(values["lr"]), batch_size)
+    chosen["lr"] = replace(chosen["lr"], shown=f"{chosen['lr']} x {batch_size}/256 = {values['lr']:.6g}")
     views, least = _views(config.recipe, size), _min_scale(config, facts.images)
     views = views if least is None else with_min_scale(views, float(least.value))
     return Plan(

@@ -12,7 +12,7 @@ import torch
 
 from byol_core.run.log import RunLog
 from byol_core.run.options import TrainConfig, check_option
-from byol_core.run.plan import Plan, make_plan, with_min_scale
+from byol_core.run.plan import Choice, Plan, make_plan, with_min_scale
 from byol_core.run.results import Results
 from byol_core.run.setup import Setup
 from byol_core.run.state import TrainingState
@@ -106,12 +106,9 @@ def go_on(begun: dict[str, Any], config: TrainConfig, facts: Facts, world_size: 
 
 def _go_on(begun: dict[str, Any], config: TrainConfig, facts: Facts, world_size: int, seen: int | None) -> Plan:
     chosen = {name: begun[name] for name in RECIPE if getattr(config, name) is None and name in begun}
-    if "lr" in chosen:
-        check_option("lr", begun["lr"])
-        chosen["lr"] = begun["lr"] * 256 / begun["batch_size"]
     for name, value in chosen.items():
         check_option(name, value)
-    plan = make_plan(replace(config, **chosen), facts, world_size, seen)
+    plan = make_plan(replace(config, **{**chosen, "lr": config.lr}), facts, world_size, seen)
     fields: list[dict[str, Any]] = [{key: tuple(value) if isinstance(value, list) else value for key, value in view.items()}
                                     for view in begun["views"]]
     views = ViewRecipe(**fields[0]), ViewRecipe(**fields[1])
@@ -119,10 +116,10 @@ def _go_on(begun: dict[str, Any], config: TrainConfig, facts: Facts, world_size:
         raise ValueError("its views are not of its view size")
     if config.min_scale is not None:
         views = with_min_scale(views, config.min_scale)
-    kept = {"lr": begun["lr"]} if "lr" in chosen else {}  # not by way of the batch, which may round
-    choices = [replace(choice, reason="as this run began", asked=False) if choice.name in chosen else choice
-               for choice in plan.choices]
-    return replace(plan, **kept, views=views, choices=tuple(choices))
+    scaled = {"lr": f"{chosen['lr']:.6g} after scaling by the batch"} if "lr" in chosen else {}
+    choices = [Choice(choice.name, chosen[choice.name], "as this run began", shown=scaled.get(choice.name, ""))
+               if choice.name in chosen else choice for choice in plan.choices]
+    return replace(plan, lr=chosen.get("lr", plan.lr), views=views, choices=tuple(choices))
 
 
 @dataclass(frozen=True)

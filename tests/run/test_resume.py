@@ -259,7 +259,7 @@ def test_a_run_goes_on_with_the_recipe_that_it_began_with(
     assert_same_state(checkpoint("whole"), checkpoint("out"))
     kept = [choice for choice in json.loads(Path("out/config.json").read_text())["choices"] if "began" in choice["reason"]]
     assert len(kept) > 10 and not any(choice["asked"] for choice in kept)
-    assert "batch_size 8 (as this run began)" in said and "lr 0.3 x 8/256 = 0.009375 (as this run began)" in said
+    assert "batch_size 8 (as this run began)" in said and "lr 0.009375 after scaling by the batch (as this run began)" in said
     whole, out = (json.loads(Path(name, "config.json").read_text())["plan"] for name in ("whole", "out"))
     assert whole == out
     assert run(*always, "--out", "new") == 0  # a new run has the new recipe

@@ -1,24 +1,33 @@
-"""`python -m tests`: the whole check - tests, style, types - in one command. `--fast` leaves the slow tests out."""
+"""`python -m tests`: the whole check - tests, style, types - in one command, with the seconds of each part.
+
+`--fast` leaves the slow tests out. The ten slowest tests are listed.
+"""
 
 import importlib.util
 import os
 import subprocess
 import sys
+import time
 
 from byol_core.runtime import usable_cpus
 
 
 def main() -> int:
     fast = "--fast" in sys.argv[1:]
-    pytest = [sys.executable, "-m", "pytest", "-q", *(["-m", "not slow"] if fast else [])]
+    pytest = [sys.executable, "-m", "pytest", "-q", "--durations=10", *(["-m", "not slow"] if fast else [])]
     environment = dict(os.environ)
     if importlib.util.find_spec("xdist"):  # many tests wait for processes of theirs, so there are more workers than CPUs
         pytest += ["-n", str(2 * usable_cpus()), "--dist", "loadgroup"]
         environment["OMP_NUM_THREADS"] = "1"
-    codes = {"pytest": subprocess.call(pytest, env=environment),
-             "flake8": subprocess.call([sys.executable, "-m", "flake8", "byol_core", "tests", "train.py"]),
-             "mypy": subprocess.call([sys.executable, "-m", "mypy", "byol_core", "train.py", "tests/bench"])}
-    failed = [name for name, code in codes.items() if code]
+    parts = {"pytest": pytest, "flake8": [sys.executable, "-m", "flake8", "byol_core", "tests", "train.py"],
+             "mypy": [sys.executable, "-m", "mypy", "byol_core", "train.py", "tests/bench"]}
+    failed, seconds = [], []
+    for name, words in parts.items():
+        began = time.monotonic()
+        if subprocess.call(words, env=environment):
+            failed.append(name)
+        seconds.append(f"{name} {time.monotonic() - began:.0f} s")
+    print(", ".join(seconds))
     print(f"failed: {', '.join(failed)}" if failed else "all checks passed" + (", slow tests left out" if fast else ""))
     return 1 if failed else 0
 

@@ -17,7 +17,6 @@ from torch.optim import Optimizer
 from byol_core.cuda_graph import MicroBatch, Recorded, Recorder
 from byol_core.small_maps import use_products_for_small_maps
 from byol_core.system.distributed import ALONE, Processes
-from byol_core.system.watch import WAITING, WORKING
 
 # By the beginnings of torchvision's names. On a CPU, depthwise convolutions are faster in float32 than in bf16, and these
 # networks up to 1.8 times as fast with channels last as without; of the others in float32, those that gain by that.
@@ -211,9 +210,6 @@ class Runtime:
     def micro_batch(self, distributed: nn.Module, seed: int, last: bool) -> Iterator[None]:
         """Around forward and backward: torch's generators begin anew from `seed`, but for the CPU's outside of it, from which
         loaders draw; and only the last micro-batch of an update exchanges gradients."""
-        watch = self.processes.watch
-        if watch is not None and self.device.type == "cuda":
-            watch.enter(WAITING)  # synchronised batch norm waits for the others in the forward pass
         alone = isinstance(distributed, DistributedDataParallel) and not last
         before = torch.get_rng_state()
         torch.manual_seed(seed)
@@ -222,8 +218,6 @@ class Runtime:
                 yield
         finally:
             torch.set_rng_state(before)
-        if watch is not None and not last:
-            watch.enter(WORKING)  # until the views of the next one are there
 
     @contextlib.contextmanager
     def autocast(self) -> Iterator[None]:
@@ -238,8 +232,6 @@ class Runtime:
         return Recorded(compute, parameters, self.device, self.recorder) if self.cuda_graph else compute
 
     def backward(self, loss: Tensor) -> None:
-        if self.processes.watch is not None:
-            self.processes.watch.enter(WAITING)
         self.scaler.scale(loss).backward()
 
     def step(self, optimizer: Optimizer, loss: Tensor) -> bool:
@@ -269,8 +261,6 @@ class Runtime:
         if self._statistics is not None:
             self._statistics.keep() if finite else self._statistics.restore()
         optimizer.zero_grad(set_to_none=True)
-        if self.processes.watch is not None:
-            self.processes.watch.step_begins()
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         if self.skipped_in_a_row >= (SKIPS_IN_A_ROW if self.scaler.is_enabled() else 1):
             raise NonFiniteError("the loss or a gradient is not finite" if not self.scaler.is_enabled() else

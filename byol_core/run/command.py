@@ -42,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except Exception as error:
             if request.signal is not None:  # a library whose loading it broke off may fail in any way
                 return Stopped(request.signal).code
+            request.ignore()  # as the one that torchrun sends when another process fails
             if isinstance(error, ValueError):
                 complain(config, processes, error)
                 return 2
@@ -113,14 +114,11 @@ def open_missing_streams() -> None:
 
 def carry_out(run: "Run") -> int:
     try:
-        try:
-            work(run)
-        except Stopped as stopped:
-            run.stop.ignore()
-            run.processes.stopped(stopped)
-            raise
+        work(run)
         return 0
     except Stopped as stopped:
+        run.stop.ignore()
+        run.processes.fail(stopped)  # or those that lose their connection to this one would take it for dead
         with contextlib.suppress(OSError):  # on a full disk
             run.write_end("stopped", str(stopped))
         run.log.say(f"{stopped}: the check was broken off" if run.setup.config.check else
@@ -164,7 +162,7 @@ def complain(config: TrainConfig, processes: "Processes | None", error: Exceptio
     if config.debug:
         traceback.print_exc()
     line = one_line(str(error) if line is None else line)
-    reason, ours = (line, True) if processes is None else processes.fail(RuntimeError(line))
+    reason, ours = (line, True) if processes is None else processes.fail(error, line)
     if ours:
         show(sys.stderr, f"error: {reason}\n")
     return reason

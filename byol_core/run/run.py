@@ -61,8 +61,6 @@ class Run:
         self.saved_updates = 0
         self._lock = lock_of(folder)
         self.stop = StopRequest(patient=processes.several)
-        if processes.watch is not None:
-            processes.watch.last_words = lambda reason: self.write_end("failed", reason)
 
     @property
     def progress(self) -> Progress:
@@ -125,9 +123,9 @@ class Run:
                 raise Stopped(self.stop.signal) from error
             raise WorkerError(f"{error}; {self.what_is_saved()}") from error
         finally:
-            self.stop.waits_for_a_step = False
             self.log.close()
             self.batches.close()
+        self.stop.waits_for_a_step = False  # a failure is not to be taken for the signal by which torchrun answers it
         if not self.processes.from_first(lambda: (self.setup.folder / LAST).exists()):  # no update was left to be made here
             self.save()
 
@@ -149,7 +147,7 @@ class Run:
         asked = self.processes.agree_on_stop(self.stop.signal, now=ended_epoch)
         if asked is not None:
             self.save()
-            raise Stopped(*asked, agreed=True)
+            raise Stopped(*asked)
         if ended_epoch and (progress.epoch % config.save_every == 0 or progress.epoch == epochs):
             self.save()
         if ended_epoch and self.processes.first:

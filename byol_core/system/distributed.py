@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import re
+import signal
 import sys
 import time
 import uuid
@@ -12,13 +14,17 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-from byol_core.system.signals import Stopped
-from byol_core.system.watch import Watch
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 MEETING_S = 120.0  # seconds in which all processes must have come
-NO_LIMIT = timedelta(days=30)  # of one exchange: what takes too long is for `Watch` to judge
+TIMEOUT_S = 600  # seconds that an exchange may take, unless BYOL_TIMEOUT_S says otherwise
+NO_LIMIT = timedelta(days=30)  # of the wait for the first process, which may evaluate for hours
+GRACE_S = 3.0  # seconds for a process that failed to say why, before others say that it is gone
 POLL_S = 0.02, 0.5  # seconds between looks at what another process has done: at first, and at most
+FAILED = "failed"  # the store's key for "RANK why the run fails": the first process to write it is the one that says so
+# How torch says that the other end of a connection does not answer, or is no longer there; it has no type of its own for that.
+NO_ANSWER = re.compile("timed out|timeout", re.IGNORECASE)
+LOST = re.compile("connection (closed|reset|refused)|broken pipe|remote process exit|communicator was aborted", re.IGNORECASE)
 
 T = TypeVar("T")
 
@@ -27,13 +33,15 @@ class Processes:
     """All processes of one run, seen from this one. Alone it needs no set-up, and every agreement is its own opinion.
 
     Every method but `fail` must be called by all processes, in the same order.
+
+    store: what torchrun's processes share. patient: a process group whose exchanges may take any time; None: the default one.
     """
 
     def __init__(self, rank: int = 0, world_size: int = 1, local_rank: int = 0, local_world_size: int = 1,
-                 watch: Watch | None = None) -> None:
+                 store: dist.Store | None = None, patient: dist.ProcessGroup | None = None) -> None:
         self.rank, self.world_size = rank, world_size
         self.local_rank, self.local_world_size = local_rank, local_world_size
-        self.watch = watch
+        self._store, self._patient, self._launcher = store, patient, os.getppid()
         self._opinions: tuple[dist.Work | None, Tensor] | None = None  # those of the call before
 
     @property
@@ -50,8 +58,7 @@ class Processes:
         if not self.several:
             return value
         total = value.detach().clone()
-        with self._waiting():
-            dist.all_reduce(total)
+        dist.all_reduce(total)
         return total / self.world_size
 
     def mean_values(self, values: Mapping[str, float]) -> dict[str, float]:
@@ -65,8 +72,7 @@ class Processes:
         if not self.several:
             return [value]
         values: list[T] = [value] * self.world_size
-        with self._waiting():
-            dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value)
         return values
 
     def from_first(self, make: Callable[[], T]) -> T:
@@ -74,72 +80,84 @@ class Processes:
         if not self.several:
             return make()
         made = [self.on_first(make)]
-        with self._waiting():
-            dist.broadcast_object_list(made, src=0)
+        dist.broadcast_object_list(made, src=0)
         return made[0]  # type: ignore[return-value]
 
     def on_first(self, work: Callable[[], T]) -> T | None:
         """Do `work` in the first process, while the others wait without limit; None in the others."""
         if not self.several:
             return work()
-        with contextlib.nullcontext() if self.watch is None else self.watch.without_limit():
-            result = work() if self.first else None
-        with self._waiting():
-            self._everyone_is_here()
+        result = work() if self.first else None
+        self._everyone_is_here()
         return result
 
-    def _waiting(self) -> contextlib.AbstractContextManager[None]:
-        """Around an exchange, so that whoever keeps the others waiting is found."""
-        return contextlib.nullcontext() if self.watch is None else self.watch.waiting()
-
     def _everyone_is_here(self) -> None:
-        """Wait for the others, so that a signal is answered all the while."""
-        arrival = dist.all_reduce(torch.zeros(1), async_op=True)
-        pause = POLL_S[0]
+        """Wait for the first process as long as it takes, and, in that one, for the others; a signal is answered meanwhile."""
+        arrival = dist.all_reduce(torch.zeros(1), group=self._patient, async_op=True)
+        pause, until = POLL_S[0], time.monotonic() + _timeout().total_seconds()
         while not arrival.is_completed():
+            if self.first and time.monotonic() > until:
+                raise RuntimeError("timed out")
             time.sleep(pause)
             pause = min(2 * pause, POLL_S[1])
         arrival.wait()
 
-    def agree_on_stop(self, signal: int | None, now: bool) -> tuple[int, str] | None:
+    def agree_on_stop(self, asked: int | None, now: bool) -> tuple[int, str] | None:
         """(signal, to whom it came) when a process was asked to stop, the same answer in all of them.
 
         Unless `now`, the answer is about the call before: by then it has arrived, and nobody waits for it.
+        asked: the number of the signal that this process got. One whose torchrun is gone stops as for SIGTERM.
         """
         if not self.several:
-            return None if signal is None else (signal, "")
+            return None if asked is None else (asked, "")
+        if asked is None and os.getppid() != self._launcher:
+            asked = signal.SIGTERM
         opinion = torch.zeros(self.world_size, dtype=torch.int64)
-        opinion[self.rank] = signal or 0
+        opinion[self.rank] = asked or 0
         before, self._opinions = self._opinions, (dist.all_reduce(opinion, async_op=True), opinion)
         for work, opinions in filter(None, (before, self._opinions if now else None)):
             if work is not None:
-                with self._waiting():
-                    work.wait()
-            asked = opinions.nonzero().flatten().tolist()
-            if asked:
-                whom = "" if len(asked) == self.world_size else f" to rank {', '.join(map(str, asked))}"
+                work.wait()
+            ranks = opinions.nonzero().flatten().tolist()
+            if ranks:
+                whom = "" if len(ranks) == self.world_size else f" to rank {', '.join(map(str, ranks))}"
                 return int(opinions.max()), whom
         return None
 
-    def fail(self, error: BaseException) -> tuple[str, bool]:
+    def fail(self, error: BaseException, line: str | None = None) -> tuple[str, bool]:
         """(why the run fails, whether this process is the one to say so), when `error` ends this process.
 
-        The others learn of it and end, too.
+        The others lose their connection to it, and end with the same reason. line: instead of the error's own words.
         """
-        return (str(error), True) if self.watch is None else self.watch.fail(error)
-
-    def stopped(self, stop: Stopped) -> None:
-        """A signal is about to end this process. Raises: ConnectionError in the first when it came because another is gone."""
-        if self.watch is not None and self.watch.asked_to_stop(look=self.first and not stop.agreed):
-            raise ConnectionError("connection closed by another process") from stop
+        text, here = str(error) if line is None else line, f"rank {self.rank} of {self.world_size}"
+        if self._store is None:
+            return text, True
+        of_torch = type(error) is RuntimeError or isinstance(error, dist.DistError)
+        if of_torch and NO_ANSWER.search(str(error)):
+            text = (f"another process has not answered for {_timeout().total_seconds():.0f} s (noticed by {here}): it hangs, "
+                    "or its machine is cut off; BYOL_TIMEOUT_S sets these seconds")
+        elif of_torch and LOST.search(str(error)):
+            with contextlib.suppress(RuntimeError):
+                self._store.wait([FAILED], timedelta(seconds=GRACE_S))
+            text = (f"another process is gone (noticed by {here}): killed, out of memory, or cut off; torchrun says how it "
+                    "ended")
+        else:
+            text = f"{here}: {text}"
+        mine = f"{self.rank} {text}"
+        try:
+            agreed = self._store.compare_set(FAILED, "", mine).decode()
+        except RuntimeError:  # the store is gone, with the launcher or the first machine
+            agreed = mine
+        if agreed == mine and "TORCHELASTIC_ERROR_FILE" in os.environ:
+            get_error_handler().record_exception(RuntimeError(text))  # for torchrun's table of failures
+        return agreed.partition(" ")[2], agreed == mine
 
     def leave(self) -> None:
         """The end of a run that went well in every process."""
-        if self.watch is not None:
+        if self._store is not None:
             if self._opinions is not None and self._opinions[0] is not None:
                 self._opinions[0].wait()
             self._everyone_is_here()
-            self.watch.end()
             dist.destroy_process_group()
 
     def end(self, code: int) -> int:
@@ -174,6 +192,7 @@ def join_group(device: str, world_size: int) -> Processes:
     if missing or not 0 <= rank < world_size:
         wrong = f"but {missing[0]} is not set" if missing else f"RANK {rank}"
         raise ValueError(f"WORLD_SIZE is {world_size}, {wrong} - start with torchrun, or unset WORLD_SIZE")
+    timeout = _timeout()
     local_rank, local_world_size = _number("LOCAL_RANK", rank), _number("LOCAL_WORLD_SIZE", world_size)
     gpus = torch.cuda.device_count() if device == "auto" or device.startswith("cuda") else 0
     if gpus:
@@ -182,10 +201,17 @@ def join_group(device: str, world_size: int) -> Processes:
         torch.cuda.set_device(local_rank)
     store = _meet(rank, world_size)
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", store=dist.PrefixStore("torch", store), rank=rank,
-                            world_size=world_size, timeout=NO_LIMIT)
-    watch = Watch(store, rank, world_size)
-    watch.start()
-    return Processes(rank, world_size, local_rank, local_world_size, watch)
+                            world_size=world_size, timeout=timeout)
+    patient = dist.new_group(backend="gloo", timeout=NO_LIMIT)
+    return Processes(rank, world_size, local_rank, local_world_size, store, patient)
+
+
+def _timeout() -> timedelta:
+    """Of one exchange."""
+    seconds = _number("BYOL_TIMEOUT_S", TIMEOUT_S)
+    if seconds < 1:
+        raise ValueError(f"BYOL_TIMEOUT_S is {seconds} - use 1 or more seconds, or unset it")
+    return timedelta(seconds=seconds)
 
 
 def restarted() -> bool:
@@ -198,7 +224,7 @@ def _number(name: str, default: int) -> int:
     try:
         return int(text) if text else default
     except ValueError:
-        raise ValueError(f"{name} is {text!r}, which is no number - start with torchrun, or unset it") from None
+        raise ValueError(f"{name} is {text!r}, which is no whole number - start with torchrun, or unset it") from None
 
 
 def _meet(rank: int, world_size: int) -> dist.Store:

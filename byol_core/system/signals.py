@@ -18,14 +18,14 @@ def end_at_once() -> None:
 
 
 class Stopped(BaseException):
-    """A signal asked the run to stop. code: the process's exit code. agreed: whether all processes of the run know it.
+    """A signal asked the run to stop. code: the process's exit code.
 
     Like KeyboardInterrupt it is no Exception, so that nothing that guards against broken files takes it for one.
     """
 
-    def __init__(self, number: int, whom: str = "", agreed: bool = False) -> None:
+    def __init__(self, number: int, whom: str = "") -> None:
         super().__init__(signal.Signals(number).name + whom)
-        self.code, self.agreed = exit_code(number), agreed
+        self.code = exit_code(number)
 
 
 class StopRequest:

@@ -1,6 +1,6 @@
 """How cost grows with images, processes, batch and network, and what ImageNet-1k would take by calculation.
 
-    python -m tests.bench.scaling images|processes|batch|network|imagenet [--largest N] [--write]
+    python -m tests.bench.scaling images|processes|traffic|batch|network|imagenet [--largest N] [--write]
 """
 
 import argparse
@@ -100,6 +100,36 @@ def processes(largest: int) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
             [(*row, bar) for row, bar in zip(rows, bars(rates))])
 
 
+def traffic(largest: int) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Bytes that each process sends per update, as the loopback device counts them: a run of two epochs less one of one.
+
+    A ring sends the gradients 2 (n - 1) / n times. What comes on top is for n processes: one number of each, sent alike, by
+    which they agree on stopping, the mean of the loss, what an epoch's end takes, and the headers of all packets.
+    """
+    rows = []
+    gradients = 4 * sum(p.numel() for p in BYOL(*build_backbone("conv6"), 256, 64).online.parameters())
+    with tempfile.TemporaryDirectory() as place:
+        data = folder_of(9_600, Path(place) / "imgs")
+        for count in (2, 4, 8):
+            sent = []
+            for epochs in (1, 2):
+                before = sent_over_loopback()
+                run_seconds(data, Path(place) / f"out{count}-{epochs}", "--epochs", str(epochs), "--batch-size", "240",
+                            processes=count)
+                sent.append(sent_over_loopback() - before)
+            each, ring = (sent[1] - sent[0]) / (9_600 // 240) / count, 2 * (count - 1) / count * gradients
+            rows.append((str(count), f"{each / 1e3:.1f}", f"{ring / 1e3:.1f}", f"{(each - ring) / 1e3:.1f}",
+                         f"{16 * (count - 1)}"))
+    rows.append(("1,000, by reckoning", "", f"{2 * 0.999 * gradients / 1e3:.1f}", "", f"{16 * 999}"))
+    return ("processes", "kB sent by each", "gradients, by reckoning", "the rest", "bytes to agree on stopping"), rows
+
+
+def sent_over_loopback() -> int:
+    """Bytes since the system started; Linux alone."""
+    line = next(line for line in Path("/proc/net/dev").read_text().splitlines() if line.strip().startswith("lo:"))
+    return int(line.split()[9])
+
+
 def batch(largest: int) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Images per second of batches of 32 to 4096, in micro-batches of at most 256: accumulation should cost nothing."""
     rows, rates = [], []
@@ -184,7 +214,7 @@ def imagenet(largest: int) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
              "MB sent per GPU and update", "ms of sending", *(f"hours for {epochs} epochs" for epochs in EPOCHS)), rows)
 
 
-KINDS = {"images": images, "processes": processes, "batch": batch, "network": network, "imagenet": imagenet}
+KINDS = {kind.__name__: kind for kind in (images, processes, traffic, batch, network, imagenet)}
 
 
 def main() -> None:

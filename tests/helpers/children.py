@@ -23,7 +23,7 @@ from typing import IO, Any
 REPOSITORY = Path(__file__).parents[2]
 SMALL = ["--arch", "conv6", "--hidden-dim", "16", "--projection-dim", "8", "--image-size", "16", "--batch-size", "4",
          "--device", "cpu"]
-PATIENCE_S = 60.0  # seconds in which a child and all that it started must have ended
+PATIENCE_S = 600.0  # seconds in which a child and all that it started must have ended
 
 
 @dataclass(frozen=True)

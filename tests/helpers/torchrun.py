@@ -24,16 +24,13 @@ FAULTS = {
     "raises": "raise RuntimeError('the dog ate it')",
     "is killed": "os.kill(os.getpid(), signal.SIGKILL)",
     "gets SIGTERM": "os.kill(os.getpid(), signal.SIGTERM)",
-    "hangs": "time.sleep(600)",
-    "freezes": "os.kill(os.getpid(), signal.SIGSTOP)",
+    "hangs": "signal.signal(signal.SIGTERM, signal.SIG_DFL); time.sleep(600)",  # or torchrun would wait 30 s to kill it
 }
 DRIVER = """
 import os, signal, sys, time
 sys.path.insert(0, {repository!r})
 import train
-from byol_core.system import watch
 from byol_core.run.run import Run
-watch.STUCK_S = {stuck}
 {setup}
 rank, attempt = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 after_step = Run._after_step
@@ -51,7 +48,6 @@ class Finished:
     code: int
     out: str
     err: str
-    seconds: float
     orphans: list[int]
 
     @property
@@ -61,18 +57,16 @@ class Finished:
 
 
 def torchrun(folder: Path, *arguments: object, processes: int = 2, fault: str = "pass", rank: int = 1, update: int = 3,
-             options: tuple[str, ...] = ("--standalone",), before: tuple[str, ...] = (), timeout: float = 120.0,
-             patience: float = 6.0, env: dict[str, str] | None = None, stuck: float = 20.0, setup: str = "",
-             forked: bool = True) -> Finished:
+             options: tuple[str, ...] = ("--standalone",), before: tuple[str, ...] = (), timeout: float = 600.0,
+             patience: float = 60.0, env: dict[str, str] | None = None, setup: str = "", forked: bool = True) -> Finished:
     """`train.py` with these arguments in `folder`, in so many processes.
 
-    options: of torchrun. before: of the command. stuck: seconds after which a process is taken to be stuck. setup: code that
-    all processes run first. forked: torchrun and its processes are spared the loading of torch, which takes longer than a run;
-    all else is as in a run of the command.
+    options: of torchrun. before: of the command. setup: code that all processes run first. forked: torchrun and its processes
+    are spared the loading of torch, which takes longer than a run; all else is as in a run of the command.
     """
     driver = folder / "driver.py"
     driver.write_text(DRIVER.format(repository=str(REPOSITORY), update=update, rank=rank, fault=FAULTS.get(fault, fault),
-                                    stuck=stuck, setup=setup))
+                                    setup=setup))
     words = ["--nproc-per-node", str(processes), *options, str(driver), *map(str, arguments)]
     environment = {"OMP_NUM_THREADS": "1", **(env or {})}
     if forked:
@@ -90,14 +84,13 @@ def summary(folder: Path, name: str = "out") -> dict[str, object]:
 
 
 def watched(command: list[str], folder: Path, timeout: float, env: dict[str, str] | None = None,
-            patience: float = 6.0) -> Finished:
+            patience: float = 60.0) -> Finished:
     """Run a command; say which of the processes it started are left after `patience` seconds, and kill them."""
     start = partial(subprocess.Popen, command, cwd=folder, start_new_session=True, env={**os.environ, **(env or {})})
     return _finished(folder, start, timeout, patience)
 
 
 def _finished(folder: Path, start: Callable[..., subprocess.Popen | Forked], timeout: float, patience: float) -> Finished:
-    began = time.monotonic()
     with open(folder / "stdout", "w") as out, open(folder / "stderr", "w") as err:
         process = start(stdout=out, stderr=err)
         try:
@@ -106,13 +99,12 @@ def _finished(folder: Path, start: Callable[..., subprocess.Popen | Forked], tim
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
             code = -1
-        seconds = time.monotonic() - began
     until = time.monotonic() + patience
     while (orphans := _that_write_to(folder / "stderr")) and time.monotonic() < until:
         time.sleep(0.1)
     for pid in orphans:
         os.kill(pid, signal.SIGKILL)
-    return Finished(code, (folder / "stdout").read_text(), (folder / "stderr").read_text(), seconds, orphans)
+    return Finished(code, (folder / "stdout").read_text(), (folder / "stderr").read_text(), orphans)
 
 
 def _that_write_to(path: Path) -> list[int]:

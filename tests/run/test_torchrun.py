@@ -65,7 +65,7 @@ def test_a_restart_by_torchrun_resumes_bit_for_bit(image_folder: Callable[..., P
                     options=("--standalone", "--max-restarts", "3"), forked=False)
     assert whole.code == done.code == 0, done.err
     assert "resuming at epoch 1, update 4" in done.out
-    assert done.messages == ["error: rank 1 of 3 is gone: killed, out of memory, or cut off"]
+    assert len(done.messages) == 1 and done.messages[0].startswith("error: another process is gone (noticed by "), done.err
     assert all(torch.equal(tensor, weights(tmp_path, "whole")[name]) for name, tensor in weights(tmp_path).items())
 
 
@@ -79,7 +79,7 @@ def test_one_process_goes_on_with_a_run_of_two_and_says_so(image_folder: Callabl
 
 
 def test_check_ends_although_data_workers_live(image_folder: Callable[..., Path], tmp_path: Path) -> None:
-    done = trained(tmp_path, image_folder(), "--check", "--views", "cpu", "--workers", 1, timeout=100.0)
+    done = trained(tmp_path, image_folder(), "--check", "--views", "cpu", "--workers", 1)
     assert done.code == 0 and done.out.count("nothing was trained") == 1 and not done.orphans
 
 
@@ -112,7 +112,7 @@ def two_nodes() -> Iterator[None]:
     remove()
 
 
-def on_two_nodes(folder: Path, images: Path, fault: str = "pass", **options: float) -> list[Finished]:
+def on_two_nodes(folder: Path, images: Path, fault: str = "pass", timeout: int = 600) -> list[Finished]:
     """The main job, started by a torchrun on each node, each in a folder of its own."""
     def node(number: int) -> Finished:
         place = folder / f"node{number}"
@@ -120,8 +120,8 @@ def on_two_nodes(folder: Path, images: Path, fault: str = "pass", **options: flo
         return torchrun(place, "--data", images, "--out", "out", "--epochs", 2, "--no-eval", *SMALL, fault=fault, options=(
             "--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "10.77.0.1:29400", "--rdzv-id", "test",
             "--rdzv-conf", f"is_host={int(number == 1)}", "--local-addr", f"10.77.0.{number}"), processes=1,
-            before=("ip", "netns", "exec", NODES[number - 1]), forked=False, env={"GLOO_SOCKET_IFNAME": f"cable{number}"},
-            **options)
+            before=("ip", "netns", "exec", NODES[number - 1]), forked=False,
+            env={"GLOO_SOCKET_IFNAME": f"cable{number}", "BYOL_TIMEOUT_S": str(timeout)})
 
     with ThreadPoolExecutor() as pool:
         return list(pool.map(node, (1, 2)))
@@ -134,10 +134,11 @@ def test_two_nodes_train_together(two_nodes: None, image_folder: Callable[..., P
     assert "report: out/report.html" in first.out and second.out == ""
 
 
-def test_a_node_whose_power_fails_is_named(two_nodes: None, image_folder: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_node_whose_power_fails_ends_the_run(two_nodes: None, image_folder: Callable[..., Path], tmp_path: Path) -> None:
     """Nobody is told: the cable goes dead before the processes do."""
     fault = "os.system('ip link set cable2 down'); [os.kill(pid, signal.SIGKILL) for pid in (os.getppid(), os.getpid())]"
-    first, second = on_two_nodes(tmp_path, image_folder(), fault, stuck=4.0)
+    first, second = on_two_nodes(tmp_path, image_folder(), fault, timeout=10)
     assert second.code == -signal.SIGKILL
-    assert first.code == 1 and first.messages == ["error: rank 1 of 2 is silent: frozen, or cut off"], first.err
-    assert summary(tmp_path / "node1")["reason"] == "rank 1 of 2 is silent: frozen, or cut off"
+    assert first.code == 1 and len(first.messages) == 1, first.err
+    assert first.messages[0].startswith("error: another process has not answered for 10 s (noticed by rank 0 of 2): ")
+    assert summary(tmp_path / "node1")["reason"] == first.messages[0].removeprefix("error: ")

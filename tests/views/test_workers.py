@@ -106,7 +106,7 @@ def test_workers_that_are_frozen_are_killed_although_torch_waits_for_them_withou
     worker.start()
     os.kill(worker.pid, signal.SIGSTOP)  # type: ignore[arg-type]
     with pytest.raises(WorkerError, match="the data workers hang"), workers._failures_raised([worker]):
-        worker.join(30)  # as torch fetches a batch from a thread of the worker
+        worker.join(600)  # as torch fetches a batch from a thread of the worker
     assert worker.exitcode == -signal.SIGKILL
 
 

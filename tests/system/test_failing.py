@@ -1,0 +1,71 @@
+"""Who says why a run of several processes fails, and what the others say."""
+
+from datetime import timedelta
+
+import pytest
+import torch.distributed as dist
+
+from byol_core.system import distributed
+from byol_core.system.distributed import Processes
+
+CLOSED = RuntimeError("[pair.cc:534] Connection closed by peer [127.0.0.1]:14242")
+
+
+@pytest.fixture(autouse=True)
+def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "GRACE_S", 0.01)
+
+
+def test_the_first_process_to_fail_has_the_word() -> None:
+    store = dist.HashStore()
+    first, second = (Processes(rank, 2, store=store) for rank in (0, 1))
+    assert second.fail(ValueError("no luck")) == ("rank 1 of 2: no luck", True)
+    assert first.fail(CLOSED) == ("rank 1 of 2: no luck", False)
+    assert first.fail(ValueError("none either")) == ("rank 1 of 2: no luck", False)
+
+
+def test_a_lost_connection_waits_for_the_one_that_failed() -> None:
+    """Which may be busy yet with saying so."""
+    class Store(dist.HashStore):
+        def wait(self, keys: list[str], timeout: timedelta) -> None:
+            assert keys == ["failed"] and timeout == timedelta(seconds=0.01)
+            Processes(1, 2, store=self).fail(ValueError("no luck"))
+
+    assert Processes(0, 2, store=Store()).fail(CLOSED) == ("rank 1 of 2: no luck", False)
+
+
+@pytest.mark.parametrize("error, said", [
+    (CLOSED, "another process is gone (noticed by rank 2 of 3): killed, out of memory, or cut off"),
+    (RuntimeError("[buffer.cc:72] Timed out waiting 7000ms for recv operation to complete"),
+     "another process has not answered for 7 s (noticed by rank 2 of 3): it hangs, or its machine is cut off"),
+])
+def test_of_two_that_notice_it_one_says_so(error: Exception, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BYOL_TIMEOUT_S", "7")
+    store = dist.HashStore()
+    reason, ours = Processes(2, 3, store=store).fail(error)
+    assert ours and reason.startswith(said)
+    assert Processes(0, 3, store=store).fail(error) == (reason, False)
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError("Connection reset by peer"), ValueError("no such folder: timed out"),
+                                   RuntimeError("NCCL error: Duplicate GPU detected")])
+def test_what_no_process_is_to_blame_for_keeps_its_words(error: Exception) -> None:
+    assert Processes(0, 2, store=dist.HashStore()).fail(error, f"{error}!") == (f"rank 0 of 2: {error}!", True)
+
+
+def test_alone_it_says_what_happened() -> None:
+    assert Processes().fail(CLOSED) == (str(CLOSED), True)
+
+
+@pytest.mark.parametrize("seconds, wrong", [("0", "is 0 - use 1 or more seconds"), ("10m", "is '10m', which is no whole ")])
+def test_a_timeout_that_is_none_is_refused(seconds: str, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("BYOL_TIMEOUT_S", seconds)
+    with pytest.raises(ValueError, match=f"BYOL_TIMEOUT_S {wrong}"):
+        distributed.join("cpu")
+
+
+def test_an_exchange_may_take_ten_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BYOL_TIMEOUT_S", raising=False)
+    assert distributed._timeout() == timedelta(minutes=10)

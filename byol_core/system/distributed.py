@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -202,7 +202,7 @@ def join_group(device: str, world_size: int) -> Processes:
     store = _meet(rank, world_size)
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", store=dist.PrefixStore("torch", store), rank=rank,
                             world_size=world_size, timeout=timeout)
-    patient = dist.new_group(backend="gloo", timeout=NO_LIMIT)
+    patient = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=NO_LIMIT))
     return Processes(rank, world_size, local_rank, local_world_size, store, patient)
 
 

@@ -147,7 +147,7 @@ def let_grow(variant: Variant, run: Run) -> None:
         batches.recipes = grown(variant, whole[0], share), grown(variant, whole[1], share)
         return made(number, start)
 
-    batches.epoch = epoch  # type: ignore[method-assign]
+    batches.epoch = epoch  # type: ignore[method-assign, assignment]
 
 
 def change_network(variant: Variant, network: nn.Module) -> None:

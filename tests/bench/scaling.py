@@ -106,7 +106,7 @@ def traffic(largest: int) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     A ring sends the gradients 2 (n - 1) / n times. What comes on top is for n processes: one number of each, sent alike, by
     which they agree on stopping, the mean of the loss, what an epoch's end takes, and the headers of all packets.
     """
-    rows = []
+    rows: list[tuple[str, ...]] = []
     gradients = 4 * sum(p.numel() for p in BYOL(*build_backbone("conv6"), 256, 64).online.parameters())
     with tempfile.TemporaryDirectory() as place:
         data = folder_of(9_600, Path(place) / "imgs")

@@ -18,16 +18,25 @@ pytestmark = pytest.mark.slow
 @pytest.mark.parametrize("fault,message", [
     ("raises", "error: rank {rank} of 2: the dog ate it"),
     ("is killed", "error: another process is gone (noticed by rank {other} of 2): killed, out of memory, or cut off; "),
-    ("hangs", "error: another process has not answered for 10 s (noticed by rank {other} of 2): it hangs, or "),
+    ("hangs", "error: another process has not answered for 15 s (noticed by rank {other} of 2): it hangs, or "),
 ])
 def test_a_process_that_fails_is_told_once_and_ends_the_run(fault: str, message: str, rank: int, tmp_path: Path,
                                                             image_folder: Callable[..., Path]) -> None:
-    done = trained(tmp_path, image_folder(), fault=fault, rank=rank, env={"BYOL_TIMEOUT_S": "10"} if fault == "hangs" else {})
+    done = trained(tmp_path, image_folder(), fault=fault, rank=rank, env={"BYOL_TIMEOUT_S": "15"} if fault == "hangs" else {})
     assert done.code == 1 and not done.orphans
     assert len(done.messages) == 1 and done.messages[0].startswith(message.format(rank=rank, other=1 - rank)), done.err
     if rank == 1:
         assert summary(tmp_path)["status"] == "failed"
         assert done.messages[0].startswith(f"error: {summary(tmp_path)['reason']}")
+
+
+def test_the_first_process_waits_for_the_others_no_longer_than_they_may_take(image_folder: Callable[..., Path],
+                                                                             tmp_path: Path) -> None:
+    """After the last update, where they wait for it as long as it takes."""
+    done = trained(tmp_path, image_folder(), fault="hangs", update=4, env={"BYOL_TIMEOUT_S": "15"})
+    assert done.code == 1 and not done.orphans and len(done.messages) == 1
+    assert done.messages[0].startswith("error: another process has not answered for 15 s (noticed by rank 0 of 2): ")
+    assert summary(tmp_path)["status"] == "failed"
 
 
 # The first process is busy, and so in no exchange; then, and not before, something happens to another.

@@ -30,6 +30,19 @@ def test_a_process_that_fails_is_told_once_and_ends_the_run(fault: str, message:
         assert done.messages[0].startswith(f"error: {summary(tmp_path)['reason']}")
 
 
+def test_a_process_that_is_killed_is_told_although_torchrun_stops_the_others(image_folder: Callable[..., Path],
+                                                                             tmp_path: Path) -> None:
+    """While one that has noticed it still waits for its data workers to end."""
+    slow = ("from byol_core.views.batches import TimedBatches\nclose = TimedBatches.close\n"
+            "TimedBatches.close = lambda batches: ([time.sleep(0.01) for _ in iter(lambda: os.path.exists('stopped'), True)], "
+            "close(batches))\nfrom byol_core.system.signals import StopRequest\nhandle = StopRequest._handle\n"
+            "StopRequest._handle = lambda *about: (open('stopped', 'w').close(), handle(*about))")
+    done = trained(tmp_path, image_folder(), fault="is killed", setup=slow)
+    assert done.code == 1 and len(done.messages) == 1 and not done.orphans, done.err
+    assert done.messages[0].startswith("error: another process is gone (noticed by rank 0 of 2)")
+    assert summary(tmp_path)["status"] == "failed"
+
+
 def test_the_first_process_waits_for_the_others_no_longer_than_they_may_take(image_folder: Callable[..., Path],
                                                                              tmp_path: Path) -> None:
     """After the last update, where they wait for it as long as it takes."""

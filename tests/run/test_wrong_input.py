@@ -115,7 +115,7 @@ def test_a_second_run_in_the_same_folder_is_refused(image_folder: Callable[..., 
 
 
 def test_a_world_size_without_a_launcher_is_refused(image_folder: Callable[..., Path], monkeypatch, capsys) -> None:
-    for size, message in (("2", "WORLD_SIZE is 2, but RANK is not set"), ("abc", "WORLD_SIZE is 'abc', which is no number")):
+    for size, message in (("2", "WORLD_SIZE is 2, but RANK is not set"), ("abc", "WORLD_SIZE is 'abc', which is no whole number")):
         monkeypatch.setenv("WORLD_SIZE", size)
         assert run("--data", image_folder(), "--epochs", 1, "--out", "out", *SMALL) == 2
         assert message in capsys.readouterr().err

@@ -13,30 +13,7 @@ from byol_core.losses import byol_loss
 from byol_core.networks import BYOL
 from byol_core.runtime import Runtime
 from byol_core.training import Progress, Step, train
-from tests.helpers.modules import Interrupted, random_views, small_backbone
-
-
-class Endless(torch.utils.data.IterableDataset):
-    """Has no length, though its DataLoader has the method."""
-
-    def __iter__(self):
-        return iter(())
-
-
-class Seekable:
-    """Batches that depend on the epoch and can start anywhere."""
-
-    def __init__(self, batches: int) -> None:
-        self.batches = batches
-
-    def __len__(self) -> int:
-        return self.batches
-
-    def epoch(self, epoch: int, start: int = 0):
-        generator = torch.Generator().manual_seed(100 + epoch)
-        views = [(torch.rand(4, 3, 8, 8, generator=generator), torch.rand(4, 3, 8, 8, generator=generator))
-                 for _ in range(self.batches)]
-        yield from views[start:]
+from tests.helpers.modules import Endless, Interrupted, Seekable, random_views, small_backbone
 
 
 def test_ten_updates_equal_the_source_systems_formulas_in_float64(small_byol: BYOL) -> None:

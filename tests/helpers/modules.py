@@ -84,3 +84,26 @@ def write_backbone(folder: Path, factor: float = 1.0) -> Path:
 def save(folder: Path, number: int) -> None:
     """A checkpoint that can be told from others by its number."""
     save_checkpoint(folder, {**dict.fromkeys(KEYS), "progress": number, "scores": torch.full((1000,), float(number))})
+
+
+class Endless(torch.utils.data.IterableDataset):
+    """Has no length, though its DataLoader has the method."""
+
+    def __iter__(self):
+        return iter(())
+
+
+class Seekable:
+    """Batches that depend on the epoch and can start anywhere."""
+
+    def __init__(self, batches: int) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def epoch(self, epoch: int, start: int = 0):
+        generator = torch.Generator().manual_seed(100 + epoch)
+        views = [(torch.rand(4, 3, 8, 8, generator=generator), torch.rand(4, 3, 8, 8, generator=generator))
+                 for _ in range(self.batches)]
+        yield from views[start:]

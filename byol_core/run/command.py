@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -27,7 +28,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     request.listen()
     open_missing_streams()
     processes: "Processes | None" = None
-    run: "Run | None" = None
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file name that the terminal cannot show stops nothing
@@ -39,21 +39,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             run = prepare(config, processes, stack)
             if request.signal is not None:  # and what it interrupted has swallowed the exception
                 raise Stopped(request.signal)
-        except Exception as error:
-            if request.signal is not None:  # a library whose loading it broke off may fail in any way
-                return Stopped(request.signal).code
-            request.ignore()  # as the one that torchrun sends when another process fails
-            if isinstance(error, ValueError):
-                complain(config, processes, error)
-                return 2
-            complain(config, processes, error, in_plain_words(error, config.device))
-            return 1
-        except Stopped as stopped:  # nothing was begun
-            return stopped.code
-        finally:
-            if run is None:
-                request.ignore()  # one that comes while Python itself ends would only be noise
-        return run.processes.end(carry_out(run))
+        except (Exception, Stopped) as error:  # nothing was begun
+            request.ignore()  # such as the one that torchrun sends when another process fails
+            if isinstance(error, Exception) and request.signal is None:
+                code = 2 if isinstance(error, ValueError) else 1
+                complain(config, processes, error, None if code == 2 else in_plain_words(error, config.device))
+            else:  # a library whose loading a signal broke off may fail in any way
+                stopped = error if isinstance(error, Stopped) else Stopped(request.signal or signal.SIGTERM)
+                code = stopped.code
+                if processes is not None:
+                    processes.fail(stopped)
+        else:
+            code = carry_out(run)
+    return code if processes is None else processes.end(code)
 
 
 def prepare(config: TrainConfig, processes: "Processes", stack: contextlib.ExitStack) -> "Run":

@@ -126,6 +126,8 @@ class Run:
             self.log.close()
             self.batches.close()
         self.stop.waits_for_a_step = False  # a failure is not to be taken for the signal by which torchrun answers it
+        if self.stop.signal is not None:  # it came after the last update
+            raise Stopped(self.stop.signal)
         if not self.processes.from_first(lambda: (self.setup.folder / LAST).exists()):  # no update was left to be made here
             self.save()
 

@@ -22,9 +22,10 @@ NO_LIMIT = timedelta(days=30)  # of the wait for the first process, which may ev
 GRACE_S = 3.0  # seconds for a process that failed to say why, before others say that it is gone
 POLL_S = 0.02, 0.5  # seconds between looks at what another process has done: at first, and at most
 FAILED = "failed"  # the store's key for "RANK why the run fails": the first process to write it is the one that says so
-# How torch says that the other end of a connection does not answer, or is no longer there; it has no type of its own for that.
+# How torch says that the other end of a connection is no longer there, or does not answer; it has no type of its own for that.
+LOST = re.compile("connection (closed|reset|refused|timed out)|no route to host|network is unreachable|broken pipe|"
+                  "remote process exit|communicator was aborted", re.IGNORECASE)
 NO_ANSWER = re.compile("timed out|timeout", re.IGNORECASE)
-LOST = re.compile("connection (closed|reset|refused)|broken pipe|remote process exit|communicator was aborted", re.IGNORECASE)
 
 T = TypeVar("T")
 
@@ -133,14 +134,14 @@ class Processes:
         if self._store is None:
             return text, True
         of_torch = type(error) is RuntimeError or isinstance(error, dist.DistError)
-        if of_torch and NO_ANSWER.search(str(error)):
-            text = (f"another process has not answered for {_timeout().total_seconds():.0f} s (noticed by {here}): it hangs, "
-                    "or its machine is cut off; BYOL_TIMEOUT_S sets these seconds")
-        elif of_torch and LOST.search(str(error)):
+        if of_torch and LOST.search(str(error)):
             with contextlib.suppress(RuntimeError):
                 self._store.wait([FAILED], timedelta(seconds=GRACE_S))
             text = (f"another process is gone (noticed by {here}): killed, out of memory, or cut off; torchrun says how it "
                     "ended")
+        elif of_torch and NO_ANSWER.search(str(error)):
+            text = (f"another process has not answered for {_timeout().total_seconds():.0f} s (noticed by {here}): it hangs, "
+                    "or its machine is cut off; BYOL_TIMEOUT_S sets these seconds")
         else:
             text = f"{here}: {text}"
         mine = f"{self.rank} {text}"
@@ -149,7 +150,8 @@ class Processes:
         except RuntimeError:  # the store is gone, with the launcher or the first machine
             agreed = mine
         if agreed == mine and "TORCHELASTIC_ERROR_FILE" in os.environ:
-            get_error_handler().record_exception(RuntimeError(text))  # for torchrun's table of failures
+            with contextlib.suppress(OSError):  # on a full disk
+                get_error_handler().record_exception(RuntimeError(text))  # for torchrun's table of failures
         return agreed.partition(" ")[2], agreed == mine
 
     def leave(self) -> None:

@@ -67,6 +67,14 @@ def test_a_process_killed_at_the_end_stops_the_run(image_folder: Callable[..., P
     assert done.out.count("SIGTERM: stopped at epoch 1") == 1 and summary(tmp_path)["status"] == "stopped"
 
 
+def test_one_process_of_three_that_is_stopped_at_the_end_is_not_taken_for_dead(image_folder: Callable[..., Path],
+                                                                               tmp_path: Path) -> None:
+    done = torchrun(tmp_path, "--data", image_folder(), "--out", "out", "--epochs", 1, *SMALL, "--batch-size", 12, update=1,
+                    processes=3, fault=LATER.format("os.getpid()", "SIGTERM"), setup=BUSY.format("finish"))
+    assert done.code == 1 and not done.messages and not done.orphans, done.err
+    assert "signals.Stopped: SIGTERM" in done.err and summary(tmp_path)["status"] == "stopped"
+
+
 def test_a_signal_to_all_while_the_first_one_is_busy_is_a_stop(image_folder: Callable[..., Path], tmp_path: Path) -> None:
     done = torchrun(tmp_path, "--data", image_folder(), "--out", "out", "--epochs", 1, *SMALL, update=2,
                     fault=LATER.format("os.getppid()", "SIGTERM"), setup=BUSY.format("finish"))

@@ -16,6 +16,16 @@ def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "GRACE_S", 0.01)
 
 
+def test_one_that_gets_no_answer_says_so_at_once() -> None:
+    """Before the others, whose connection to it is closed then, take it for dead."""
+    class Store(dist.HashStore):
+        def wait(self, keys: list[str], timeout: timedelta) -> None:
+            raise AssertionError
+
+    reason, ours = Processes(0, 2, store=Store()).fail(RuntimeError("Application timeout caused pair closure"))
+    assert ours and reason.startswith("another process has not answered for 600 s (noticed by rank 0 of 2)")
+
+
 def test_the_first_process_to_fail_has_the_word() -> None:
     store = dist.HashStore()
     first, second = (Processes(rank, 2, store=store) for rank in (0, 1))
@@ -36,6 +46,8 @@ def test_a_lost_connection_waits_for_the_one_that_failed() -> None:
 
 @pytest.mark.parametrize("error, said", [
     (CLOSED, "another process is gone (noticed by rank 2 of 3): killed, out of memory, or cut off"),
+    (dist.DistNetworkError("No route to host"), "another process is gone (noticed by rank 2 of 3)"),
+    (RuntimeError("[pair.cc:1] recvmsg: Connection timed out"), "another process is gone (noticed by rank 2 of 3)"),
     (RuntimeError("[buffer.cc:72] Timed out waiting 7000ms for recv operation to complete"),
      "another process has not answered for 7 s (noticed by rank 2 of 3): it hangs, or its machine is cut off"),
 ])
@@ -47,8 +59,12 @@ def test_of_two_that_notice_it_one_says_so(error: Exception, said: str, monkeypa
     assert Processes(0, 3, store=store).fail(error) == (reason, False)
 
 
+class OfOurs(RuntimeError):
+    pass
+
+
 @pytest.mark.parametrize("error", [ConnectionResetError("Connection reset by peer"), ValueError("no such folder: timed out"),
-                                   RuntimeError("NCCL error: Duplicate GPU detected")])
+                                   RuntimeError("NCCL error: Duplicate GPU detected"), OfOurs("connection closed")])
 def test_what_no_process_is_to_blame_for_keeps_its_words(error: Exception) -> None:
     assert Processes(0, 2, store=dist.HashStore()).fail(error, f"{error}!") == (f"rank 0 of 2: {error}!", True)
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import difflib
-import functools
 import inspect
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -10,13 +9,10 @@ from importlib import metadata
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from byol_core.system.console import is_out_of_memory
 from byol_core.system.seeds import seed_from
 
-WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd)
-NORMS = (nn.modules.batchnorm._BatchNorm,)
 OWN = ("conv4", "conv6")  # networks that torchvision does not have
 
 
@@ -175,49 +171,3 @@ def load_weights(backbone: nn.Module, weights: dict[str, Tensor]) -> None:
         if weights[name].shape != own[name].shape:
             raise ValueError(f"'{name}' has shape {tuple(weights[name].shape)}, the network's {tuple(own[name].shape)}")
     backbone.load_state_dict(weights)
-
-
-def recompute_blocks(network: nn.Module) -> int:
-    """Let the network's repeated blocks keep only their input and compute the rest again in the backward pass.
-
-    A block is a member of an nn.Sequential with at least two convolutions or linear layers, such as those of torchvision's
-    ResNets, ConvNeXts and vision transformers. Gradients, running statistics and names stay as they are; a training step
-    takes about a third longer. Do not copy the network afterwards.
-    Returns: how many blocks there are; with 0 nothing has changed.
-    Source: Chen et al. 2016 (arXiv 1604.06174), by torch.utils.checkpoint.
-    """
-    blocks = list(_blocks(network))
-    for block in blocks:
-        block.forward = functools.partial(
-            checkpoint, block.forward, use_reentrant=False, context_fn=functools.partial(_contexts, block))
-    return len(blocks)
-
-
-def _blocks(network: nn.Module) -> Iterator[nn.Module]:
-    for child in network.children():
-        weighted = sum(isinstance(module, WEIGHTED) for module in child.modules())
-        if isinstance(network, nn.Sequential) and not isinstance(child, nn.Sequential) and weighted >= 2:
-            yield child
-        else:
-            yield from _blocks(child)
-
-
-def _contexts(block: nn.Module) -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
-    """Around the first pass through a block, and around the second."""
-    return contextlib.nullcontext(), _without_statistics(block)
-
-
-@contextlib.contextmanager
-def _without_statistics(block: nn.Module) -> Iterator[None]:
-    """Batch norm has counted this batch already, and must not do so again."""
-    norms = [module for module in block.modules() if isinstance(module, NORMS) and module.track_running_stats]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.0
-    try:
-        yield
-    finally:
-        for norm, momentum in zip(norms, momenta):
-            norm.momentum = momentum
-            if norm.training and norm.num_batches_tracked is not None:
-                norm.num_batches_tracked -= 1

@@ -1,6 +1,5 @@
-"""torchvision models as feature extractors, the small-image stem, what is refused, and recomputed activations."""
+"""torchvision models as feature extractors, the small-image stem, what is refused, and the memory that they take."""
 
-import copy
 import json
 import re
 import subprocess
@@ -13,9 +12,7 @@ from PIL import Image
 from torch import nn
 from torchvision import models
 
-from byol_core.backbones import build_backbone, check_backbone, recompute_blocks
-from byol_core.networks import BYOL
-from byol_core.training import train
+from byol_core.backbones import build_backbone, check_backbone
 from tests.helpers.children import REPOSITORY
 
 # The input width of each model's classifier, from torchvision's own definitions.
@@ -131,59 +128,12 @@ def test_too_little_memory_for_an_image_is_not_taken_for_a_wrong_size() -> None:
         check_backbone(Large(), 8, 100_000)
 
 
-# Recomputed activations: the same training in less memory.
-
-@pytest.mark.parametrize("name,blocks", [("resnet18", 8), ("resnet50", 16), ("vit_b_16", 12), ("convnext_tiny", 18)])
-def test_blocks_are_those_of_torchvision(name: str, blocks: int) -> None:
-    with torch.device("meta"):
-        network = models.get_model(name)
-    names = list(network.state_dict())
-    assert recompute_blocks(network) == blocks and list(network.state_dict()) == names
-
-
-def test_a_network_without_blocks_stays_as_it_is() -> None:
-    assert recompute_blocks(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())) == 0
-
-
-def test_training_is_the_same_to_the_last_bit_statistics_included() -> None:
-    """Both views pass through the same blocks before the backward pass, so statistics must not be counted twice."""
-    torch.manual_seed(0)
-    model = BYOL(*build_backbone("resnet18", small_images=True), hidden_dim=16, out_dim=8)
-    other = copy.deepcopy(model)
-    assert recompute_blocks(other.online.backbone) == 8
-    views = [(torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8)) for _ in range(2)]
-    for network in (model, other):
-        train(network, views, 1)
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, other.state_dict()[name]), name
-
-
 def test_memory_of_the_process_that_started_it_does_not_count() -> None:
     ballast = torch.ones(2**28)  # 1 GiB
     command = [sys.executable, "-c",
                "import torch; from byol_core.runtime import peak_memory; print(peak_memory(torch.device('cpu')))"]
     used = int(subprocess.run(command, check=True, capture_output=True, text=True, cwd=REPOSITORY).stdout)
     assert 2**26 < used < 4 * len(ballast)
-
-
-@pytest.mark.slow
-def test_it_takes_less_memory() -> None:
-    script = """
-import sys, torch
-from byol_core.backbones import build_backbone, recompute_blocks
-from byol_core.runtime import peak_memory
-from byol_core.networks import BYOL
-from byol_core.training import train
-model = BYOL(*build_backbone("resnet50"), hidden_dim=64, out_dim=32)
-if sys.argv[1] == "less":
-    recompute_blocks(model.online.backbone)
-before = peak_memory(torch.device("cpu"))
-train(model, [(torch.randn(32, 3, 96, 96),) * 2], 1)
-print(peak_memory(torch.device("cpu")) - before)
-"""
-    used = {way: int(subprocess.run([sys.executable, "-c", script, way], check=True, capture_output=True, text=True).stdout)
-            for way in ("less", "all")}
-    assert used["less"] < 0.7 * used["all"], used
 
 
 @pytest.mark.slow

@@ -70,8 +70,6 @@ class TrainConfig:
     min_scale: float | None = option(None, "training", "smallest share of an image's area that a view shows, above 0, "
                                      "at most 1", type=share, metavar="F")
     accum_steps: int = option(1, "training", "micro-batches per optimizer update", type=count, metavar="N")
-    grad_checkpoint: bool = option(False, "training", "keep fewer activations and compute them again: less memory, a third "
-                                   "more time; not with --compile or --cuda-graph", action="store_true")
     classifier: str = option("logistic", "evaluation", "probe on frozen embeddings: logistic, knn, or the dotted name of "
                              "any scikit-learn classifier", metavar="NAME")
     eval_every: int = option(0, "evaluation", "epochs between measurements while training (kNN, or without labels "

@@ -160,7 +160,7 @@ def _arch(config: TrainConfig, size: int, seen: int) -> Choice:
         return as_asked("arch", config.arch)
     if config.recipe == "digits":
         return Choice("arch", "conv6", "a small network for tiny images")
-    wants_resnet = config.init_from is not None or config.small_stem is not None or config.grad_checkpoint
+    wants_resnet = config.init_from is not None or config.small_stem is not None
     if config.recipe == "auto" and not wants_resnet and size <= CONV4_UP_TO and seen < RESNET_FROM:
         return Choice("arch", "conv4", f"learns faster from images of up to {CONV4_UP_TO} pixels than a ResNet that would see "
                       f"fewer than {RESNET_FROM:,} of them")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from byol_core.backbones import build_backbone, check_backbone, load_weights, recompute_blocks, weights_of_seed
+from byol_core.backbones import build_backbone, check_backbone, load_weights, weights_of_seed
 from byol_core.evaluate.probes import Classifier, load_classifier
 from byol_core.networks import BYOL
 from byol_core.run.options import TrainConfig
@@ -45,8 +45,6 @@ class Setup:
         """The networks as the seed starts them, where and as the run computes."""
         config, model = self.config, new_model(self.config, self.plan)
         self.runtime.place_model(model)
-        if config.grad_checkpoint and not recompute_blocks(model.online.backbone):
-            raise ValueError(f"--grad-checkpoint: {self.plan.arch} has no repeated blocks to compute again - leave it out")
         if config.compile:
             model.online.compile()
             model.target.compile()
@@ -69,10 +67,6 @@ def set_up(asked: TrainConfig, config: TrainConfig, plan: Plan, folder: Path, pr
     classifier = load_classifier(config.classifier)
     if config.tensorboard:
         check_tensorboard()
-    if config.grad_checkpoint and config.compile:
-        raise ValueError("--compile: torch cannot compile what --grad-checkpoint computes again - leave one of them out")
-    if config.grad_checkpoint and config.cuda_graph:
-        raise ValueError("--cuda-graph: a graph cannot hold what --grad-checkpoint computes again - leave one of them out")
     return Setup(asked, config, plan, folder, processes, runtime, choose_workers(config.workers, processes.local_world_size),
                  classifier, device_reason, precision_reason, allow_tf32(device))
 

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from byol_core.backbones import build_backbone, recompute_blocks
+from byol_core.backbones import build_backbone
 from byol_core.images.image_set import scan
 from byol_core.networks import BYOL
 from byol_core.runtime import peak_memory
@@ -146,26 +146,22 @@ def batch(largest: int) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
 
 
 def network(largest: int) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Seconds of a step of 32 images of 64 pixels, and the memory it takes, as it is and with activations computed again."""
+    """Seconds of a step of 32 images of 64 pixels, and the memory it takes."""
     rows, times = [], []
     for name in ("resnet18", "resnet34", "resnet50", "resnet101"):
-        script = f"from tests.bench.scaling import step_of; print(*step_of({name!r}, %s))"
-        kept, again = ([float(word) for word in subprocess.run(
-            [sys.executable, "-c", script % recompute], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()]
-            for recompute in (False, True))
+        script = f"from tests.bench.scaling import step_of; print(*step_of({name!r}))"
+        seconds, memory = map(float, subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, capture_output=True,
+                                                    text=True).stdout.split())
         weights = sum(p.numel() for p in BYOL(*build_backbone(name)).online.parameters()) / 1e6
-        times.append(kept[0])
-        rows.append((name, f"{weights:.1f}", f"{kept[0]:.2f}", f"{kept[1] / 1e6:.0f}", f"{again[0] / kept[0]:.2f}",
-                     f"{again[1] / 1e6:.0f}"))
-    return (("network", "M parameters", "s per step", "peak MB", "computed again: times as long", "peak MB", "s per step"),
+        times.append(seconds)
+        rows.append((name, f"{weights:.1f}", f"{seconds:.2f}", f"{memory / 1e6:.0f}"))
+    return (("network", "M parameters", "s per step", "peak MB", "s per step"),
             [(*row, bar) for row, bar in zip(rows, bars(times))])
 
 
-def step_of(name: str, recompute: bool) -> tuple[float, int]:
+def step_of(name: str) -> tuple[float, int]:
     """(median seconds of a training step, peak bytes of the process); for a process of its own."""
     model = BYOL(*build_backbone(name))
-    if recompute:
-        recompute_blocks(model.online.backbone)
     ends: list[float] = []
 
     def after_step(progress: Progress, step: Step) -> None:
@@ -189,7 +185,7 @@ def times_a_supervised_step() -> float:
         nn.functional.cross_entropy(network(images), labels).backward()
         optimizer.step()
         times.append(time.perf_counter() - began)
-    return step_of("resnet50", recompute=False)[0] / statistics.median(times)
+    return step_of("resnet50")[0] / statistics.median(times)
 
 
 def imagenet(largest: int) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

@@ -52,9 +52,6 @@ WRONG = [
     (["--scheduler", "plateau", "--warmup-epochs", "1"], "--warmup-epochs has no effect with --scheduler plateau"),
     (["--data", ""], "--data is empty"),
     (["--out", "imgs/class0/000.png"], "cannot write to imgs/class0/000.png"),
-    (["--grad-checkpoint", "--cuda-graph"], "--cuda-graph: a graph cannot hold what --grad-checkpoint computes again"),
-    (["--grad-checkpoint"], "--grad-checkpoint: conv6 has no repeated blocks"),
-    (["--grad-checkpoint", "--compile"], "--compile: torch cannot compile what --grad-checkpoint computes again"),
     (["--out", ""], "--out is empty - name a folder, or . for this one"),
     (["--out", "o" * 300], "ooo: file name too long - choose another --out"),
 ]

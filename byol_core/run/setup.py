@@ -22,7 +22,8 @@ from byol_core.views.pixels import choose_workers
 class Setup:
     """asked: the options; config: the same, where the sample has become two folders.
 
-    classifier: that of the probes, None for logistic regression. device_reason, precision_reason: why they are as they are.
+    classifier: that of the probes, None for logistic regression. precision: "bfloat16", "float16" or "float32".
+    device_reason, precision_reason: why they are as they are.
     """
 
     asked: TrainConfig
@@ -34,12 +35,9 @@ class Setup:
     workers: int
     classifier: Classifier | None
     device_reason: str
+    precision: str
     precision_reason: str
     tf32: bool
-
-    @property
-    def precision(self) -> str:
-        return str(self.runtime.amp_dtype or torch.float32).removeprefix("torch.")
 
     def new_model(self) -> BYOL:
         """The networks as the seed starts them, where and as the run computes."""
@@ -68,7 +66,8 @@ def set_up(asked: TrainConfig, config: TrainConfig, plan: Plan, folder: Path, pr
     if config.tensorboard:
         check_tensorboard()
     return Setup(asked, config, plan, folder, processes, runtime, choose_workers(config.workers, processes.local_world_size),
-                 classifier, device_reason, precision_reason, allow_tf32(device))
+                 classifier, device_reason, str(amp_dtype or torch.float32).removeprefix("torch."), precision_reason,
+                 allow_tf32(device))
 
 
 def new_model(config: TrainConfig, plan: Plan) -> BYOL:

@@ -12,11 +12,11 @@ SMALL_SET = 200_000  # images; below it the recipe follows published CIFAR setti
 LARGEST_SCALED = 512  # images: without LARS, rates in proportion to the batch are published up to it
 ENOUGH_UPDATES = 10_000  # updates of a run; with fewer a smaller batch is taken. A guess, as is RESNET_FROM
 LARGEST_BATCH, SMALLEST_BATCH, AT_LEAST_EACH = 256, 64, 32  # of an update, and per process
-CONV4_SIZE, CONV4_UP_TO = 32, 96  # pixels: of what it is measured on, and of an image of the set
+CONV4_SIZE, CONV4_UP_TO = 64, 96  # pixels at most: of an image that it is measured on, and of the images that it is chosen for
+CONV4_VIEW = 24  # pixels
 RESNET_FROM = 1_000_000  # images of all updates together
 MIN_SCALE = 0.2  # smallest share of an image's area in a view, of small sets
 FAST_PREDICTOR = 10.0  # times the rate of the rest
-VIEWS_OF_CONV4 = 3 / 4  # of the image's edge
 SMALL_STEM_BELOW = 48  # pixels; there the ImageNet stem leaves a 1x1 final map
 RESNETS = ("resnet", "resnext", "wide_resnet")
 LARGEST_LR = 1e6  # per 256 images; beyond it numbers overflow before anything can be learned
@@ -111,7 +111,7 @@ def make_plan(config: TrainConfig, facts: Facts, world_size: int = 1, seen: int 
     _check_batch(batch_size, config.accum_steps, world_size, facts.images)
     network = network or _arch(config, config.image_size or usual_size(facts), about)
     arch = str(network.value)
-    edge = _edge(facts, arch) if config.image_size is None else as_asked("image_size", config.image_size)
+    edge = _edge(facts, arch, config.recipe) if config.image_size is None else as_asked("image_size", config.image_size)
     of_views = _view_size(config, arch, int(edge.value))
     size = int(of_views.value)
     epochs, updates = config.epochs, facts.images // batch_size
@@ -205,17 +205,18 @@ def _check_rates(chosen: dict[str, Choice], epochs: int) -> None:
         raise ValueError(f"--lr {chosen['lr'].value:g} is no learning rate - use {LARGEST_LR:g} or less")
 
 
-def _edge(facts: Facts, arch: str) -> Choice:
+def _edge(facts: Facts, arch: str, recipe: str) -> Choice:
     size, reason = usual_size(facts), f"images are about {facts.side} pixels"
-    if arch == "conv4" and size > CONV4_SIZE:
-        return Choice("image_size", CONV4_SIZE, f"{reason}, of which conv4 learns more at {CONV4_SIZE} in the same time")
+    most = CONV4_SIZE if recipe == "auto" else CONV4_SIZE // 2  # where views are as large, it learns more at half of it
+    if arch == "conv4" and size > most:
+        return Choice("image_size", most, f"{reason}, of which conv4 is shown {most}")
     return Choice("image_size", size, reason + ("" if size == facts.side else "; larger ones are shown at 128 or 224"))
 
 
 def _view_size(config: TrainConfig, arch: str, image_size: int) -> Choice:
     if config.view_size is not None:
         return as_asked("view_size", config.view_size)
-    smaller = max(8, int(image_size * VIEWS_OF_CONV4))
+    smaller = max(8, int(image_size * 3 / 8), min(CONV4_VIEW, int(image_size * 3 / 4)))
     if config.recipe == "auto" and arch == "conv4" and smaller < image_size:
         return Choice("view_size", smaller, "more are seen in the same time, and what crops "
                       "enlarge is as large as in the images it is measured on")

@@ -132,7 +132,7 @@ def _conv6() -> nn.Module:
 
 
 @torch.no_grad()
-def check_backbone(backbone: nn.Module, feature_dim: int, image_size: int, channels: int = 3) -> None:
+def check_backbone(backbone: nn.Module, feature_dim: int, image_size: int) -> None:
     """Run one blank image through `backbone`; its mode and weights stay as they are.
 
     Raises: ValueError when it cannot take images of that size or returns anything but `feature_dim` numbers an image.
@@ -140,7 +140,7 @@ def check_backbone(backbone: nn.Module, feature_dim: int, image_size: int, chann
     was_training = backbone.training
     backbone.eval()
     try:
-        features: Tensor = backbone(torch.zeros(1, channels, image_size, image_size)).flatten(1)
+        features: Tensor = backbone(torch.zeros(1, 3, image_size, image_size)).flatten(1)
     except (RuntimeError, AssertionError, ValueError) as error:
         if is_out_of_memory(error):
             raise

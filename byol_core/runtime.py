@@ -2,7 +2,6 @@
 
 import contextlib
 import inspect
-import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -111,10 +110,6 @@ def _cpu_multiplies_bf16() -> bool:
     """Whether the CPU has AMX or AVX512-BF16 instructions; False where this torch cannot say."""
     checks = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
     return any(check() for check in checks if check is not None)
-
-
-def usable_cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Statistics:

@@ -55,7 +55,7 @@ def test_the_target_network_comes_from_the_checkpoint_only(trained: Path, tmp_pa
 
 def test_the_untrained_network_is_the_one_the_run_began_with(trained: Path) -> None:
     config = TrainConfig(arch="conv6", image_size=16, batch_size=12, hidden_dim=16, projection_dim=8, seed=3)
-    started = new_model(config, make_plan(config, Facts(36, 16, True))).online.backbone.state_dict()
+    started = new_model(config, make_plan(config, Facts(36, 16))).online.backbone.state_dict()
     before = torch.get_rng_state()
     for name, tensor in load_pretrained(trained).untrained().state_dict().items():
         assert torch.equal(tensor, started[name])

@@ -20,7 +20,7 @@ from byol_core.views.pixels import Facts
 from tests.bench import recipes
 from tests.bench.recipes import Trial, Variant, change_network, config_of, grown, parse_variant, plan_of, view_of
 
-FACTS = Facts(1000, 32, True)
+FACTS = Facts(1000, 32)
 
 
 def variant(text: str) -> Variant:

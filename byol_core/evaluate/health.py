@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from byol_core.losses import alignment, effective_rank, mean_cosine, spread, uniformity
 
-ROWS = 128  # of a batch that are measured; the singular values of more cost more than they tell
+ROWS = 128  # of a batch that are measured; the singular values of more add time, not information
 RECENT = 3  # records judged together, so that one odd batch is not a verdict
 SPREAD_COLLAPSED, SPREAD_COLLAPSING = 0.1, 0.4  # a healthy run stays well above 0.5
 RANK_COLLAPSED, RANK_COLLAPSING = 3.0, 5.0  # dimensions in use; the digits use 13 to 54 of 63 while they are learned

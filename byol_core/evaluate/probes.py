@@ -70,7 +70,7 @@ def classifier_accuracy(train_features: Tensor, train_labels: Tensor, test_featu
     return float(np.mean(fitted.predict(_array(test_features)) == _array(test_labels)))
 
 
-def few_label_accuracy(train: Features, test: Features, per_class: int, draws: int = DRAWS, seed: int = 0) -> float:
+def few_label_accuracy(train: Features, test: Features, per_class: int) -> float:
     """Mean accuracy over random draws of a linear probe that sees `per_class` labels of every class.
 
     Features are centred and divided by one number, so that their variance is 1 on average over all training images,
@@ -79,9 +79,9 @@ def few_label_accuracy(train: Features, test: Features, per_class: int, draws: i
     """
     centre, scale = train.x.mean(0), train.x.std(0).square().mean().sqrt().clamp_min(1e-12)
     x_train, x_test = _array((train.x - centre) / scale), _array((test.x - centre) / scale)
-    labels, generator, accuracies = _array(train.y), np.random.default_rng(seed), []
+    labels, generator, accuracies = _array(train.y), np.random.default_rng(0), []
     with threadpool_limits(1, user_api="blas"):  # on so few rows threads wait for each other for longer than they compute
-        for _ in range(draws):
+        for _ in range(DRAWS):
             rows = np.concatenate([generator.choice(np.flatnonzero(labels == c), per_class, replace=False)
                                    for c in np.unique(labels)])
             probe = LogisticRegression(max_iter=10000, random_state=42).fit(x_train[rows], labels[rows])

@@ -19,7 +19,7 @@ from byol_core.views.recipes import ViewRecipe
 # accuracy of retrieval.
 Scores = dict[str, float | None]
 NAMED_AT_MOST = 5  # classes, in a remark
-MEASURED_AT_MOST = 50_000  # images per set; probes on more take longer than they tell
+MEASURED_AT_MOST = 50_000  # images per set; more add time, not information
 FEW_LABELS, FEW_LABELS_CLASSES = (1, 5), 100  # labels per class for which a probe is measured too; with more classes none
 
 

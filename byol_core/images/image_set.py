@@ -42,7 +42,8 @@ class ImageSet:
 
     given: what was asked for, for messages. root: where the names begin. names: uint8, the paths relative to it,
     '/'-separated and encoded, in one block, those in a shard below the shard's own; ends: (N,) where each name ends in it.
-    labels: (N,) int64, positions in `classes`, or None. remarks: what was found amiss. shards: where the images are tars'.
+    labels: (N,) int64, positions in `classes`, or None. remarks: what was found amiss. shards: set when the
+    images lie in tar files.
     """
 
     given: str
@@ -115,6 +116,7 @@ class ImageSet:
         sizes.sort(key=min)
         return Headers(*sizes[len(sizes) // 2], len(set(sizes)) == 1, several)
 
+    @cached_property
     def fingerprint(self) -> str:
         """Changes when an image is added, removed or renamed, and when one moves within a shard."""
         digest = hashlib.blake2b(self.names.numpy().data, digest_size=16)

@@ -30,11 +30,11 @@ class Curve:
     marks: Mapping[str, Sequence[float]] | None = None
 
 
-def ticks(low: float, high: float, about: int = 4) -> list[float]:
+def ticks(low: float, high: float) -> list[float]:
     """Round numbers, 1, 2 or 5 times a power of ten apart, from at or below `low` to at or above `high`."""
     if not high > low:
         low, high = low - abs(low or 1) / 2, high + abs(high or 1) / 2
-    rough = (high - low) / about
+    rough = (high - low) / 4
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)

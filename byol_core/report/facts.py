@@ -19,7 +19,8 @@ LARGEST = 1e300  # beyond it a number is damage, and overflows in a drawing
 
 @dataclass(frozen=True)
 class RunFacts:
-    """summary: numbers, texts, or None for what is not known; updates and epochs are as late as the records.
+    """summary: numbers, texts, or None for what is not known; updates and epochs are from
+    summary.json or from the records, whichever is later.
 
     config: its sections, {} for one that is absent. choices: with name, value, reason and asked. records: lines of
     metrics.jsonl, of which only numbers are kept. resumed: epochs at which a new session began. skipped: lines of

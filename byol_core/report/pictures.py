@@ -49,10 +49,9 @@ def tile(image: Tensor | Image.Image, edge: int = TILE) -> Image.Image:
     return square
 
 
-def write_text_at(sheet: Image.Image, corner: tuple[int, int], text: str, width: int, colour: str = BLACK,
-                  size: int = TEXT) -> None:
+def write_text_at(sheet: Image.Image, corner: tuple[int, int], text: str, width: int, colour: str = BLACK) -> None:
     """One line of text, cut off where `width` pixels end."""
-    pen, letters = ImageDraw.Draw(sheet), font(size)
+    pen, letters = ImageDraw.Draw(sheet), font(TEXT)
     if pen.textlength(text, font=letters) > width:
         while text and pen.textlength(text + "...", font=letters) > width:
             text = text[:-1]

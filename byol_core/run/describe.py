@@ -66,7 +66,7 @@ def write_config(setup: Setup, files: ImageSet) -> None:
                      for name, options in (("this", asked), ("elsewhere", replace(asked, out=None)))},
         "choices": [{**asdict(choice), "shown": str(choice)} for choice in plan.choices],
         "plan": {key: value for key, value in asdict(plan).items() if key != "choices"},
-        "data": {"images": len(files), "classes": list(files.classes), "image_names": files.fingerprint()},
+        "data": {"images": len(files), "classes": list(files.classes), "image_names": files.fingerprint},
         "versions": {"byol_core": __version__, "torch": str(torch.__version__), "torchvision": torchvision.__version__,
                      "scikit-learn": sklearn.__version__, "python": platform.python_version(),
                      "system": platform.platform()}})

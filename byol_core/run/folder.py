@@ -42,7 +42,7 @@ def _short_name(data: str) -> str:
 
 
 def goes_on_in_its_folder(config: TrainConfig) -> bool:
-    """Whether what is in the run folder is to be gone on with: it is the folder that --resume reads from."""
+    """Whether --resume reads from the run folder itself."""
     if config.check:
         return False  # there is nothing to go on with, and what is not a check's is not to be touched
     if config.resume:

@@ -34,7 +34,7 @@ def identity(setup: Setup, images: ImageData) -> dict[str, object]:
     plan = asdict(setup.plan)
     del plan["choices"], plan["micro_batch"]  # the latter follows from the number of processes
     return json.loads(json.dumps({
-        "images": len(images), "image names": images.files.fingerprint(), **plan, "seed": setup.config.seed,
+        "images": len(images), "image names": images.files.fingerprint, **plan, "seed": setup.config.seed,
         **({} if setup.config.minutes is None else {"minutes": setup.config.minutes}),
         "views made": ("on the device" if images.pixels is not None else
                        "on the cpu" if setup.config.views == "cpu" else "of worker crops")}))

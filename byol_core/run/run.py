@@ -178,7 +178,7 @@ class Run:
 
     def _write(self, saved: State) -> None:
         if not self._is_in_its_folder():
-            raise RuntimeError(f"{self.setup.folder} was removed or replaced while the run went on, so nothing is saved")
+            raise FileNotFoundError(f"{self.setup.folder} was removed or replaced while the run went on, so nothing is saved")
         self.log.sync()  # first: a checkpoint counts on the records of its updates
         save_checkpoint(self.setup.folder, saved)
 

@@ -30,6 +30,10 @@ NO_ANSWER = re.compile("timed out|timeout", re.IGNORECASE)
 T = TypeVar("T")
 
 
+class NoAnswerError(Exception):
+    """Another process did not come to an exchange in time."""
+
+
 class Processes:
     """All processes of one run, seen from this one. Alone it needs no set-up, and every agreement is its own opinion.
 
@@ -98,7 +102,7 @@ class Processes:
         pause, until = POLL_S[0], time.monotonic() + _timeout().total_seconds()
         while not arrival.is_completed():
             if self.first and time.monotonic() > until:
-                raise RuntimeError("timed out")
+                raise NoAnswerError
             time.sleep(pause)
             pause = min(2 * pause, POLL_S[1])
         arrival.wait()
@@ -126,7 +130,7 @@ class Processes:
         return None
 
     def fail(self, error: BaseException, line: str | None = None) -> tuple[str, bool]:
-        """(why the run fails, whether this process is the one to say so), when `error` ends this process.
+        """Tell the others why this process fails. Returns: (the reason that all give, whether this process prints it).
 
         The others lose their connection to it, and end with the same reason. line: instead of the error's own words.
         """
@@ -139,7 +143,7 @@ class Processes:
                 self._store.wait([FAILED], timedelta(seconds=GRACE_S))
             text = (f"another process is gone (noticed by {here}): killed, out of memory, or cut off; torchrun says how it "
                     "ended")
-        elif of_torch and NO_ANSWER.search(str(error)):
+        elif isinstance(error, NoAnswerError) or of_torch and NO_ANSWER.search(str(error)):
             text = (f"another process has not answered for {_timeout().total_seconds():.0f} s (noticed by {here}): it hangs, "
                     "or its machine is cut off; BYOL_TIMEOUT_S sets these seconds")
         else:

@@ -1,4 +1,4 @@
-"""Batches of two views: one order, one replacement rule, and two of the three sources of views (see `crops`)."""
+"""Batches of two views: one order, one replacement rule, and two of the three sources of views (see `worker_crops`)."""
 
 import contextlib
 import itertools

@@ -12,8 +12,8 @@ from torch.utils.data import Dataset
 
 from byol_core.images.decoding import BadImageError, decode
 from byol_core.images.image_set import ImageSet
-from byol_core.runtime import usable_cpus
 from byol_core.system.console import printable
+from byol_core.system.processors import usable_cpus
 from byol_core.views.recipes import ViewRecipe, normalise, plain_view
 from byol_core.views.workers import batches_from, new_loader, shared
 
@@ -110,7 +110,6 @@ class Facts:
 
     images: int
     side: int
-    same_size: bool
 
 
 def usual_size(facts: Facts) -> int:
@@ -123,12 +122,12 @@ def usual_size(facts: Facts) -> int:
 def look_at(files: ImageSet) -> Facts:
     """What a plan needs to know of the images, from a few of their headers."""
     headers = files.headers
-    return Facts(len(files), min(headers.height, headers.width), headers.same_size)
+    return Facts(len(files), min(headers.height, headers.width))
 
 
 def load_images(files: ImageSet, where: str, device: torch.device, report: Callable[[str], None],
                 workers: int = 0, bad_limit: float = BAD_LIMIT) -> tuple[ImageData, str]:
-    """(the images, where views are made and why). where: "cpu" (decode as needed), or "auto" or "device", which are one here:
+    """(the images, where views are made and why). where: "cpu" (decode as needed); "auto" and "device" mean the same here:
     decode all now where they are of one size and fit in memory.
 
     workers: processes that may be started to decode. bad_limit: the share of bad files that is too much.

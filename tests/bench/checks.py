@@ -54,7 +54,7 @@ def ten_updates(folder: Path, device: str, without: tuple[str, ...]) -> Callable
     data, _ = load_images(scan(write_digits(folder / "digits")[0]), "device", torch.device(device), lambda line: None)
     data.bad.reasons = {index: "torn" for index in range(0, len(data), BAD_EVERY)}
     config = TrainConfig(recipe="digits", epochs=1)
-    plan = make_plan(config, Facts(len(data), 8, True))
+    plan = make_plan(config, Facts(len(data), 8))
     model, runtime = new_model(config, plan), Runtime(device, channels_last=True)
     runtime.place_model(model)
     optimizer = build_optimizer(model.online, plan)

@@ -19,7 +19,7 @@ from byol_core.system.files import KEYS, LAST, State, read_checkpoint, save_chec
 from byol_core.views.pixels import Facts
 from tests.bench.table import environment, markdown, parse, show, side_by_side
 
-NETWORKS = {"conv6": Facts(1_797, 8, True), "resnet18": Facts(50_000, 32, True), "resnet50": Facts(1_281_167, 224, False)}
+NETWORKS = {"conv6": Facts(1_797, 8), "resnet18": Facts(50_000, 32), "resnet50": Facts(1_281_167, 224)}
 
 
 def state_of(arch: str, facts: Facts) -> State:

@@ -81,7 +81,7 @@ def ours(network: tuple[str, bool, int], batch: int, steps: int, runtime: Runtim
     """`train` on one epoch of so many batches, with the optimizer and schedule that the recipe chooses."""
     arch, small_stem, size = network
     config = TrainConfig(arch=arch, small_stem=small_stem, image_size=size, batch_size=batch)
-    plan = make_plan(config, Facts(50_000, size, same_size=True))
+    plan = make_plan(config, Facts(50_000, size))
     model, views = rivals.new_byol(*network, runtime), rivals.random_views(steps, batch, size, runtime)
     if compile:
         model.online.compile()

@@ -291,7 +291,7 @@ def test_verdict_on_a_short_training_on_the_digits(digits: Path, tmp_path: Path,
     runtime = Runtime("cpu", channels_last=True)
     data, _ = load_images(scan(digits), "device", runtime.device, lambda line: None)
     config = TrainConfig(recipe="digits", epochs=4)
-    plan = make_plan(config, Facts(len(data), 8, True))
+    plan = make_plan(config, Facts(len(data), 8))
     setup = Setup(plan, new_model(config, plan))
     change(setup)
     plan = setup.plan

@@ -135,7 +135,7 @@ def train_digits(root: Path, seed: int = 0, epochs: int = BAND_EPOCHS, variation
     data, held_out = (load_images(files, "device", runtime.device, lambda line: None)[0]
                       for files in (train_files, test_files))
     config = TrainConfig(recipe="digits", epochs=epochs, seed=seed)
-    plan = make_plan(config, Facts(len(data), 8, True))
+    plan = make_plan(config, Facts(len(data), 8))
     setup = Setup(plan, new_model(config, plan))
     VARIATIONS[variation](setup)
     plan, model = setup.plan, setup.model

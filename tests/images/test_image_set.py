@@ -103,10 +103,10 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch) ->
 
 def test_fingerprint_changes_with_the_files(tmp_path: Path) -> None:
     touch(tmp_path / "a.png")
-    first = scan(tmp_path).fingerprint()
-    assert scan(tmp_path).fingerprint() == first
+    first = scan(tmp_path).fingerprint
+    assert scan(tmp_path).fingerprint == first
     touch(tmp_path / "b.png")
-    assert scan(tmp_path).fingerprint() != first
+    assert scan(tmp_path).fingerprint != first
 
 
 def test_what_is_missing_is_named_with_what_is_there(tmp_path: Path) -> None:

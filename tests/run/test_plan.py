@@ -8,7 +8,7 @@ from byol_core.run.options import TrainConfig, build_parser, parse_config
 from byol_core.run.plan import Plan, half_life_tau, make_plan
 from byol_core.views.pixels import Facts
 
-CIFAR, PHOTOS = Facts(50_000, 32, True), Facts(1_281_167, 375, False)
+CIFAR, PHOTOS = Facts(50_000, 32), Facts(1_281_167, 375)
 
 
 def plan(facts: Facts = CIFAR, **options: object) -> Plan:
@@ -45,8 +45,8 @@ def test_small_images_get_the_small_stem_and_no_blur() -> None:
     assert not plan(PHOTOS).small_stem and not plan(arch="vgg11").small_stem
 
 
-@pytest.mark.parametrize("facts, size", [(Facts(999, 8, True), 8), (Facts(999, 32, True), 32), (Facts(999, 96, True), 96),
-                                         (Facts(999, 160, False), 128), (PHOTOS, 224)])
+@pytest.mark.parametrize("facts, size", [(Facts(999, 8), 8), (Facts(999, 32), 32), (Facts(999, 96), 96),
+                                         (Facts(999, 160), 128), (PHOTOS, 224)])
 def test_image_size_follows_the_images(facts: Facts, size: int) -> None:
     assert plan(facts, arch="resnet18").image_size == size
 
@@ -55,7 +55,7 @@ def test_image_size_follows_the_images(facts: Facts, size: int) -> None:
                                                  (64, {"image_size": 96}, 96), (224, {"arch": "conv4"}, 64), (224, {}, 224),
                                                  (64, {"arch": "conv4", "recipe": "paper"}, 32)])
 def test_conv4_is_shown_64_pixels_at_most_where_nothing_else_is_asked_for(side: int, options: dict, size: int) -> None:
-    assert plan(Facts(999, side, True), **options).image_size == size
+    assert plan(Facts(999, side), **options).image_size == size
 
 
 @pytest.mark.parametrize("options, size, views", [
@@ -65,7 +65,7 @@ def test_conv4_is_shown_64_pixels_at_most_where_nothing_else_is_asked_for(side: 
     ({"arch": "resnet18", "view_size": 40}, 64, 40), ({"arch": "resnet18", "image_size": 8, "view_size": 160}, 8, 160),
     ({"arch": "conv4", "image_size": 8}, 8, 8), ({"arch": "conv4", "recipe": "paper"}, 32, 32)])
 def test_conv4_is_trained_on_views_smaller_than_the_images_it_is_measured_on(options: dict, size: int, views: int) -> None:
-    chosen = plan(Facts(9_000, 64, True), **options)
+    chosen = plan(Facts(9_000, 64), **options)
     assert (chosen.image_size, chosen.view_size) == (size, views)
     assert {view.size for view in chosen.views} == {views}
     assert chosen.plain == dataclasses.replace(chosen.views[0], size=size, blur_kernel=0)
@@ -106,7 +106,7 @@ def test_a_plateau_is_of_epochs_and_without_warm_up() -> None:
 
 @pytest.mark.parametrize("images, batch", [(4, 2), (60, 16), (127, 32), (128, 64), (200, 64), (255, 64)])
 def test_small_sets_fill_their_batch_twice_at_least(images: int, batch: int) -> None:
-    chosen = plan(Facts(images, 32, True))
+    chosen = plan(Facts(images, 32))
     assert (chosen.batch_size, chosen.choices[0].name, chosen.choices[0].value) == (batch, "batch_size", batch)
 
 
@@ -116,7 +116,7 @@ def test_small_sets_fill_their_batch_twice_at_least(images: int, batch: int) -> 
     (300, 10_000, 128, 20_000)])
 def test_batches_are_smaller_where_updates_would_be_few(images: int, epochs: int, batch: int, updates: int) -> None:
     """The largest of 64, 128 and 256 with which a run makes 10,000 updates, if any does."""
-    chosen = plan(Facts(images, 32, True), epochs=epochs)
+    chosen = plan(Facts(images, 32), epochs=epochs)
     assert (chosen.batch_size, chosen.total_updates) == (batch, updates)
     reason = chosen.choices[0].reason
     assert ("more updates are worth more" in reason) == (batch < 256 and images > 300)
@@ -127,9 +127,9 @@ def test_every_process_has_32_images_of_a_batch_that_is_chosen() -> None:
 
 
 @pytest.mark.parametrize("facts, options, arch", [
-    (Facts(9_000, 64, True), {"epochs": 100}, "conv4"), (Facts(9_000, 64, True), {"epochs": 112}, "resnet18"),
-    (Facts(9_000, 96, True), {"epochs": 20}, "conv4"), (Facts(9_000, 97, True), {"epochs": 20}, "resnet18"),
-    (Facts(9_000, 64, True), {"epochs": 20, "image_size": 128}, "resnet18"), (CIFAR, {"epochs": 19}, "conv4"),
+    (Facts(9_000, 64), {"epochs": 100}, "conv4"), (Facts(9_000, 64), {"epochs": 112}, "resnet18"),
+    (Facts(9_000, 96), {"epochs": 20}, "conv4"), (Facts(9_000, 97), {"epochs": 20}, "resnet18"),
+    (Facts(9_000, 64), {"epochs": 20, "image_size": 128}, "resnet18"), (CIFAR, {"epochs": 19}, "conv4"),
     (CIFAR, {"epochs": 20}, "resnet18"), (CIFAR, {"epochs": 1, "recipe": "paper"}, "resnet18"),
     (CIFAR, {"epochs": 1, "init_from": "weights.pt"}, "resnet18"), (CIFAR, {"epochs": 1, "arch": "vgg11"}, "vgg11"),
     (CIFAR, {"epochs": 1, "recipe": "digits"}, "conv6")])
@@ -140,7 +140,7 @@ def test_the_network_follows_the_images_and_the_length_of_the_run(facts: Facts, 
 def test_small_sets_get_a_fast_predictor_and_large_crops() -> None:
     for images, epochs, predictor, least in ((100_000, 9, 10, 0.2), (199_999, 10, 10, 0.2), (200_000, 10, 1, 0.08),
                                              (200_000, 1, 1, 0.08)):
-        chosen = plan(Facts(images, 32, True), epochs=epochs)
+        chosen = plan(Facts(images, 32), epochs=epochs)
         assert chosen.predictor_lr == predictor and [view.crop_scale for view in chosen.views] == [(least, 1.0)] * 2
     assert plan(optimizer="adamw").predictor_lr == 1  # whose rate was not tried with it
     assert plan(recipe="paper").views[0].crop_scale == (0.08, 1.0) and plan(recipe="paper").predictor_lr == 1
@@ -170,7 +170,7 @@ def test_the_rate_of_the_sample_does_not_grow_beyond_its_batch(batch: int, lr: f
 @pytest.mark.parametrize("optimizer, batch, lr", [("sgd", 256, 0.12), ("sgd", 512, 0.24), ("sgd", 1024, 0.24),
                                                   ("sgd", 4096, 0.24), ("adam", 4096, 6e-4), ("lars", 4096, 7.2)])
 def test_without_lars_the_rate_grows_with_the_batch_up_to_512_images(optimizer: str, batch: int, lr: float) -> None:
-    chosen = plan(Facts(10**5, 32, True), optimizer=optimizer, batch_size=batch)
+    chosen = plan(Facts(10**5, 32), optimizer=optimizer, batch_size=batch)
     assert chosen.lr == pytest.approx(lr)
     assert any("more collapses" in choice.reason for choice in chosen.choices) == (batch > 512 and optimizer != "lars")
 
@@ -178,7 +178,7 @@ def test_without_lars_the_rate_grows_with_the_batch_up_to_512_images(optimizer: 
 def test_the_views_are_among_what_is_said() -> None:
     said = {choice.name: choice.value for choice in plan().choices}
     assert (said["crop_scale"], said["blur"], said["solarize"]) == ("0.2 to 1", "0 and 0", "0 and 0.2")
-    large = {choice.name: choice.value for choice in plan(Facts(1000, 224, True)).choices}
+    large = {choice.name: choice.value for choice in plan(Facts(1000, 224)).choices}
     assert large["blur"] == "1 and 0.1"
 
 
@@ -187,7 +187,7 @@ def test_learning_rate_scales_with_the_batch() -> None:
 
 
 def test_updates_are_whole_batches() -> None:
-    chosen = plan(Facts(1000, 32, True), batch_size=96, accum_steps=3, epochs=7)
+    chosen = plan(Facts(1000, 32), batch_size=96, accum_steps=3, epochs=7)
     assert (chosen.updates_per_epoch, chosen.total_updates, chosen.micro_batch) == (10, 70, 32)
 
 
@@ -211,13 +211,13 @@ def test_auto_warms_up_for_a_tenth_of_the_run_and_at_most_ten_epochs(epochs: int
 @pytest.mark.parametrize("images, epochs, half_life", [(256, 1, 2), (256, 100, 3), (50_000, 10, 58.5), (50_000, 1000, 173)])
 def test_auto_forgets_the_random_target_after_three_percent_of_the_run(images: int, epochs: int, half_life: float) -> None:
     """At least two updates, so that the only epoch of a run moves the target; at most those of the paper's longest preset."""
-    chosen = plan(Facts(images, 32, True), epochs=epochs, batch_size=256)
+    chosen = plan(Facts(images, 32), epochs=epochs, batch_size=256)
     assert chosen.tau_base ** half_life == pytest.approx(0.5)
 
 
 def test_auto_takes_the_papers_optimizer_and_heads_for_large_sets() -> None:
     for images, optimizer, hidden in ((199_999, "sgd", 1024), (200_000, "lars", 4096), (1_281_167, "lars", 4096)):
-        chosen = plan(Facts(images, 375, False), epochs=100)
+        chosen = plan(Facts(images, 375), epochs=100)
         assert (chosen.optimizer, chosen.hidden_dim) == (optimizer, hidden)
     assert (chosen.lr, chosen.weight_decay) == (0.45, 1e-6)  # the paper's 100-epoch preset, at 256 images
 
@@ -243,7 +243,7 @@ def test_the_digits_have_a_predictor_ten_times_as_fast() -> None:
 ])
 def test_batches_that_do_not_fit_are_refused(images: int, options: dict, message: str) -> None:
     with pytest.raises(ValueError) as error:
-        plan(Facts(images, 32, True), **options)
+        plan(Facts(images, 32), **options)
     assert message in str(error.value)
 
 

@@ -16,7 +16,7 @@ KINDS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.
 
 
 def plan(**options: object) -> Plan:
-    return make_plan(TrainConfig(batch_size=10, **options), Facts(100, 32, True))  # type: ignore[arg-type]
+    return make_plan(TrainConfig(batch_size=10, **options), Facts(100, 32))  # type: ignore[arg-type]
 
 
 def rates(chosen: Plan, steps: int, small_byol: BYOL) -> list[float]:

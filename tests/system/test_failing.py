@@ -6,7 +6,7 @@ import pytest
 import torch.distributed as dist
 
 from byol_core.system import distributed
-from byol_core.system.distributed import Processes
+from byol_core.system.distributed import NoAnswerError, Processes
 
 CLOSED = RuntimeError("[pair.cc:534] Connection closed by peer [127.0.0.1]:14242")
 
@@ -50,6 +50,7 @@ def test_a_lost_connection_waits_for_the_one_that_failed() -> None:
     (RuntimeError("[pair.cc:1] recvmsg: Connection timed out"), "another process is gone (noticed by rank 2 of 3)"),
     (RuntimeError("[buffer.cc:72] Timed out waiting 7000ms for recv operation to complete"),
      "another process has not answered for 7 s (noticed by rank 2 of 3): it hangs, or its machine is cut off"),
+    (NoAnswerError(), "another process has not answered for 7 s (noticed by rank 2 of 3)"),
 ])
 def test_of_two_that_notice_it_one_says_so(error: Exception, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BYOL_TIMEOUT_S", "7")
@@ -63,7 +64,7 @@ class OfOurs(RuntimeError):
     pass
 
 
-@pytest.mark.parametrize("error", [ConnectionResetError("Connection reset by peer"), ValueError("no such folder: timed out"),
+@pytest.mark.parametrize("error", [ConnectionResetError("Connection reset by peer"), FileNotFoundError("runs/timeout was removed"),
                                    RuntimeError("NCCL error: Duplicate GPU detected"), OfOurs("connection closed")])
 def test_what_no_process_is_to_blame_for_keeps_its_words(error: Exception) -> None:
     assert Processes(0, 2, store=dist.HashStore()).fail(error, f"{error}!") == (f"rank 0 of 2: {error}!", True)

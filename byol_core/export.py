@@ -79,10 +79,9 @@ def carry_out(export: Export) -> None:
     if not difference <= TOLERANCE * largest:  # nor is NaN
         raise RuntimeError(f"read back, features differ by up to {difference:.2g} of {largest:.2g}, so {out} was not written")
     atomic_write(out, lambda file: file.write(written))
-    mean, std = (", ".join(f"{value:.6g}" for value in values) for values in (pretrained.recipe.mean, pretrained.recipe.std))
     sys.stdout.write(f"{out}: images (n, 3, {size}, {size}) to features (n, {pretrained.feature_dim}); read back, they "
                      f"differ by {difference:.2g} at most, where the largest is {largest:.2g}\n"
-                     f"images: RGB in [0, 1], less the mean ({mean}), divided by the std ({std})\n")
+                     f"images: RGB in [0, 1], {pretrained.recipe.scale}\n")
 
 
 def _torchscript(backbone: "nn.Module", images: "Tensor") -> "tuple[bytes, Callable[[Tensor], Tensor]]":

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 
-from byol_core.system.processors import usable_cpus
+from byol_core.system.command import usable_cpus
 
 
 def main() -> int:

@@ -27,8 +27,8 @@ MAY_USE = {
     "run": {"report", "evaluate", "views", "images", "method", "system", "version"},
     "commands": {"run", "evaluate", "pretrained", "views", "images", "method", "system"},
 }
-STANDARD_LIBRARY_ONLY = {"version.py", "schedules.py", "system/command.py", "system/console.py", "system/processors.py",
-                         "system/seeds.py", "system/signals.py"}
+STANDARD_LIBRARY_ONLY = {"version.py", "schedules.py", "system/command.py", "system/console.py", "system/seeds.py",
+                         "system/signals.py"}
 TORCH_ONLY = {"ema.py", "losses.py", "lars.py", "networks.py", "small_maps.py", "views/image_ops.py"}
 
 

@@ -52,8 +52,6 @@ def build_parser() -> Parser:
                         "of --data, whose labels the probes do not see)")
     parser.add_argument("--classifier", metavar="NAME", help="one more classifier: knn, logistic, or the dotted name of "
                         "any of scikit-learn's, such as sklearn.svm.LinearSVC")
-    parser.add_argument("--linear", default="auto", choices=("auto", "sklearn", "sgd"), help="the linear probe: "
-                        "scikit-learn's logistic regression, or SGD as published, for large sets (default: auto, by size)")
     parser.add_argument("--baseline-weights", metavar="FILE", help="torchvision's weights for the same architecture, to "
                         "stand beside it")
     parser.add_argument("--json", metavar="FILE", help="write all results to FILE as well")
@@ -166,7 +164,7 @@ def _check_spread(evaluation: Evaluation, name: str, features: "Features") -> No
 
 def _measure(evaluation: Evaluation, name: str, fit: "Features", test: "Features") -> "tuple[dict[str, float], Tensor]":
     """(accuracies in [0, 1] by metric, the linear probe's predictions)."""
-    from byol_core.evaluate.probes import LinearProbe, knn_accuracy
+    from byol_core.evaluate.probes import knn_accuracy
     from byol_core.evaluate.scoring import accuracy_of_probe, few_label_accuracies, usual_probe
 
     def predict(classifier: "Classifier | None", metric: str) -> "Tensor":
@@ -181,8 +179,7 @@ def _measure(evaluation: Evaluation, name: str, fit: "Features", test: "Features
             evaluation.note(f"note: knn_{k} uses {len(fit.y)} neighbours, all images there are to fit on")
         accuracies[f"knn_{k}"] = knn_accuracy(fit.x, fit.y, test.x, test.y, k)
     accuracies |= few_label_accuracies(fit, test, FEW_LABELS, lambda line: evaluation.note(f"note: {line}"))
-    device, linear = evaluation.runtime.device, evaluation.options.linear
-    probe = usual_probe(fit, device) if linear == "auto" else LinearProbe(device=device) if linear == "sgd" else None
+    probe = usual_probe(fit, evaluation.runtime.device)
     evaluation.note("note: linear is " + ("scikit-learn's logistic regression on standardised features" if probe is None else
                                           "SGD on frozen features, the published protocol"))
     predicted = predict(probe, "linear")

@@ -144,7 +144,7 @@ class Results:
         self.log.start(self.state.progress)
 
     def finish(self) -> None:
-        """Everything that is made of a trained network: export, scores, pictures, summary, report."""
+        """Everything that is made of a trained network: export, scores, pictures, summary, report; and the closing lines."""
         self._export("backbone")
         self.measure("trained", self.state.backbone)
         if self.setup.config.eval_every and self.measuring.scorer is not None:
@@ -155,6 +155,7 @@ class Results:
         if self.setup.config.eval:
             self._picture_features()
         self.write_end("finished")
+        self._say()
 
     def _picture_features(self) -> None:
         setup, images, seed = self.setup, self.images, self.setup.config.seed
@@ -219,7 +220,7 @@ class Results:
             "world_size": setup.processes.world_size, "device": str(setup.runtime.device),
             "amp": AMP_FLAGS[setup.runtime.amp_dtype], "peak_memory_mb": round(peak_memory(setup.runtime.device) / 1e6)}
 
-    def say(self) -> None:
+    def _say(self) -> None:
         """The closing lines: what was reached, and how to use it."""
         say, images, folder = self.log.say, self.images, self.setup.folder
         names = [name for name in ("pixels", "untrained", "trained") if name in self.scores]
@@ -239,6 +240,5 @@ class Results:
             score, value = next((name, self.best[name]) for name in self.best if name != "epoch")
             say(f"best: {score} {in_words(score, value)} after epoch {self.best['epoch']}, in {folder / 'best.pt'}")
         about, recipe = self.setup.about_backbone(self.state.model), self.setup.plan.plain
-        mean, std = (", ".join(f"{value:.6g}" for value in values) for values in (recipe.mean, recipe.std))
         say(f"report: {folder / 'report.html'}\nuse it:\n{how_to_load(folder, about)}\n"
-            f"# images: RGB in [0, 1] of {recipe.size} pixels, less the mean ({mean}), divided by the std ({std})")
+            f"# images: RGB in [0, 1] of {recipe.size} pixels, {recipe.scale}")

@@ -198,11 +198,7 @@ class Run:
 
     def finish(self) -> None:
         """What is made of a trained network, and the closing lines."""
-        self.processes.on_first(self._finish)
-
-    def _finish(self) -> None:
-        self.results.finish()
-        self.results.say()
+        self.processes.on_first(self.results.finish)
 
     def write_end(self, status: str, reason: str, error: Exception | None = None) -> None:
         """What is left of a run that did not finish. error: by which it failed."""

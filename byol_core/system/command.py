@@ -15,6 +15,10 @@ from byol_core.system.console import is_out_of_memory, one_line, own_words, show
 Prepared = TypeVar("Prepared")
 
 
+def usable_cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def checked(kind: type[int] | type[float], accept: Callable[[float], bool], allowed: str,
             auto: bool = False) -> Callable[[str], float | None]:
     """A parser of one value that names what is allowed when it gets something else; "auto" reads as None where given."""

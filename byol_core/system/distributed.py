@@ -67,8 +67,6 @@ class Processes:
         return total / self.world_size
 
     def mean_values(self, values: Mapping[str, float]) -> dict[str, float]:
-        if not self.several:
-            return dict(values)
         means = self.mean(torch.tensor(list(values.values()), dtype=torch.float64)).tolist()
         return dict(zip(values, means))
 

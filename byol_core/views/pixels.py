@@ -12,8 +12,8 @@ from torch.utils.data import Dataset
 
 from byol_core.images.decoding import BadImageError, decode
 from byol_core.images.image_set import ImageSet
+from byol_core.system.command import usable_cpus
 from byol_core.system.console import printable
-from byol_core.system.processors import usable_cpus
 from byol_core.views.recipes import ViewRecipe, normalise, plain_view
 from byol_core.views.workers import batches_from, new_loader, shared
 

@@ -97,6 +97,12 @@ class ViewRecipe:
         require(len(self.std) == 3 and all(0 < x < math.inf for x in self.std), "std", "give three positive numbers")
 
     @property
+    def scale(self) -> str:
+        """In words, what is done with the numbers of an image of the right size."""
+        mean, std = (", ".join(f"{value:.6g}" for value in values) for values in (self.mean, self.std))
+        return f"less the mean ({mean}), divided by the std ({std})"
+
+    @property
     def warps(self) -> bool:
         """True if the view rotates, zooms, shears, shifts or bends."""
         return self.rotate > 0 or self.shear > 0 or self.shift > 0 or self.zoom != (1.0, 1.0) or self.elastic > 0

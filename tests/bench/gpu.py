@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from byol_core.system.processors import usable_cpus
+from byol_core.system.command import usable_cpus
 from tests.bench.stages import FAILED, LATE, LEFT_OUT, PASSED, TO_END_S, Log, Result, Stage, run
 from tests.bench.table import commit, markdown
 

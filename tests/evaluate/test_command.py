@@ -111,7 +111,7 @@ def test_confusion_matrix_is_scikit_learns_with_a_row_for_other_classes() -> Non
 
 
 @pytest.mark.usefixtures("without_few_labels")
-def test_many_classes_show_their_most_frequent_confusions(trained: Path, image_folder: Folder, monkeypatch, capsys) -> None:
+def test_many_classes_show_their_most_frequent_confusions(trained: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(evaluate_command, "SHOWN_CLASSES", 2)
     counts = torch.tensor([[4, 0, 1], [3, 5, 0], [0, 0, 6], [0, 2, 0]])
     monkeypatch.setattr(evaluate_command, "confusion_matrix", lambda *_: counts)
@@ -121,16 +121,15 @@ def test_many_classes_show_their_most_frequent_confusions(trained: Path, image_f
 
 
 @pytest.mark.usefixtures("without_few_labels")
-def test_sgd_takes_over_by_size_and_on_request(trained: Path, monkeypatch, capsys) -> None:
+def test_sgd_takes_over_by_size_and_logistic_regression_has_a_row_where_it_is_asked_for(
+        trained: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     assert run(trained, trained.parent / "imgs") == 0
     assert "note: linear is scikit-learn's" in capsys.readouterr().err
-    assert run(trained, trained.parent / "imgs", "--linear", "sgd") == 0
-    assert "note: linear is SGD" in capsys.readouterr().err
     monkeypatch.setattr(probes, "SKLEARN_UP_TO", 10)
-    assert run(trained, trained.parent / "imgs") == 0
+    assert run(trained, trained.parent / "imgs", "--classifier", "logistic", "--json", tmp_path / "r.json") == 0
     assert "note: linear is SGD" in capsys.readouterr().err
-    assert run(trained, trained.parent / "imgs", "--linear", "sklearn") == 0
-    assert "note: linear is scikit-learn's" in capsys.readouterr().err
+    summary = json.loads((trained / "summary.json").read_text())
+    assert results(tmp_path / "r.json")["online"]["logistic"] == pytest.approx(summary["linear"])
 
 
 @pytest.mark.usefixtures("without_few_labels")
@@ -139,14 +138,6 @@ def test_any_classifier_of_scikit_learn_gets_a_row(trained: Path, tmp_path: Path
                tmp_path / "r.json") == 0
     found = results(tmp_path / "r.json")
     assert found["online"]["sklearn.dummy.DummyClassifier"] == pytest.approx(found["majority"]["linear"])
-
-
-@pytest.mark.usefixtures("without_few_labels")
-def test_logistic_regression_has_a_row_where_it_is_asked_for(trained: Path, tmp_path: Path) -> None:
-    assert run(trained, trained.parent / "imgs", "--classifier", "logistic", "--linear", "sgd", "--json",
-               tmp_path / "r.json") == 0
-    summary = json.loads((trained / "summary.json").read_text())
-    assert results(tmp_path / "r.json")["online"]["logistic"] == pytest.approx(summary["linear"])
 
 
 @pytest.mark.usefixtures("without_few_labels")

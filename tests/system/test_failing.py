@@ -64,8 +64,9 @@ class OfOurs(RuntimeError):
     pass
 
 
-@pytest.mark.parametrize("error", [ConnectionResetError("Connection reset by peer"), FileNotFoundError("runs/timeout was removed"),
-                                   RuntimeError("NCCL error: Duplicate GPU detected"), OfOurs("connection closed")])
+@pytest.mark.parametrize("error", [ConnectionResetError("Connection reset by peer"), OfOurs("connection closed"),
+                                   FileNotFoundError("runs/timeout was removed or replaced while the run went on"),
+                                   RuntimeError("NCCL error: Duplicate GPU detected")])
 def test_what_no_process_is_to_blame_for_keeps_its_words(error: Exception) -> None:
     assert Processes(0, 2, store=dist.HashStore()).fail(error, f"{error}!") == (f"rank 0 of 2: {error}!", True)
 

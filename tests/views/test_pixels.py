@@ -1,6 +1,5 @@
 """Order, replacement of bad files, and the two interchangeable sources of views."""
 
-import gc
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +14,7 @@ from byol_core.views import pixels as pixels_module
 from byol_core.views.batches import DeviceBatches, Order, WorkerBatches, _ViewDataset
 from byol_core.views.pixels import BadFiles, TooManyBadFilesError, decode_all, load_images, plain_batches
 from byol_core.views.recipes import ViewRecipe, inverse_normalise, paper_recipes
+from tests.helpers.memory import counted, private_bytes
 from tests.helpers.pictures import CPU, PLAIN, load
 
 
@@ -140,11 +140,9 @@ class Touched(Dataset[int]):
         return 10
 
     def __getitem__(self, item: int) -> int:
-        gc.collect()  # which touches, and so copies, every object there is; better at once than some time
         for index in range(item * len(self.files) // 10, (item + 1) * len(self.files) // 10):
             self.files.name(index)
-        private = [line for line in Path("/proc/self/smaps_rollup").read_text().splitlines() if line.startswith("Private")]
-        return sum(int(line.split()[1]) * 1024 for line in private)
+        return private_bytes()
 
 
 @pytest.fixture
@@ -156,7 +154,7 @@ def long_list(tmp_path: Path) -> ImageSet:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="the system does not tell a process its memory")
+@counted
 def test_memory_of_a_worker_does_not_grow_with_the_names_it_has_seen(long_list: ImageSet) -> None:
     private = [int(size) for size in DataLoader(Touched(long_list), batch_size=None, num_workers=1)]
     assert max(private[2:]) - private[2] < 1e6, private  # at first it copies what any process touches

@@ -1,6 +1,5 @@
 """Views from worker crops: the reference's pixels, the other paths' order, stand-ins and resume, and nothing that grows."""
 
-import gc
 import json
 import re
 from collections.abc import Callable
@@ -32,6 +31,7 @@ from byol_core.views.pixels import ImageData, load_images
 from byol_core.views.recipes import ViewRecipe, digits_recipes, inverse_normalise, paper_recipes
 from byol_core.views.worker_crops import CropBatches, cut, reduction
 from tests.helpers import pictures
+from tests.helpers.memory import counted, private_bytes
 from tests.helpers.pictures import CPU, PLAIN
 from tests.helpers.runs import SMALL
 
@@ -226,13 +226,11 @@ class Cropping(Dataset[int]):
     def __getitem__(self, item: int) -> int:
         for epoch in range(25):
             self.cropping.__getitems__([(25 * item + epoch, index) for index in range(8)])
-        gc.collect()
-        private = [line for line in Path("/proc/self/smaps_rollup").read_text().splitlines() if line.startswith("Private")]
-        return sum(int(line.split()[1]) * 1024 for line in private)
+        return private_bytes()
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="the system does not tell a process its memory")
+@counted
 def test_memory_of_a_worker_does_not_grow_with_the_crops_it_has_made(mixed: Path) -> None:
     cropping = new_batches(mixed, CROPPED, Order(8, 8)).loader.dataset
     # A forked worker would come to own this process's memory, page by page, by touching it.

@@ -39,7 +39,7 @@ class TrainConfig:
                                     "on, or auto, from the images", type=auto_or_pixels, metavar="auto|N")
     view_size: int | None = option(None, "network", "edge in pixels of the random views that it is trained on: smaller ones "
                                    "are faster (default: --image-size; 24 for conv4 with --recipe auto, where images "
-                                   "have 32 to 64)", type=auto_or_pixels, metavar="auto|N")
+                                   "are shown with 32 to 64)", type=auto_or_pixels, metavar="auto|N")
     small_stem: bool | None = option(None, "network", "3x3 first convolution without pooling, for ResNets on small images "
                                      "(default: on for views below 48 pixels)", action=argparse.BooleanOptionalAction)
     hidden_dim: int | None = option(None, "network", "hidden width of projector and predictor", type=count, metavar="N")

@@ -12,7 +12,7 @@ SMALL_SET = 200_000  # images; below it the recipe follows published CIFAR setti
 LARGEST_SCALED = 512  # images: without LARS, rates in proportion to the batch are published up to it
 ENOUGH_UPDATES = 10_000  # updates of a run; with fewer a smaller batch is taken. A guess, as is RESNET_FROM
 LARGEST_BATCH, SMALLEST_BATCH, AT_LEAST_EACH = 256, 64, 32  # of an update, and per process
-CONV4_SIZE, CONV4_UP_TO = 64, 96  # pixels at most: of an image that it is measured on, and of the images that it is chosen for
+CONV4_SIZE, CONV4_UP_TO = 48, 96  # pixels at most: of an image that it is measured on, and of the images that it is chosen for
 CONV4_VIEW = 24  # pixels
 RESNET_FROM = 1_000_000  # images of all updates together
 MIN_SCALE = 0.2  # smallest share of an image's area in a view, of small sets
@@ -207,7 +207,7 @@ def _check_rates(chosen: dict[str, Choice], epochs: int) -> None:
 
 def _edge(facts: Facts, arch: str, recipe: str) -> Choice:
     size, reason = usual_size(facts), f"images are about {facts.side} pixels"
-    most = CONV4_SIZE if recipe == "auto" else CONV4_SIZE // 2  # where views are as large, it learns more at half of it
+    most = CONV4_SIZE if recipe == "auto" else 32  # there views are as large, and smaller ones teach more in the same time
     if arch == "conv4" and size > most:
         return Choice("image_size", most, f"{reason}, of which conv4 is shown {most}")
     return Choice("image_size", size, reason + ("" if size == facts.side else "; larger ones are shown at 128 or 224"))

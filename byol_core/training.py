@@ -133,7 +133,7 @@ def train(model: BYOL, batches: SeekableBatches | PlainBatches, epochs: int, *, 
     optimizer = optimizer or torch.optim.Adam(model.online.parameters(), lr=3e-4)
     lr_scheduler = lr_scheduler or plateau_scheduler(optimizer)
     progress = progress or Progress()
-    tell = after_step or (lambda progress, step: None)
+    after_step = after_step or (lambda *_: None)
     _check_parts(model, batches, optimizer, lr_scheduler, runtime)
     updates = _check_length(len(batches), epochs, accum_steps, progress) * epochs
     model.train()
@@ -163,7 +163,7 @@ def train(model: BYOL, batches: SeekableBatches | PlainBatches, epochs: int, *, 
             ema_update(model.target, model.online, tau)  # the target follows, after the optimizer
             progress.count_update(loss)
         _move_on(progress, lr_scheduler, numbers, loss if applied else None, len(batches))
-        tell(progress, Step(loss, z1, z2, tau, lr, applied))
+        after_step(progress, Step(loss, z1, z2, tau, lr, applied))
     runtime.confirm()
     return progress
 

@@ -38,8 +38,8 @@ class TrainConfig:
     image_size: int | None = option(None, "network", "edge in pixels of the images that the network is made for and measured "
                                     "on, or auto, from the images", type=auto_or_pixels, metavar="auto|N")
     view_size: int | None = option(None, "network", "edge in pixels of the random views that it is trained on: smaller ones "
-                                   "are faster (default: --image-size; 24 for conv4 with --recipe auto, where images "
-                                   "are shown with 32 to 64)", type=auto_or_pixels, metavar="auto|N")
+                                   "are faster (default: --image-size; for conv4 with --recipe auto three quarters of "
+                                   "it and at most 24, above 64 three eighths)", type=auto_or_pixels, metavar="auto|N")
     small_stem: bool | None = option(None, "network", "3x3 first convolution without pooling, for ResNets on small images "
                                      "(default: on for views below 48 pixels)", action=argparse.BooleanOptionalAction)
     hidden_dim: int | None = option(None, "network", "hidden width of projector and predictor", type=count, metavar="N")

@@ -12,8 +12,8 @@ SMALL_SET = 200_000  # images; below it the recipe follows published CIFAR setti
 LARGEST_SCALED = 512  # images: without LARS, rates in proportion to the batch are published up to it
 ENOUGH_UPDATES = 10_000  # updates of a run; with fewer a smaller batch is taken. A guess, as is RESNET_FROM
 LARGEST_BATCH, SMALLEST_BATCH, AT_LEAST_EACH = 256, 64, 32  # of an update, and per process
-CONV4_SIZE, CONV4_UP_TO = 48, 96  # pixels at most: of an image that it is measured on, and of the images that it is chosen for
-CONV4_VIEW = 24  # pixels
+CONV4_SIZE, CONV4_VIEW, CONV4_UP_TO = 48, 24, 96  # pixels at most: of a measured image, of a view, of images it is chosen for
+CONV4_OF_OTHERS = 32  # pixels at most, with the other recipes: there views are as large as images, and larger ones are slow
 RESNET_FROM = 1_000_000  # images of all updates together
 MIN_SCALE = 0.2  # smallest share of an image's area in a view, of small sets
 FAST_PREDICTOR = 10.0  # times the rate of the rest
@@ -207,19 +207,21 @@ def _check_rates(chosen: dict[str, Choice], epochs: int) -> None:
 
 def _edge(facts: Facts, arch: str, recipe: str) -> Choice:
     size, reason = usual_size(facts), f"images are about {facts.side} pixels"
-    most = CONV4_SIZE if recipe == "auto" else 32  # there views are as large, and smaller ones teach more in the same time
+    most, why = (CONV4_SIZE, "is worth most when they are shown at") if recipe == "auto" else (
+        CONV4_OF_OTHERS, "learns more in the same time at")
     if arch == "conv4" and size > most:
-        return Choice("image_size", most, f"{reason}, of which conv4 is shown {most}")
+        return Choice("image_size", most, f"{reason}; conv4 {why} {most}")
     return Choice("image_size", size, reason + ("" if size == facts.side else "; larger ones are shown at 128 or 224"))
 
 
 def _view_size(config: TrainConfig, arch: str, image_size: int) -> Choice:
     if config.view_size is not None:
         return as_asked("view_size", config.view_size)
+    # Above 64 pixels nothing was measured; the proportion is that of 24 to 64.
     smaller = max(8, int(image_size * 3 / 8), min(CONV4_VIEW, int(image_size * 3 / 4)))
     if config.recipe == "auto" and arch == "conv4" and smaller < image_size:
-        return Choice("view_size", smaller, "more are seen in the same time, and what crops "
-                      "enlarge is as large as in the images it is measured on")
+        return Choice("view_size", smaller, "more are seen in the same time, and the network gains by being shown larger "
+                      "images than it is trained on")
     return Choice("view_size", image_size, "as the images")
 
 

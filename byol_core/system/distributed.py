@@ -100,7 +100,7 @@ class Processes:
         pause, until = POLL_S[0], time.monotonic() + _timeout().total_seconds()
         while not arrival.is_completed():
             if self.first and time.monotonic() > until:
-                raise NoAnswerError
+                raise NoAnswerError("another process has not answered")
             time.sleep(pause)
             pause = min(2 * pause, POLL_S[1])
         arrival.wait()

@@ -62,7 +62,7 @@ def test_a_restart_by_torchrun_resumes_bit_for_bit(image_folder: Callable[..., P
     common = ("--data", image_folder(per_class=24), "--epochs", 2, "--no-eval", *SMALL, "--batch-size", 12)  # 4 updates each
     whole = torchrun(tmp_path, "--out", "whole", *common, processes=3)
     done = torchrun(tmp_path, "--out", "out", *common, processes=3, fault="is killed", update=5,
-                    options=("--standalone", "--max-restarts", "3"), forked=False)
+                    options=("--standalone", "--max-restarts", "3"))
     assert whole.code == done.code == 0, done.err
     assert "resuming at epoch 1, update 4" in done.out
     assert len(done.messages) == 1 and done.messages[0].startswith("error: another process is gone (noticed by "), done.err

@@ -66,7 +66,8 @@ class OfOurs(RuntimeError):
 
 @pytest.mark.parametrize("error", [ConnectionResetError("Connection reset by peer"), OfOurs("connection closed"),
                                    FileNotFoundError("runs/timeout was removed or replaced while the run went on"),
-                                   RuntimeError("NCCL error: Duplicate GPU detected")])
+                                   RuntimeError("NCCL error: Duplicate GPU detected"),
+                                   ValueError("no such folder: timed out")])
 def test_what_no_process_is_to_blame_for_keeps_its_words(error: Exception) -> None:
     assert Processes(0, 2, store=dist.HashStore()).fail(error, f"{error}!") == (f"rank 0 of 2: {error}!", True)
 

@@ -22,6 +22,7 @@ from byol_core.run import log as metrics
 from byol_core.run.run import Run
 from tests.bench import end_to_end, gpu, right, stages, table
 from tests.bench.stages import Log, Stage
+from tests.helpers.children import PATIENCE_S, Forked
 
 SLEEPS = "import time; print('asleep', flush=True); time.sleep(1000)"
 # A process in a session of its own, deaf to polite signals, that outlives the one that started it.
@@ -29,6 +30,8 @@ LEAVES_A_CHILD = ("import subprocess, sys; code = 'import signal, time; signal.s
                   "time.sleep(1000)'; subprocess.Popen([sys.executable, '-c', code], start_new_session=True); sys.exit(3)")
 WRITES_NUMBERS = ("import sys; open(sys.argv[-1], 'w').write('{\"a\": 1, \"section\": \"## A\"}\\n{\"b\": 2}\\n{\"torn\": '); "
                   "print('one'); print('two', end='')")
+WRITES_A_SHARE = ("import sys; open(sys.argv[-1], 'w').write('{\"share_of_copy_bandwidth\": 0.95, "
+                  "\"section\": \"## EMA, a table\"}\\n')")
 
 
 def stage(name: str, code: str, limit: float | None = 600.0, **options: Any) -> Stage:
@@ -62,35 +65,96 @@ def images(image_folder: Callable[..., Path]) -> list[str]:
 
 
 @pytest.mark.slow
-def test_the_whole_command_at_small_scale_with_a_stage_that_fails_and_one_that_hangs(
+def test_the_whole_command_with_a_stage_that_fails_and_one_that_hangs(
         images: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    broken = [stage("fails", "import sys; print('all is lost'); sys.exit(3)"), stage("hangs", SLEEPS, limit=3.0)]
-    code = gpu.main([*images, "--out", str(tmp_path / "out"), "--device", "cpu", "--seconds", "6000"], first=broken)
+    """All stages but one of the command's own stand for what real ones do."""
+    first = [stage("fails", "import sys; print('all is lost'); sys.exit(3)"), stage("hangs", SLEEPS, limit=3.0),
+             stage("not here", "", missing="no compiler"), stage("ema", WRITES_A_SHARE)]
+    names = ["fails", "hangs", "not here", "ema", "tests"]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(gpu, "stages", lambda options, found=gpu.stages: [each for each in found(options) if each.name == "tests"])
+        code = gpu.main([*images, "--out", str(tmp_path / "out"), "--device", "cpu", "--seconds", "6000"], first=first)
     begun, *lines = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
     found = {line["stage"]: line for line in lines}
     printed, log = capsys.readouterr().out, (tmp_path / "out" / "log.txt").read_text()
-    assert begun["stages"] == list(found)
-    assert list(found)[:2] == ["fails", "hangs"] and list(found)[-2:] == ["learns", "lightly"]
+    assert begun["stages"] == list(found) == names
     assert code == 1 and "\nfailed: fails\n" in printed and "\nended at its limit: hangs\n" in printed
     assert found["fails"]["status"] == "failed" and found["fails"]["exit_code"] == 3
     assert found["fails"]["last_line"] == "all is lost"
     assert found["hangs"]["status"] == "ended at its limit" and "File \"<string>\", line 1" in log  # where it hung
-    without = {name for name, line in found.items() if line["status"] == "left out"}
-    assert without <= {"lightly", "compile-small", "cifar-compiled"}  # what is not installed here
-    others = {name: line for name, line in found.items() if name not in {"fails", "hangs", *without}}
-    assert {name: line["last_line"] for name, line in others.items() if line["status"] != "passed"} == {}, log
-    numbers = {name: line["numbers"] for name, line in others.items()}
-    assert numbers["resume"] == numbers["resume"] | {"resumed_differs_by": 0.0, "repeated_differs_by": 0.0}
-    assert numbers["resume-crops"]["resumed_differs_by"] == 0.0 and numbers["torchrun"]["weights_differ_by"] == 0.0
-    assert numbers["digits-off"]["knn_20_on_a_cpu"] == numbers["digits-off"]["knn_20"] > 0.8
-    assert numbers["tests"]["skipped" if not torch.cuda.is_available() else "passed"] > 10
-    assert 0.1 < numbers["ema"]["share_of_copy_bandwidth"] < 10 and others["ema"]["bars"][0]["reached"] in (True, False)
-    for name in ("cifar", "photos"):
-        assert 0 < numbers[name]["share_of_bare_step"] < 10 and 0 <= numbers[name]["waits"] < 1
-        assert others[name]["sections"][0].startswith("## End to end: conv6") and others[name]["sections"][0] in printed
-    accuracies = numbers["learns"]["seed 0"]["accuracies"]
+    assert found["not here"]["status"] == "left out" and "\nleft out: not here\n" in printed
+    assert found["ema"]["bars"][0] | {"what": ""} == {"what": "", "value": 0.95, "least": 0.9, "most": None, "reached": True}
+    assert "\n## EMA, a table" in printed and "0.95" in printed
+    assert found["tests"]["status"] == "passed" and "[tests] + -m tests.bench.right tests" in log, log
+    assert found["tests"]["numbers"]["skipped" if not torch.cuda.is_available() else "passed"] > 10
+
+
+def rehearsal(images: list[str], work: Path) -> dict[str, Stage]:
+    """The stages on a CPU, by name."""
+    options = Namespace(images=Path(images[1]), photos=Path(images[3]), device="cpu", seconds=6000.0, minutes=None, work=work)
+    return {stage.name: stage for stage in gpu.stages(options)}
+
+
+def equal(found: float, wanted: float) -> None:
+    assert found == wanted
+
+
+def within(found: float, least: float, most: float) -> None:
+    assert least <= found <= most
+
+
+def same_run(numbers: dict[str, Any]) -> None:
+    assert numbers["resumed_differs_by"] == numbers["repeated_differs_by"] == 0.0
+
+
+def same_accuracies_on_a_cpu(numbers: dict[str, Any]) -> None:
+    assert numbers["knn_20_on_a_cpu"] == numbers["knn_20"] > 0.8
+
+
+def near_the_bare_step(numbers: dict[str, Any]) -> None:
+    assert 0.1 < numbers["share_of_bare_step"] < 10 and 0 <= numbers["waits"] < 1
+
+
+def accuracies_are_known(numbers: dict[str, Any]) -> None:
+    accuracies = numbers["seed 0"]["accuracies"]
     assert all(0 < accuracies[key] <= 1 for key in ("kNN 20, last", "kNN 200, last", "linear, last", "1 label", "5 labels"))
-    assert all(f"[{name}] + -m tests.bench." in log for name in others)
+
+
+# What must hold of the numbers of each stage that is rehearsed; those named together need each other's files.
+NUMBERS: dict[tuple[str, ...], Callable[[dict[str, Any]], object]] = {
+    ("digits-off",): same_accuracies_on_a_cpu,
+    ("resume",): same_run,
+    ("resume-crops",): same_run,
+    ("torchrun",): lambda numbers: equal(numbers["weights_differ_by"], 0.0),
+    ("compile-small",): lambda numbers: within(numbers["gradients_off_float32_compiled"], 0.0, 0.02),
+    ("ema",): lambda numbers: within(numbers["share_of_copy_bandwidth"], 0.1, 10.0),
+    ("lars",): lambda numbers: within(numbers["milliseconds"]["**LARS**"], 0.0, 1e6),
+    ("cifar",): near_the_bare_step,
+    ("photos",): near_the_bare_step,
+    ("cifar-compiled",): lambda numbers: within(numbers["times_default_compile"], 0.01, 100.0),
+    ("learns", "lightly"): accuracies_are_known}
+
+
+def test_every_stage_is_rehearsed(images: list[str], tmp_path: Path) -> None:
+    assert [name for names in NUMBERS for name in names] == [name for name in rehearsal(images, tmp_path)
+                                                              if name != "tests"]  # which the whole command runs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("names", NUMBERS, ids=" ".join)
+def test_a_stage_at_small_scale(names: tuple[str, ...], images: list[str], tmp_path: Path) -> None:
+    """In a process that is forked, as loading torch for each takes longer than what it does."""
+    for stage in [rehearsal(images, tmp_path / "work")[name] for name in names]:
+        if stage.missing:
+            pytest.skip(stage.missing)
+        log, numbers = tmp_path / f"{stage.name}.log", tmp_path / f"{stage.name}.jsonl"
+        words = [*map(str, stage.command(600.0)), "--json", str(numbers)]
+        environment = {**stage.environment, "OMP_NUM_THREADS": "1", "BYOL_COMMIT": "none"}
+        with open(log, "w") as output:
+            code = Forked("tests.helpers.children:python", [words, environment], output, output).wait(PATIENCE_S)
+        assert code == 0, log.read_text()
+        lines = [json.loads(line) for line in numbers.read_text().splitlines()]
+        NUMBERS[names](dict(pair for line in lines for pair in line.items()))
 
 
 def test_a_stage_that_hangs_is_ended_and_the_next_one_runs(carried_out, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ TEXT, LINE = 15, 20  # size of letters and height of a line, in pixels: to be re
 ROWS, NEAREST = 8, 5
 NAME = 150  # pixels for a class beside its colour
 MAP, DOT, FINER = 460, 3, 3  # edge of a map and radius of its dots in pixels; drawn that much finer, then reduced
-TSNE_UP_TO = 2_000  # points; beyond them it takes minutes
+TSNE_UP_TO, TSNE_STEPS = 2_000, 500  # points, beyond which it takes minutes; scikit-learn's 1,000 show no more
 NAMED_CLASSES = 20  # told apart by colour
 BLACK, GREY, SAME, OTHER = "#1b1f24", "#5d6875", "#1a8f4b", "#d0342c"
 COLOURS = ("#2563c9", "#d9730d", "#1a8f63", "#c0312b", "#6b4fd8", "#7a5230", "#d05aa8", "#6b7280", "#a8a000", "#0b9fb3",
@@ -156,7 +156,7 @@ def project(features: Tensor, seed: int) -> dict[str, np.ndarray]:
     shares = flat.explained_variance_ratio_
     maps = {f"PCA, {shares[:2].sum():.0%} of the variance": components[:, :2]}
     if 4 <= len(values) <= TSNE_UP_TO:
-        tsne = TSNE(perplexity=min(30, (len(values) - 1) / 3), init="pca", random_state=seed % 2**32)
+        tsne = TSNE(perplexity=min(30, (len(values) - 1) / 3), init="pca", max_iter=TSNE_STEPS, random_state=seed % 2**32)
         maps[f"t-SNE, seed {seed}"] = tsne.fit_transform(components.astype(np.float32))
     return maps
 

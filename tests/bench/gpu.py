@@ -64,7 +64,7 @@ BARS = [Bar("ema", ("share_of_copy_bandwidth",), "ema_update, share of the copy 
 
 
 def stages(options: argparse.Namespace) -> list[Stage]:
-    """All stages in order of worth; on a CPU the same at small scale, but for float16, which CPUs are slow in."""
+    """All stages in order of worth; on a CPU the same at small scale, but for 16 bits, which many CPUs are slow in."""
     full, scale = options.device.startswith("cuda"), options.seconds / USUAL_SECONDS
     on: list[object] = ["--device", options.device]
     images, photos = ["--images", options.images / "train"], ["--images", options.photos]
@@ -74,7 +74,7 @@ def stages(options: argparse.Namespace) -> list[Stage]:
     workers = ["--workers", 16] if full else []
     cifar = [*images, *small, *workers, *(["--batch", 512, "--updates", 50] if full else ["--batch", 8, "--updates", 2])]
     large = [*photos, *workers, *(["--case", "224", "--arch", "resnet50", "--batch", 128, "--updates", 24] if full else
-                                  [*network, "--case", "64", "--batch", 8, "--updates", 2])]
+                                  [*network, "--case", "32", "--batch", 8, "--updates", 2])]
 
     def right(name: str, check: str, *words: object, missing: str = "") -> Stage:
         return Stage("right", name, lambda seconds: ["-m", "tests.bench.right", check, *on, *words], 90.0 * scale,
@@ -94,9 +94,9 @@ def stages(options: argparse.Namespace) -> list[Stage]:
         *([right("compile-large", "compile", "--case", "224", "--arch", "resnet50", "--batch", 128)] if full else []),
         right("tests", "tests"),
         *(right(f"digits-{amp}", "digits", "--amp", amp, *([] if full else ["--epochs", 1]))
-          for amp in ("bf16", "fp16", "off") if full or amp != "fp16"),
+          for amp in ("bf16", "fp16", "off") if full or amp == "off"),
         right("resume", "resume", *images, *small, *batch),
-        right("resume-crops", "resume", *photos, *network, "--case", "64", *batch),
+        right("resume-crops", "resume", *photos, *network, "--case", "64" if full else "32", *batch),
         *([right("resume-graph", "resume", *images, *small, *batch, "--cuda-graph")] if full else []),
         right("torchrun", "torchrun", *images, *small, *batch),
         right("compile-small", "compile", *small, "--batch", 512 if full else 8, missing=no_compiler),

@@ -3,18 +3,22 @@
 Children are forked by a server that has loaded torch and computed nothing, as loading it takes longer than a run.
 """
 
+import atexit
 import contextlib
 import functools
 import gc
 import json
 import os
 import pkgutil
+import runpy
 import select
 import signal
 import socket
 import subprocess
 import sys
 import time
+import traceback
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -154,6 +158,86 @@ def _serve(connection: socket.socket) -> int:
             os.close(handle)
         connection.send(str(child).encode())
         connection.send(str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])).encode())
+
+
+class ForkedPython:
+    """What torchrun and `subprocess.run` use of `subprocess.Popen`, for a command line of Python: a script or -m, and words."""
+
+    def __init__(self, args: Sequence[str], env: dict[str, str], start_new_session: bool = True, **_: Any) -> None:
+        sys.stdout.flush()
+        self.pid, self.code = os.fork(), None
+        if self.pid == 0:
+            if start_new_session:
+                os.setsid()
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            os.environ.clear()
+            os.environ.update(env)
+            for finalizer in weakref.finalize._registry:  # such as of temporary folders, which are not this process's
+                finalizer.atexit = False
+            os._exit(as_python([word for word in args[1:] if word != "-u"]))
+
+    def poll(self) -> int | None:
+        if self.code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.code = os.waitstatus_to_exitcode(status) if pid else None
+        return self.code
+
+    def wait(self, timeout: float) -> int:
+        until = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > until:
+                raise subprocess.TimeoutExpired("", timeout)
+            time.sleep(0.02)
+        assert self.code is not None
+        return self.code
+
+
+def as_python(words: Sequence[str]) -> int:
+    """The exit code of `python WORDS`: a script or -m and a module, and its words. In this process, which does nothing else."""
+    as_module = words[0] == "-m"
+    sys.argv = list(words[1:] if as_module else words)
+    code: Any = 0
+    try:
+        if as_module:
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as end:
+        code = end.code or 0
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    return code if isinstance(code, int) else 1
+
+
+def fork_every_python() -> None:
+    """From now on, where torchrun or `subprocess.run` would start a Python, this process is forked."""
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+
+    original = subprocess.run
+
+    def run(command: Sequence[str], **options: Any) -> Any:
+        if command[0] != sys.executable or options.keys() != {"check", "env"}:
+            return original(command, **options)
+        code = ForkedPython(command, options["env"], start_new_session=False).wait(PATIENCE_S)
+        if code:
+            raise subprocess.CalledProcessError(code, list(command))
+
+    subprocess_handler.Popen = ForkedPython  # type: ignore[misc, assignment]
+    subprocess.run = run  # type: ignore[assignment]
+
+
+def python(words: list[str], environment: dict[str, str]) -> int:
+    """`python WORDS` in the repository, in a forked process that forks what it starts."""
+    os.chdir(REPOSITORY)
+    os.environ.update(environment)
+    fork_every_python()
+    return as_python(words)
 
 
 def _read_to_the_end(pipe: int) -> str:

@@ -1,21 +1,17 @@
 """Runs of the main job under torchrun, with a fault in one process; for the tests."""
 
-import atexit
 import json
 import os
-import runpy
 import signal
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from tests.helpers.children import REPOSITORY, Forked
+from tests.helpers.children import REPOSITORY, Forked, fork_every_python
 
 SMALL = ("--arch", "conv6", "--hidden-dim", "16", "--projection-dim", "8", "--batch-size", "8", "--workers", "0",
          "--device", "cpu")
@@ -122,55 +118,8 @@ def _that_write_to(path: Path) -> list[int]:
 def _torchrun(folder: str, words: list[str], environment: dict[str, str]) -> None:
     """torchrun, whose processes are forked where it would start a Python."""
     import torch.distributed.run
-    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
     os.chdir(folder)
     os.environ.update(environment)
-    subprocess_handler.Popen = ForkedScript  # type: ignore[misc, assignment]
+    fork_every_python()
     torch.distributed.run.main(words)
-
-
-class ForkedScript:
-    """What torchrun uses of `subprocess.Popen`, for a command line `python -u script words`."""
-
-    def __init__(self, args: tuple[str, ...], env: dict[str, str], start_new_session: bool, **_: Any) -> None:
-        sys.stdout.flush()
-        self.pid, self.code = os.fork(), None
-        if self.pid == 0:
-            os.setsid()
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
-                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-            os.environ.clear()
-            os.environ.update(env)
-            os._exit(_run(args[2:]))
-
-    def poll(self) -> int | None:
-        if self.code is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self.code = os.waitstatus_to_exitcode(status) if pid else None
-        return self.code
-
-    def wait(self, timeout: float) -> int:
-        until = time.monotonic() + timeout
-        while self.poll() is None:
-            if time.monotonic() > until:
-                raise subprocess.TimeoutExpired("", timeout)
-            time.sleep(0.02)
-        assert self.code is not None
-        return self.code
-
-
-def _run(words: tuple[str, ...]) -> int:
-    """The exit code of a script, called with these words as Python would."""
-    sys.argv = list(words)
-    code: Any = 0
-    try:
-        runpy.run_path(words[0], run_name="__main__")
-    except SystemExit as end:
-        code = end.code or 0
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    return code if isinstance(code, int) else 1

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from byol_core.ema import ema_update
+from tests.helpers.children import in_processes
 
 pytestmark = pytest.mark.slow
 PROCESSES = 2
@@ -155,5 +155,5 @@ def worker(rank: int, store: str) -> None:
 
 
 def test_ema_update_on_fsdp2_shards_equals_one_process(tmp_path: Path) -> None:
-    mp.spawn(worker, args=(str(tmp_path / "store"),), nprocs=PROCESSES)  # raises what a check raised
+    in_processes(f"{__name__}:worker", PROCESSES, tmp_path, str(tmp_path / "store"))
     assert [(tmp_path / f"store.{rank}").read_text() for rank in range(PROCESSES)] == [f"{len(CHECKS)} checks"] * PROCESSES

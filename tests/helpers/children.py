@@ -106,62 +106,104 @@ def run_child(arguments: Sequence[object], moments: Sequence[At] = (), start_met
 class Forked:
     """A process that calls `function`, "module:name", with these arguments, in a session of its own.
 
-    stdout, stderr: open files of this process, or their numbers. The one before must have been waited for.
+    stdout, stderr: open files of this process, or their numbers.
     """
 
     def __init__(self, function: str, arguments: list[object], stdout: IO | int, stderr: IO | int) -> None:
         handles = [file if isinstance(file, int) else file.fileno() for file in (stdout, stderr)]
-        socket.send_fds(_server(), [json.dumps([function, arguments]).encode()], handles)
-        self.pid = int(_server().recv(100))
+        self.server = _server()
+        socket.send_fds(self.server, [json.dumps([function, arguments]).encode()], handles)
+        self.pid = int(self.server.recv(100))
 
     def wait(self, timeout: float | None = None) -> int:
         """The exit code, minus the signal for a killed process."""
-        if not select.select([_server()], [], [], timeout)[0]:
+        if not select.select([self.server], [], [], timeout)[0]:
             raise TimeoutError
-        return int(_server().recv(100))
+        with self.server:
+            return int(self.server.recv(100))
 
     def kill_session(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
 
 
-@functools.cache
+def in_processes(function: str, ranks: int, folder: Path, *arguments: str) -> None:
+    """Calls `function`, "module:name", with a rank and these arguments in so many processes. Fails where one of them does."""
+    with open(folder / "output", "w") as output:
+        code = Forked("tests.helpers.children:_ranks", [function, ranks, arguments], output, output).wait(PATIENCE_S)
+    assert code == 0, (folder / "output").read_text()
+
+
+def _ranks(function: str, ranks: int, arguments: list[str]) -> None:
+    import torch.multiprocessing
+
+    torch.multiprocessing.start_processes(pkgutil.resolve_name(function), tuple(arguments), ranks, start_method="fork")
+
+
 def _server() -> socket.socket:
-    """The connection to a process that forks children; it ends when this process does."""
-    own, others = socket.socketpair()
-    subprocess.Popen([sys.executable, "-m", "tests.helpers.children", str(others.fileno())], cwd=REPOSITORY,
-                     pass_fds=[others.fileno()], start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    others.close()
-    return own
+    """A connection to what forks a child, once; all of it ends when the tests do.
+
+    The processes of pytest-xdist share the server that the first of them has started, at an address that is no file.
+    """
+    tests = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
+    address = f"\0byol-tests-{tests}"
+    while True:
+        with contextlib.suppress(ConnectionRefusedError):
+            own = socket.socket(socket.AF_UNIX)
+            own.connect(address)
+            return own
+        with socket.socket(socket.AF_UNIX) as listening, contextlib.suppress(OSError):  # another was faster
+            listening.bind(address)
+            listening.listen()
+            subprocess.Popen([sys.executable, "-m", "tests.helpers.children", str(listening.fileno()), str(tests)],
+                             cwd=REPOSITORY, pass_fds=[listening.fileno()], start_new_session=True,
+                             env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
-def _serve(connection: socket.socket) -> int:
+def _listen(listening: socket.socket, tests: int) -> int:
+    """Serves each connection by a child of its own, for as long as there is a process `tests`."""
     import byol_core.run.run  # noqa: F401 - what takes seconds to load
     import train  # noqa: F401
 
     gc.freeze()  # or each child would copy all of this memory to tidy it up at its end
-    while True:
-        request, handles, _, _ = socket.recv_fds(connection, 2**16, 2)
-        if not request:
-            return 0
-        child = os.fork()
-        if child == 0:
-            connection.close()
-            os.setsid()
-            for number, handle in enumerate(handles, 1):
-                os.dup2(handle, number)
-                os.close(handle)
-            sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False, buffering=1)
-            function, arguments = json.loads(request)
-            return pkgutil.resolve_name(function)(*arguments)
-        for handle in handles:
+    with contextlib.suppress(ProcessLookupError):
+        while True:
+            os.kill(tests, 0)
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(-1, os.WNOHANG)
+            if select.select([listening], [], [], 0.1)[0]:
+                connection, _ = listening.accept()
+                if os.fork() == 0:
+                    listening.close()
+                    return _serve(connection)
+                connection.close()
+    return 0
+
+
+def _serve(connection: socket.socket) -> int:
+    """Forks a child that calls the function asked for, and tells its number and then how it ended."""
+    request, handles, _, _ = socket.recv_fds(connection, 2**16, 2)
+    if not request:
+        return 0
+    child = os.fork()
+    if child == 0:
+        connection.close()
+        os.setsid()
+        for number, handle in enumerate(handles, 1):
+            os.dup2(handle, number)
             os.close(handle)
-        connection.send(str(child).encode())
-        connection.send(str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])).encode())
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False, buffering=1)
+        function, arguments = json.loads(request)
+        return pkgutil.resolve_name(function)(*arguments)
+    for handle in handles:
+        os.close(handle)
+    connection.send(str(child).encode())
+    connection.send(str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])).encode())
+    return 0
 
 
 class ForkedPython:
-    """What torchrun and `subprocess.run` use of `subprocess.Popen`, for a command line of Python: a script or -m, and words."""
+    """What torchrun and `subprocess.run` use of `subprocess.Popen`, for `python WORDS`, which begin with a script or -m."""
 
     def __init__(self, args: Sequence[str], env: dict[str, str], start_new_session: bool = True, **_: Any) -> None:
         sys.stdout.flush()
@@ -194,7 +236,7 @@ class ForkedPython:
 
 
 def as_python(words: Sequence[str]) -> int:
-    """The exit code of `python WORDS`: a script or -m and a module, and its words. In this process, which does nothing else."""
+    """The exit code of `python WORDS`, which begin with a script or -m. In this process, which does nothing after it."""
     as_module = words[0] == "-m"
     sys.argv = list(words[1:] if as_module else words)
     code: Any = 0
@@ -267,4 +309,4 @@ def _train(folder: str, arguments: list[str], moments: list[dict[str, Any]], sta
 
 
 if __name__ == "__main__":
-    sys.exit(_serve(socket.socket(fileno=int(sys.argv[1]))))
+    sys.exit(_listen(socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2])))

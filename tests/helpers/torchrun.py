@@ -1,5 +1,6 @@
 """Runs of the main job under torchrun, with a fault in one process; for the tests."""
 
+import ctypes
 import json
 import os
 import signal
@@ -53,12 +54,13 @@ class Finished:
 
 
 def torchrun(folder: Path, *arguments: object, processes: int = 2, fault: str = "pass", rank: int = 1, update: int = 3,
-             options: tuple[str, ...] = ("--standalone",), before: tuple[str, ...] = (), timeout: float = 600.0,
+             options: tuple[str, ...] = ("--standalone",), namespace: str = "", timeout: float = 600.0,
              patience: float = 60.0, env: dict[str, str] | None = None, setup: str = "", forked: bool = True) -> Finished:
     """`train.py` with these arguments in `folder`, in so many processes.
 
-    options: of torchrun. before: of the command. setup: code that all processes run first. forked: torchrun and its processes
-    are spared the loading of torch, which takes longer than a run; all else is as in a run of the command.
+    options: of torchrun. namespace: whose network they have, instead of the machine's. setup: code that all processes run
+    first. forked: torchrun and its processes are spared the loading of torch, which takes longer than a run; all else is as in
+    a run of the command.
     """
     driver = folder / "driver.py"
     driver.write_text(DRIVER.format(repository=str(REPOSITORY), update=update, rank=rank, fault=FAULTS.get(fault, fault),
@@ -66,9 +68,9 @@ def torchrun(folder: Path, *arguments: object, processes: int = 2, fault: str = 
     words = ["--nproc-per-node", str(processes), *options, str(driver), *map(str, arguments)]
     environment = {"OMP_NUM_THREADS": "1", **(env or {})}
     if forked:
-        start = partial(Forked, "tests.helpers.torchrun:_torchrun", [str(folder), words, environment])
+        start = partial(Forked, "tests.helpers.torchrun:_torchrun", [str(folder), words, environment, namespace])
         return _finished(folder, start, timeout, patience)
-    return watched([*before, sys.executable, "-m", "torch.distributed.run", *words], folder, timeout, environment, patience)
+    return watched([sys.executable, "-m", "torch.distributed.run", *words], folder, timeout, environment, patience)
 
 
 def trained(folder: Path, images: Path, *more: object, **options) -> Finished:
@@ -115,10 +117,13 @@ def _that_write_to(path: Path) -> list[int]:
     return found
 
 
-def _torchrun(folder: str, words: list[str], environment: dict[str, str]) -> None:
+def _torchrun(folder: str, words: list[str], environment: dict[str, str], namespace: str) -> None:
     """torchrun, whose processes are forked where it would start a Python."""
     import torch.distributed.run
 
+    if namespace:
+        with open(f"/run/netns/{namespace}") as file:
+            assert ctypes.CDLL(None, use_errno=True).setns(file.fileno(), 0) == 0, os.strerror(ctypes.get_errno())
     os.chdir(folder)
     os.environ.update(environment)
     fork_every_python()

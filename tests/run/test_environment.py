@@ -1,5 +1,6 @@
 """The machine: libraries that do not fit, accelerators that are there or not (told apart by patches), and large folders."""
 
+import io
 import json
 import os
 import pickle
@@ -19,6 +20,8 @@ from byol_core.evaluate import __main__ as evaluate_command
 from byol_core.images.image_set import scan
 from byol_core.runtime import Runtime, choose_device, choose_precision
 from byol_core.system.files import read_checkpoint
+from tests.fuzz import memory_peak
+from tests.helpers.children import Forked
 from tests.helpers.runs import SMALL
 
 MPS, CUDA = torch.device("mps"), torch.device("cuda", 0)
@@ -99,42 +102,66 @@ def test_two_hundred_thousand_names_take_little_memory(tmp_path: Path) -> None:
     assert len(images) == 200_000 and images.name(123_456) == names[123_456]
     # 52 characters and two numbers of 8 bytes each: in a worker process nothing else is copied
     assert len(pickle.dumps(images)) < 200_000 * (len(names[0]) + 8 + 8) + 10_000
-    script = ("import sys\nfrom byol_core.images.image_set import scan\nfrom tests.fuzz import memory_peak\n"
-              "before = memory_peak()\nimages = scan(sys.argv[1])\nprint(memory_peak() - before)\n")
     (tmp_path / "list.txt").write_text("".join(f"{name}\n" for name in names))
     for place in (tmp_path / "list.txt", tmp_path):
-        done = subprocess.run([sys.executable, "-c", script, place], capture_output=True, text=True, check=True,
-                              cwd=Path(__file__).parents[2])
-        assert float(done.stdout.splitlines()[-1]) < 40, place  # MiB; Path objects alone would take over 100
+        with open(tmp_path / "printed", "w+") as printed:
+            function = f"{__name__}:print_the_memory_of_a_scan"
+            assert Forked(function, [str(place)], printed, printed).wait() == 0, (tmp_path / "printed").read_text()
+        assert float((tmp_path / "printed").read_text()) < 40, place  # MiB; Path objects alone would take over 100
+
+
+def print_the_memory_of_a_scan(place: str) -> None:
+    before = memory_peak()
+    images = scan(place)
+    print(memory_peak() - before if len(images) == 200_000 else "not all of them")
+
+
+def small_run(images: Path) -> list[str]:
+    return ["--data", str(images), "--out", "out", "--epochs", "1", "--no-eval", *SMALL]
+
+
+def without_streams(folder: str, words: list[str], closed: list[int]) -> int:
+    """The command where these of the standard streams are closed, as a Python that is started so finds them."""
+    os.chdir(folder)
+    for number in closed:
+        os.close(number)
+        setattr(sys, ("stdin", "stdout", "stderr")[number], None)
+    return train.main(words)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(os.name == "nt", reason="a POSIX shell")
-@pytest.mark.parametrize("closing", ["<&- >&- 2>&-", ">&-", "2>&-"])
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("closed", [[0, 1, 2], [1], [2]])
 def test_a_command_without_standard_streams_writes_whole_files(image_folder: Callable[..., Path], tmp_path: Path,
-                                                               closing: str) -> None:
+                                                               closed: list[int]) -> None:
     """A file of the run that got a stream's number would take what is printed."""
-    words = [sys.executable, train.__file__, "--data", str(image_folder()), "--out", "out", "--epochs", "1", "--no-eval",
-             *map(str, SMALL)]
-    done = subprocess.run(["sh", "-c", f"exec {shlex.join(words)} {closing}"], cwd=tmp_path)
-    assert done.returncode == 0 and read_checkpoint(tmp_path / "out" / "last.pt")
+    words = small_run(image_folder())
+    if len(closed) == 3:
+        command = shlex.join([sys.executable, train.__file__, *words])
+        assert subprocess.run(["sh", "-c", f"exec {command} <&- >&- 2>&-"], cwd=tmp_path).returncode == 0
+    else:
+        with open(tmp_path / "printed", "w") as printed:
+            child = Forked(f"{__name__}:without_streams", [str(tmp_path), words, closed], printed, printed)
+        assert child.wait() == 0, (tmp_path / "printed").read_text()
+    assert read_checkpoint(tmp_path / "out" / "last.pt")
     assert all(json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines())
 
 
-@pytest.mark.slow
-def test_a_console_that_cannot_show_a_name_stops_no_run(image_folder: Callable[..., Path], tmp_path: Path) -> None:
-    command = [sys.executable, train.__file__, "--data", str(image_folder("bär")), "--out", "out", "--epochs", "1",
-               "--no-eval", *map(str, SMALL)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
-    assert done.returncode == 0 and b"b\\xe4r" in done.stdout
+def test_a_console_that_cannot_show_a_name_stops_no_run(image_folder: Callable[..., Path], tmp_path: Path,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    words, shown = small_run(image_folder("bär")), io.BytesIO()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
+    assert train.main(words) == 0
+    sys.stdout.flush()
+    assert b"b\\xe4r" in shown.getvalue()
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_console_that_goes_away_stops_no_run(image_folder: Callable[..., Path], tmp_path: Path) -> None:
-    command = [sys.executable, train.__file__, "--data", str(image_folder()), "--out", "out", "--epochs", "1", "--no-eval",
-               *map(str, SMALL)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path)
-    assert process.stdout is not None and process.stderr is not None
-    process.stdout.close()
-    process.stderr.close()
-    assert process.wait(120) == 0 and (tmp_path / "out" / "backbone.pt").exists()
+    reading, writing = os.pipe()
+    os.close(reading)
+    child = Forked(f"{__name__}:without_streams", [str(tmp_path), small_run(image_folder()), []], writing, writing)
+    os.close(writing)
+    assert child.wait() == 0 and (tmp_path / "out" / "backbone.pt").exists()

@@ -1,6 +1,5 @@
 """Exact resume: a run that was killed, anywhere and any number of times, ends as one that never was."""
 
-import itertools
 import json
 import os
 from collections.abc import Callable
@@ -35,15 +34,17 @@ def test_a_run_killed_at_any_step_ends_as_if_it_never_was(data: Path, views: str
             assert_same_run("whole", out)
 
 
-IN_THE_FAST_SUITE = {("lars", "cosine", 1), ("sgd", "plateau", 2), ("adamw", "constant", 1)}
+# Each optimizer with each scheduler, and each of them with each number of micro-batches.
+PAIRS = [(optimizer, scheduler, 1 + (one + other) % 2) for one, optimizer in enumerate(OPTIMIZERS)
+         for other, scheduler in enumerate(SCHEDULERS)]
+IN_THE_FAST_SUITE = {("lars", "cosine", 1), ("adamw", "constant", 2)}
 
 
 @pytest.mark.parametrize("optimizer, scheduler, accum_steps", [
-    pytest.param(*case, marks=[] if case in IN_THE_FAST_SUITE else pytest.mark.slow)
-    for case in itertools.product(OPTIMIZERS, SCHEDULERS, (1, 2))])
+    pytest.param(*case, marks=[] if case in IN_THE_FAST_SUITE else pytest.mark.slow) for case in PAIRS])
 def test_a_run_stopped_and_killed_again_and_again_ends_as_if_it_never_was(data: Path, optimizer: str, scheduler: str,
                                                                           accum_steps: int) -> None:
-    views = ("device", "cpu")[(OPTIMIZERS.index(optimizer) + SCHEDULERS.index(scheduler) + accum_steps) % 2]
+    views = ("device", "cpu")[(OPTIMIZERS.index(optimizer) // 2 + SCHEDULERS.index(scheduler)) % 2]
     words = arguments(data, "--optimizer", optimizer, "--scheduler", scheduler, "--views", views, "--workers", 0,
                       "--accum-steps", accum_steps)
     assert run(words, "whole") == 0

@@ -46,8 +46,8 @@ def test_a_signal_is_answered_within_a_step(data: Path, name: str, to: str, work
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OFTEN)
-def test_a_signal_to_a_group_with_spawned_workers_is_answered_within_a_step(data: Path, name: str) -> None:
-    words = arguments(data, "--views", "cpu", "--workers", 2, "--out", "out")
+def test_a_signal_to_a_group_with_a_spawned_worker_is_answered_within_a_step(data: Path, name: str) -> None:
+    words = arguments(data, "--views", "cpu", "--workers", 1, "--out", "out")
     assert_stopped(run_child(words, [At(STEP, 2, f"group {name}")], start_method="spawn"), CODES[name], updates=2)
 
 

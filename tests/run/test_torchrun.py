@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.torchrun import REPOSITORY, SMALL, Finished, summary, torchrun, trained, watched
+import train
+from tests.helpers.torchrun import SMALL, Finished, summary, torchrun, trained
 
 pytestmark = pytest.mark.slow
 
@@ -69,12 +69,13 @@ def test_a_restart_by_torchrun_resumes_bit_for_bit(image_folder: Callable[..., P
     assert all(torch.equal(tensor, weights(tmp_path, "whole")[name]) for name, tensor in weights(tmp_path).items())
 
 
-def test_one_process_goes_on_with_a_run_of_two_and_says_so(image_folder: Callable[..., Path], tmp_path: Path) -> None:
+def test_one_process_goes_on_with_a_run_of_two_and_says_so(image_folder: Callable[..., Path], tmp_path: Path, capsys,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
     images = image_folder(per_class=16)
     assert "SIGTERM to rank 1" in trained(tmp_path, images, fault="gets SIGTERM").out
-    done = watched([sys.executable, str(REPOSITORY / "train.py"), "--data", str(images), "--out", "out", "--epochs", "2",
-                    "--no-eval", *SMALL, "--resume"], tmp_path, 120.0)
-    assert done.code == 0 and "note: 2 -> 1 processes: every update uses the same images" in done.out
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["--data", str(images), "--out", "out", "--epochs", "2", "--no-eval", *SMALL, "--resume"]) == 0
+    assert "note: 2 -> 1 processes: every update uses the same images" in capsys.readouterr().out
     assert summary(tmp_path)["updates"] == 8 and summary(tmp_path)["world_size"] == 1
 
 
@@ -120,8 +121,7 @@ def on_two_nodes(folder: Path, images: Path, fault: str = "pass", timeout: int =
         return torchrun(place, "--data", images, "--out", "out", "--epochs", 2, "--no-eval", *SMALL, fault=fault, options=(
             "--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "10.77.0.1:29400", "--rdzv-id", "test",
             "--rdzv-conf", f"is_host={int(number == 1)}", "--local-addr", f"10.77.0.{number}"), processes=1,
-            before=("ip", "netns", "exec", NODES[number - 1]), forked=False,
-            env={"GLOO_SOCKET_IFNAME": f"cable{number}", "BYOL_TIMEOUT_S": str(timeout)})
+            namespace=NODES[number - 1], env={"GLOO_SOCKET_IFNAME": f"cable{number}", "BYOL_TIMEOUT_S": str(timeout)})
 
     with ThreadPoolExecutor() as pool:
         return list(pool.map(node, (1, 2)))

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -16,6 +15,7 @@ from byol_core.networks import BYOL
 from byol_core.runtime import NonFiniteError, Runtime
 from byol_core.system.distributed import ALONE, Processes
 from byol_core.training import Progress, Step, train
+from tests.helpers.children import in_processes
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("processes")]
 PROCESSES, BATCH, UPDATES = 2, 12, 5
@@ -170,7 +170,7 @@ def run_checks(rank: int, store: str, errors: str) -> None:
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> str:
     """All checks in one start of two processes; what failed, on either rank."""
     folder = tmp_path_factory.mktemp("processes")
-    mp.spawn(run_checks, args=(str(folder / "store"), str(folder / "errors")), nprocs=PROCESSES)
+    in_processes(f"{__name__}:run_checks", PROCESSES, folder, str(folder / "store"), str(folder / "errors"))
     return "\n".join((folder / f"errors{rank}").read_text() for rank in range(PROCESSES))
 
 

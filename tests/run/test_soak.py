@@ -62,7 +62,7 @@ DAMAGE: list[Callable[[], None]] = [spoil_last, tear_last, leave_temporary_files
 def test_a_run_that_much_befalls_ends_as_one_that_nothing_befell(image_folder: Callable[..., Path], tmp_path: Path,
                                                                  monkeypatch, seed: int, options: list[str]) -> None:
     monkeypatch.chdir(tmp_path)
-    words = ["--data", str(image_folder(classes=0, per_class=24)), "--epochs", "8", "--no-eval", *SMALL, *options]
+    words = ["--data", str(image_folder(classes=0, per_class=24)), "--epochs", "3", "--no-eval", *SMALL, *options]
     assert run_child([*words, "--workers", 0, "--out", "whole"]).code == 0
     chance = random.Random(seed)
     befallen: list[object] = []

@@ -18,7 +18,6 @@ import subprocess
 import sys
 import time
 import traceback
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from typing import IO, Any
 REPOSITORY = Path(__file__).parents[2]
 SMALL = ["--arch", "conv6", "--hidden-dim", "16", "--projection-dim", "8", "--image-size", "16", "--batch-size", "4",
          "--device", "cpu"]
+ADDRESS, STARTED_BY = "BYOL_TESTS_FORK_AT", "BYOL_TESTS_STARTED_BY"  # variables of a process that forks: where, and its number
 PATIENCE_S = 600.0  # seconds in which a child and all that it started must have ended
 
 
@@ -146,43 +146,58 @@ def _server() -> socket.socket:
     The processes of pytest-xdist share the server that the first of them has started, at an address that is no file.
     """
     tests = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
-    address = f"\0byol-tests-{tests}"
+    address = os.environ.get(ADDRESS, f"byol-tests-{tests}")
     while True:
         with contextlib.suppress(ConnectionRefusedError):
             own = socket.socket(socket.AF_UNIX)
-            own.connect(address)
+            own.connect(f"\0{address}")
             return own
-        with socket.socket(socket.AF_UNIX) as listening, contextlib.suppress(OSError):  # another was faster
-            listening.bind(address)
-            listening.listen()
+        assert ADDRESS not in os.environ, f"nobody forks at {address} any more"
+        with contextlib.suppress(OSError), _listening(address) as listening:  # another was faster
             subprocess.Popen([sys.executable, "-m", "tests.helpers.children", str(listening.fileno()), str(tests)],
                              cwd=REPOSITORY, pass_fds=[listening.fileno()], start_new_session=True,
                              env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
-def _listen(listening: socket.socket, tests: int) -> int:
-    """Serves each connection by a child of its own, for as long as there is a process `tests`."""
+def _listening(address: str) -> socket.socket:
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind(f"\0{address}")
+    listening.listen()
+    return listening
+
+
+def _serve_tests(listening: socket.socket, tests: int) -> int:
     import byol_core.run.run  # noqa: F401 - what takes seconds to load
     import train  # noqa: F401
 
     gc.freeze()  # or each child would copy all of this memory to tidy it up at its end
+    return _listen(listening, tests)
+
+
+def _listen(listening: socket.socket, served: int) -> int:
+    """Serves each connection by a child of its own, for as long as there is a process `served`; it and they end together, so
+    that what they have forked finds its parent gone."""
+    children = set[int]()
     with contextlib.suppress(ProcessLookupError):
         while True:
-            os.kill(tests, 0)
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(-1, os.WNOHANG)
+            os.kill(served, 0)
+            children -= {child for child in children if os.waitpid(child, os.WNOHANG)[0]}
             if select.select([listening], [], [], 0.1)[0]:
                 connection, _ = listening.accept()
-                if os.fork() == 0:
+                child = os.fork()
+                if child == 0:
                     listening.close()
                     return _serve(connection)
                 connection.close()
+                children.add(child)
+    for child in children:
+        os.kill(child, signal.SIGKILL)
     return 0
 
 
 def _serve(connection: socket.socket) -> int:
     """Forks a child that calls the function asked for, and tells its number and then how it ended."""
-    request, handles, _, _ = socket.recv_fds(connection, 2**16, 2)
+    request, handles, _, _ = socket.recv_fds(connection, 2**17, 2)
     if not request:
         return 0
     child = os.fork()
@@ -198,41 +213,42 @@ def _serve(connection: socket.socket) -> int:
     for handle in handles:
         os.close(handle)
     connection.send(str(child).encode())
-    connection.send(str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])).encode())
+    with contextlib.suppress(BrokenPipeError):  # who asked may have gone
+        connection.send(str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])).encode())
     return 0
 
 
-class ForkedPython:
+class ForkedPython(Forked):
     """What torchrun and `subprocess.run` use of `subprocess.Popen`, for `python WORDS`, which begin with a script or -m."""
 
-    def __init__(self, args: Sequence[str], env: dict[str, str], start_new_session: bool = True, **_: Any) -> None:
+    def __init__(self, args: Sequence[str], env: dict[str, str], **_: Any) -> None:
         sys.stdout.flush()
-        self.pid, self.code = os.fork(), None
-        if self.pid == 0:
-            if start_new_session:
-                os.setsid()
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
-                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-            os.environ.clear()
-            os.environ.update(env)
-            for finalizer in weakref.finalize._registry:  # such as of temporary folders, which are not this process's
-                finalizer.atexit = False
-            os._exit(as_python([word for word in args[1:] if word != "-u"]))
+        self.code: int | None = None
+        words = [word for word in args[1:] if word != "-u"]
+        super().__init__("tests.helpers.children:_python", [words, os.getcwd(), dict(env)], 1, 2)
 
     def poll(self) -> int | None:
         if self.code is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self.code = os.waitstatus_to_exitcode(status) if pid else None
+            with contextlib.suppress(TimeoutError):
+                self.code = super().wait(0.0)
         return self.code
 
-    def wait(self, timeout: float) -> int:
-        until = time.monotonic() + timeout
-        while self.poll() is None:
-            if time.monotonic() > until:
-                raise subprocess.TimeoutExpired("", timeout)
-            time.sleep(0.02)
-        assert self.code is not None
+    def wait(self, timeout: float | None = None) -> int:
+        if self.code is None:
+            try:
+                self.code = super().wait(timeout)
+            except TimeoutError:
+                raise subprocess.TimeoutExpired("", timeout or 0.0) from None
         return self.code
+
+
+def _python(words: list[str], folder: str, environment: dict[str, str]) -> int:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    return as_python(words)
 
 
 def as_python(words: Sequence[str]) -> int:
@@ -258,15 +274,23 @@ def as_python(words: Sequence[str]) -> int:
 
 
 def fork_every_python() -> None:
-    """From now on, where torchrun or `subprocess.run` would start a Python, this process is forked."""
+    """From now on, where torchrun or `subprocess.run` would start a Python, one is forked.
+
+    By a process that is made here, before this one has threads: a fork may find their locks held, and wait for ever.
+    """
     from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
+    os.environ[ADDRESS] = address = f"byol-tests-{os.getpid()}"
+    os.environ[STARTED_BY] = str(os.getpid())
+    with _listening(address) as listening:
+        if os.fork() == 0:
+            os._exit(_listen(listening, os.getppid()))
     original = subprocess.run
 
     def run(command: Sequence[str], **options: Any) -> Any:
         if command[0] != sys.executable or options.keys() != {"check", "env"}:
             return original(command, **options)
-        code = ForkedPython(command, options["env"], start_new_session=False).wait(PATIENCE_S)
+        code = ForkedPython(command, options["env"]).wait(PATIENCE_S)
         if code:
             raise subprocess.CalledProcessError(code, list(command))
 
@@ -309,4 +333,4 @@ def _train(folder: str, arguments: list[str], moments: list[dict[str, Any]], sta
 
 
 if __name__ == "__main__":
-    sys.exit(_listen(socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2])))
+    sys.exit(_serve_tests(socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2])))

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from tests.helpers.children import REPOSITORY, Forked, fork_every_python
+from tests.helpers.children import REPOSITORY, STARTED_BY, Forked, fork_every_python
 
 SMALL = ("--arch", "conv6", "--hidden-dim", "16", "--projection-dim", "8", "--batch-size", "8", "--workers", "0",
          "--device", "cpu")
-# What one process does after its third update, by name; `rank` is its rank and `attempt` counts torchrun's restarts.
+# What one process does after its third update, by name; `rank` is its rank, `attempt` counts torchrun's restarts, and
+# `starter` is torchrun's process.
 FAULTS = {
     "raises": "raise RuntimeError('the dog ate it')",
     "is killed": "os.kill(os.getpid(), signal.SIGKILL)",
@@ -30,6 +31,7 @@ import train
 from byol_core.run.run import Run
 {setup}
 rank, attempt = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+starter = int(os.environ.get({started_by!r}, os.getppid()))
 after_step = Run._after_step
 def faulty(run, progress, step):
     after_step(run, progress, step)
@@ -64,7 +66,7 @@ def torchrun(folder: Path, *arguments: object, processes: int = 2, fault: str = 
     """
     driver = folder / "driver.py"
     driver.write_text(DRIVER.format(repository=str(REPOSITORY), update=update, rank=rank, fault=FAULTS.get(fault, fault),
-                                    setup=setup))
+                                    setup=setup, started_by=STARTED_BY))
     words = ["--nproc-per-node", str(processes), *options, str(driver), *map(str, arguments)]
     environment = {"OMP_NUM_THREADS": "1", **(env or {})}
     if forked:

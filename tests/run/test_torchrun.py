@@ -50,7 +50,7 @@ def test_sigterm_to_one_process_stops_all_after_the_same_update(image_folder: Ca
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_signal_to_torchrun_saves_once(name: str, image_folder: Callable[..., Path], tmp_path: Path) -> None:
     """As from a terminal, whose Ctrl-C may reach the processes themselves, and then once more through torchrun."""
-    fault = f"os.kill(os.getpid(), signal.{name}); os.kill(os.getppid(), signal.{name})"
+    fault = f"os.kill(os.getpid(), signal.{name}); os.kill(starter, signal.{name})"
     done = trained(tmp_path, image_folder(per_class=24), "--epochs", 4000, fault=fault)
     assert done.code == 1 and done.out.count(": stopped at epoch") == 1 and f"\n{name}" in done.out
     assert (tmp_path / "out" / "last.pt").exists() and not done.messages and not done.orphans
@@ -136,7 +136,7 @@ def test_two_nodes_train_together(two_nodes: None, image_folder: Callable[..., P
 
 def test_a_node_whose_power_fails_ends_the_run(two_nodes: None, image_folder: Callable[..., Path], tmp_path: Path) -> None:
     """Nobody is told: the cable goes dead before the processes do."""
-    fault = "os.system('ip link set cable2 down'); [os.kill(pid, signal.SIGKILL) for pid in (os.getppid(), os.getpid())]"
+    fault = "os.system('ip link set cable2 down'); [os.kill(pid, signal.SIGKILL) for pid in (starter, os.getpid())]"
     first, second = on_two_nodes(tmp_path, image_folder(), fault, timeout=15)
     assert second.code == -signal.SIGKILL
     assert first.code == 1 and len(first.messages) == 1, first.err

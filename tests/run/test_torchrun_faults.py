@@ -77,7 +77,7 @@ def test_one_process_of_three_that_is_stopped_at_the_end_is_not_taken_for_dead(i
 
 def test_a_signal_to_all_while_the_first_one_is_busy_is_a_stop(image_folder: Callable[..., Path], tmp_path: Path) -> None:
     done = torchrun(tmp_path, "--data", image_folder(), "--out", "out", "--epochs", 1, *SMALL, update=2,
-                    fault=LATER.format("os.getppid()", "SIGTERM"), setup=BUSY.format("finish"))
+                    fault=LATER.format("starter", "SIGTERM"), setup=BUSY.format("finish"))
     assert done.code == 1 and not done.messages and not done.orphans, done.err
     assert done.out.count(": stopped at epoch 1") == 1 and summary(tmp_path)["status"] == "stopped"
 
@@ -119,6 +119,6 @@ def test_a_stale_environment_ends_at_once_or_after_the_meeting_time(missing: str
 
 
 def test_processes_whose_torchrun_is_gone_save_and_stop(image_folder: Callable[..., Path], tmp_path: Path) -> None:
-    done = trained(tmp_path, image_folder(per_class=24), "--epochs", 4000, fault="os.kill(os.getppid(), signal.SIGKILL)")
+    done = trained(tmp_path, image_folder(per_class=24), "--epochs", 4000, fault="os.kill(starter, signal.SIGKILL)")
     assert done.code == -signal.SIGKILL and not done.orphans
     assert summary(tmp_path)["status"] == "stopped" and (tmp_path / "out" / "last.pt").exists()

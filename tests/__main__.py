@@ -16,8 +16,8 @@ def main() -> int:
     fast = "--fast" in sys.argv[1:]
     pytest = [sys.executable, "-m", "pytest", "-q", "--durations=10", *(["-m", "not slow"] if fast else [])]
     environment = dict(os.environ)
-    if importlib.util.find_spec("xdist"):  # many tests wait for processes of theirs, so there are more workers than CPUs
-        pytest += ["-n", str(2 * usable_cpus()), "--dist", "loadgroup"]
+    if importlib.util.find_spec("xdist"):  # one more than there are CPUs, as some tests wait for processes of theirs
+        pytest += ["-n", str(1 + usable_cpus()), "--dist", "loadgroup"]
         environment["OMP_NUM_THREADS"] = "1"
     parts = {"pytest": pytest, "flake8": [sys.executable, "-m", "flake8", "byol_core", "tests", "train.py"],
              "mypy": [sys.executable, "-m", "mypy", "byol_core", "train.py", "tests/bench"]}

@@ -128,6 +128,7 @@ def test_too_little_memory_for_an_image_is_not_taken_for_a_wrong_size() -> None:
         check_backbone(Large(), 8, 100_000)
 
 
+@pytest.mark.slow
 def test_memory_of_the_process_that_started_it_does_not_count() -> None:
     ballast = torch.ones(2**28)  # 1 GiB
     command = [sys.executable, "-c",

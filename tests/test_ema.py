@@ -216,6 +216,7 @@ def test_ema_file_imports_only_torch_and_the_standard_library() -> None:
     assert imported - sys.stdlib_module_names == {"torch"}
 
 
+@pytest.mark.slow
 def test_ema_file_works_when_copied_elsewhere(tmp_path: Path) -> None:
     shutil.copy(str(byol_core.ema.__file__), tmp_path / "copied_ema.py")
     script = ("import sys, torch\nfrom copied_ema import ema_update\n"

@@ -182,6 +182,7 @@ def test_what_a_stage_leaves_running_is_ended(carried_out) -> None:
     assert found["leaves"]["status"] == "failed" and found["leaves"]["exit_code"] == 3 and not alive("leaves")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prints", ["'x' * 1000", "'x' * 1000 + '\\n'"])
 def test_a_stage_that_prints_without_end_is_ended_and_fills_no_disk(carried_out, tmp_path: Path, prints: str) -> None:
     found = carried_out(stage("floods", f"import sys\nwhile True: sys.stdout.write({prints})", limit=3.0))
@@ -318,6 +319,7 @@ def check(images: list[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
     os.chdir(folder)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_that_forgets_its_place_is_found_wrong(check, monkeypatch: pytest.MonkeyPatch) -> None:
     assert check("resume") == 0
     original = Run.resume
@@ -331,6 +333,7 @@ def test_a_resumed_run_that_forgets_its_place_is_found_wrong(check, monkeypatch:
         check("resume")
 
 
+@pytest.mark.slow
 def test_a_group_that_trains_otherwise_is_found_wrong(check, monkeypatch: pytest.MonkeyPatch) -> None:
     original = subprocess.run
 
@@ -378,6 +381,7 @@ def test_a_checkpoint_that_gives_other_features_on_a_cpu_is_found_wrong(check, m
         check("digits")
 
 
+@pytest.mark.slow
 def test_compiled_code_that_computes_otherwise_is_found_wrong(check, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend="eager"))
     assert check("compile") == 0

@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -153,6 +154,7 @@ def test_ema_update_refuses_every_tau_outside_0_1(tree: dict, tau: float) -> Non
     assert all(torch.equal(param, old) for param, old in zip(target.parameters(), before))
 
 
+@pytest.mark.slow
 @steady
 @given(TREES, st.sampled_from(["copy", "average"]))
 def test_ema_update_never_averages_integer_buffers(tree: dict, buffers: str) -> None:
@@ -208,6 +210,7 @@ ROWS = st.tuples(st.integers(2, 8), st.integers(1, 6)).flatmap(
 FLOATS = st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64])
 
 
+@pytest.mark.slow
 @steady
 @given(ROWS, FLOATS)
 def test_byol_loss_is_between_0_and_4_with_a_finite_gradient_for_all_finite_rows(
@@ -221,6 +224,7 @@ def test_byol_loss_is_between_0_and_4_with_a_finite_gradient_for_all_finite_rows
     assert p.grad is not None and p.grad.isfinite().all()
 
 
+@pytest.mark.slow
 @steady
 @given(ROWS)
 def test_health_measures_are_finite_and_in_range_for_all_finite_rows(rows: tuple[np.ndarray, np.ndarray]) -> None:

@@ -61,6 +61,7 @@ def results(path: Path) -> dict[str, dict[str, float]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_few_labels")
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(trained: Path, tmp_path: Path, capsys) -> None:
     for name in ("last.pt", "previous.pt"):
@@ -73,6 +74,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(trained: Path, tmp_pat
 # Numbers
 
 
+@pytest.mark.slow
 def test_accuracies_equal_those_of_the_run_itself(trained: Path, tmp_path: Path, capsys) -> None:
     assert run(trained, trained.parent / "imgs", "--json", tmp_path / "r.json") == 0
     summary, found = json.loads((trained / "summary.json").read_text()), results(tmp_path / "r.json")
@@ -140,6 +142,7 @@ def test_any_classifier_of_scikit_learn_gets_a_row(trained: Path, tmp_path: Path
     assert found["online"]["sklearn.dummy.DummyClassifier"] == pytest.approx(found["majority"]["linear"])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_few_labels")
 @pytest.mark.parametrize("legacy", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_torchvision_weights_stand_beside_the_same_architecture(image_folder: Folder, tmp_path: Path, legacy: bool,
@@ -174,6 +177,7 @@ def test_labels_that_allow_no_measuring_are_refused(trained: Path, image_folder:
     assert message in said and len(said.splitlines()) == 1 and said.startswith("error: ")
 
 
+@pytest.mark.slow
 def test_fewer_images_than_neighbours_is_remarked(trained: Path, capsys) -> None:
     assert run(trained, trained.parent / "imgs") == 0
     said = capsys.readouterr().err

@@ -183,6 +183,7 @@ def digits_features(root: Path, network: torch.nn.Module) -> tuple[Features, Fea
     return both[0], both[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", ["untrained conv6", "pixels"])
 def test_sgd_and_scikit_learn_agree_on_embeddings_of_the_digits(network: str, tmp_path: Path) -> None:
     backbone = torch.nn.Flatten() if network == "pixels" else untrained_backbone("conv6", False, 8, seed=0)[0]
@@ -262,6 +263,7 @@ def test_sgd_and_scikit_learn_agree_on_many_rows() -> None:
     assert 0.5 < accuracies[0] < 0.95 and accuracies[1] == pytest.approx(accuracies[0], abs=0.005)
 
 
+@pytest.mark.slow
 def test_a_run_on_a_large_set_is_measured_by_sgd_unless_a_classifier_is_asked_for(tmp_path: Path, monkeypatch) -> None:
     data, held_out = (load_images(scan(folder), "device", torch.device("cpu"), lambda line: None)[0]
                       for folder in write_digits(tmp_path / "digits"))

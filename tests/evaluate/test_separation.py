@@ -100,6 +100,7 @@ def test_retrieval_does_not_see_what_all_images_share() -> None:
     assert retrieval(features + 100).item() == pytest.approx(retrieval(features).item())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("images, batch, measured", [(40, 8, 40), (41, 4, 40), (9, 9, 9), (300, 256, SAMPLE)])
 def test_what_is_measured_are_eight_different_views_of_each_image_of_a_fixed_sample(images: int, batch: int, measured: int,
                                                                                     image_folder: Callable[..., Path]) -> None:

@@ -222,6 +222,7 @@ def bombs() -> dict[str, bytes]:
         "profile.png": png((2, 1), 8, 0, bytes(3), chunk(b"iCCP", b"k\0\0" + text))}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no measure of the peak there")
 def test_bombs_are_refused_with_bounded_memory(tmp_path: Path) -> None:
     contents = bombs()

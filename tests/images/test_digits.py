@@ -47,6 +47,7 @@ def test_the_sample_brings_its_recipe_and_a_folder_of_its_own_does_not(tmp_path:
     assert with_sample(TrainConfig(data=("./imgs",))) == TrainConfig(data=("./imgs",))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [[], ["--recipe", "quadra", "--out", "there"]])
 def test_the_commands_kept_in_the_run_folder_name_the_sample_as_it_was_asked_for(
         arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,6 +57,7 @@ def test_views_picture_shows_the_pixels_of_the_views(image_folder: Callable[...,
         assert abs(picture[50, 4 + column * 100 + 50] - 255 * value).max() <= 2
 
 
+@pytest.mark.slow
 def test_frames_tell_the_classes_of_neighbours_apart(image_folder: Callable[..., Path], tmp_path: Path) -> None:
     same, other = map(ImageColor.getrgb, (SAME, OTHER))
     data = load(image_folder("labelled", classes=2, per_class=4))

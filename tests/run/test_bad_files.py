@@ -56,6 +56,7 @@ def listed(out: str | Path) -> set[str]:
     return {line.split("\t")[0] for line in (Path(out) / "bad_files.txt").read_text().splitlines()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("views", ["device", "cpu"])
 def test_a_run_over_bad_files_resumes_to_the_same_result_bit_for_bit(stopped_after: Callable[..., None], views: str) -> None:
     data = odd_folder(Path("odd"), side=16 if views == "device" else None)
@@ -123,6 +124,7 @@ def test_a_folder_of_nothing_but_bad_files_is_wrong_input(image_folder: Folder, 
     assert not Path("out").exists()
 
 
+@pytest.mark.slow
 def test_bad_files_to_measure_on_are_counted_and_listed_apart(image_folder: Folder, capsys) -> None:
     data, other = image_folder("a", per_class=10), image_folder("b", per_class=10)
     (data / "class0" / "001.png").write_bytes(b"")
@@ -133,6 +135,7 @@ def test_bad_files_to_measure_on_are_counted_and_listed_apart(image_folder: Fold
     assert "skipped class1/002.png" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="file systems elsewhere refuse such names")
 def test_odd_names_are_trained_on_and_shown_escaped(image_folder: Folder, capsys) -> None:
     data = image_folder(classes=2, per_class=12)
@@ -151,6 +154,7 @@ def test_odd_names_are_trained_on_and_shown_escaped(image_folder: Folder, capsys
     json.loads(Path("out/config.json").read_text("utf-8"))
 
 
+@pytest.mark.slow
 def test_a_locked_file_is_passed_over(image_folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a patch, as no file is locked for root."""
     data, opened = image_folder(classes=0, per_class=12), Image.open
@@ -179,6 +183,7 @@ def test_a_folder_that_is_locked_is_told(image_folder: Folder, monkeypatch: pyte
     assert "class1/: Permission denied" in capsys.readouterr().out and summary("out")["images"] == 8
 
 
+@pytest.mark.slow
 def test_a_file_that_goes_during_training_is_passed_over(image_folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     data, original = image_folder(classes=0, per_class=12), Run._after_step
 
@@ -191,6 +196,7 @@ def test_a_file_that_goes_during_training_is_passed_over(image_folder: Folder, m
     assert (Path("out") / "bad_files.txt").read_text().startswith("007.png\tFileNotFoundError")
 
 
+@pytest.mark.slow
 def test_nothing_is_written_beside_the_images(image_folder: Folder) -> None:
     data = image_folder()
 
@@ -209,6 +215,7 @@ def test_nothing_is_written_beside_the_images(image_folder: Folder) -> None:
     assert tree() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("views", ["device", "cpu"])
 @pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1)])
 def test_images_of_one_pixel_and_of_one_line_are_trained_on(image_folder: Folder, size: tuple[int, int], views: str) -> None:
@@ -219,6 +226,7 @@ def test_images_of_one_pixel_and_of_one_line_are_trained_on(image_folder: Folder
     assert result["bad_files"] == 0 and 0 < result["loss"] < 8 and result["linear"] is not None
 
 
+@pytest.mark.slow
 def test_labels_that_allow_no_measuring_stop_no_training(image_folder: Folder, capsys) -> None:
     assert run("--data", image_folder("single", classes=8, per_class=1), "--epochs", 1, "--out", "out1", *SMALL) == 0
     assert "no accuracy: measuring needs at least 2 classes of 2 images" in capsys.readouterr().out
@@ -285,6 +293,7 @@ def test_a_check_leaves_the_folder_of_a_run_alone(image_folder: Folder, capsys) 
     assert {path.name: path.read_bytes() for path in Path("x-check").iterdir() if path.name != ".lock"} == before
 
 
+@pytest.mark.slow
 def test_what_is_amiss_with_the_images_measured_on_is_told(image_folder: Folder, capsys) -> None:
     data, other = image_folder(), image_folder("other")
     (other / "class0" / "x.heic").touch()

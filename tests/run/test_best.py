@@ -54,6 +54,7 @@ def best(out: str) -> tuple[dict, dict]:
     return torch.load(f"{out}/best.pt", weights_only=True), json.loads(Path(out, "best.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("knn, last, epoch", [
     ({1: 0.5, 2: 0.75, 3: 0.25, 4: 0.5}, 0.5, 2), ({1: 0.5, 2: 0.75, 3: 0.75, 4: 0.5}, 0.5, 3),
     ({1: 0.5, 2: 0.75, 3: 0.25, 4: 0.5}, 0.875, 4), ({1: 0.0, 2: 0.0, 3: 0.0, 4: 0.0}, 0.0, 4)])
@@ -75,6 +76,7 @@ def test_best_is_the_network_with_the_best_knn_and_of_equals_the_later(image_fol
     assert f"best: knn {score:.1%} after epoch {epoch}, in out/best.pt" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save_every, stop_at", [(1, 2), (4, 3)])
 def test_a_resumed_run_knows_the_best_and_does_not_overwrite_it(image_folder: Folder, monkeypatch, save_every: int,
                                                                 stop_at: int) -> None:
@@ -97,6 +99,7 @@ def test_a_resumed_run_knows_the_best_and_does_not_overwrite_it(image_folder: Fo
     assert all(torch.equal(tensor, whole[name]) for name, tensor in weights.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before, after, epoch", [({2: 0.75, 4: 0.5}, {4: 0.5}, 2), ({2: 0.5, 4: 0.75}, {4: 0.25}, 4)],
                          ids=["that of the checkpoint", "a later one"])
 def test_a_best_in_another_folder_is_that_of_the_checkpoint_or_not_claimed(image_folder: Folder, monkeypatch,
@@ -110,6 +113,7 @@ def test_a_best_in_another_folder_is_that_of_the_checkpoint_or_not_claimed(image
     assert best("second")[1]["knn"] == json.loads(Path("second/summary.json").read_text())["best_knn"]
 
 
+@pytest.mark.slow
 def test_without_labels_the_best_goes_along_and_classes_of_one_image_are_none(image_folder: Folder, monkeypatch,
                                                                               capsys) -> None:
     """Resumed in the same folder and in another one: the best is known, and not measured by other means."""
@@ -136,6 +140,7 @@ def test_without_labels_the_best_goes_along_and_classes_of_one_image_are_none(im
         assert capsys.readouterr().out.count("no accuracy: measuring") == (classes > 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("separations, epoch", [([1.0, 3.0, 2.0, 2.5], 2), ([1.0, 3.0, 3.0, 2.0], 3),
                                                 ([-3.0, -2.0, -4.0, -1.0], 4)])
 def test_without_labels_best_is_the_network_with_the_best_separation(image_folder: Folder, monkeypatch, capsys,
@@ -156,6 +161,7 @@ def test_without_labels_best_is_the_network_with_the_best_separation(image_folde
     assert read_run(Path("out")).points("separation") == list(zip(range(5), [0.5, *separations]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("views", ["device", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cpu", "crops"))])
 def test_separation_is_measured_alike_before_a_stop_and_after_it(image_folder: Folder, monkeypatch, views: str) -> None:
     """Of views that are the same every time, whatever has been trained on in between."""
@@ -177,6 +183,7 @@ def test_separation_is_measured_alike_before_a_stop_and_after_it(image_folder: F
     assert whole == parts and len({value for _, value in whole}) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes, options", [(0, []), (2, []),
                                               (2, ["--eval-every", "1", "--no-eval", "--eval-data", "nowhere"])])
 def test_without_measurements_on_the_way_nothing_is_called_best(image_folder: Folder, classes: int, options: list[str],
@@ -192,6 +199,7 @@ def test_without_measurements_on_the_way_nothing_is_called_best(image_folder: Fo
     assert (summary["knn"] is not None) == (not options and classes > 0)
 
 
+@pytest.mark.slow
 def test_best_is_accepted_wherever_a_backbone_is(image_folder: Folder, capsys) -> None:
     data = image_folder(per_class=10)
     assert run("--data", data, "--epochs", 2, "--eval-every", 1, "--out", "out", *SMALL) == 0
@@ -205,6 +213,7 @@ def test_best_is_accepted_wherever_a_backbone_is(image_folder: Folder, capsys) -
     assert torch.equal(best("out")[0]["conv1.weight"], torch.load("again/backbone.pt", weights_only=True)["conv1.weight"])
 
 
+@pytest.mark.slow
 def test_the_lines_that_load_the_backbone_run_as_printed(image_folder: Folder, capsys) -> None:
     assert run("--data", image_folder(), "--epochs", 1, "--no-eval", "--out", "a 'run'", *SMALL) == 0
     snippet = capsys.readouterr().out.split("\nuse it:\n")[1]
@@ -219,6 +228,7 @@ def test_the_lines_that_load_the_backbone_run_as_printed(image_folder: Folder, c
     assert "In evaluation mode, as here, features do not depend on the other images" in Path("a 'run'/report.html").read_text()
 
 
+@pytest.mark.slow
 def test_no_word_of_an_evaluation_that_nobody_asked_for(tmp_path: Path, monkeypatch, capsys) -> None:
     """The sample brings a held-out part of its own."""
     monkeypatch.chdir(tmp_path)

@@ -43,6 +43,7 @@ def test_a_labelled_folder_gives_every_file_and_key(image_folder: Callable[..., 
     assert "epoch 2/2  loss" in printed.err and "untrained" in printed.out and "backbone.load_state_dict" in printed.out
 
 
+@pytest.mark.slow
 def test_a_flat_folder_trains_without_labels(image_folder: Callable[..., Path]) -> None:
     assert run("--data", image_folder(classes=0, per_class=9), "--epochs", 1, "--out", "out", *SMALL) == 0
     result = summary("out")
@@ -51,6 +52,7 @@ def test_a_flat_folder_trains_without_labels(image_folder: Callable[..., Path]) 
     assert Path("out/neighbours.png").exists()
 
 
+@pytest.mark.slow
 def test_a_cuda_graph_that_cannot_be_is_said_to_be_left_out(image_folder: Callable[..., Path]) -> None:
     for number, (words, said) in enumerate((([], 0), (["--cuda-graph"], 1))):
         assert run("--data", image_folder(), "--epochs", 1, "--out", f"out{number}", "--no-eval", *words, *SMALL) == 0
@@ -91,6 +93,7 @@ def test_a_report_that_fails_stops_no_run(image_folder: Callable[..., Path], mon
     assert summary("out")["status"] == "finished" and "warning: KeyError" in Path("out/train.log").read_text()
 
 
+@pytest.mark.slow
 def test_too_few_images_of_a_class_are_not_called_missing_folders(image_folder: Callable[..., Path], capsys) -> None:
     arguments = ["--epochs", 1, "--eval-every", 1, *SMALL]
     assert run("--data", image_folder(classes=8, per_class=1), "--out", "out", *arguments) == 0
@@ -102,6 +105,7 @@ def test_too_few_images_of_a_class_are_not_called_missing_folders(image_folder: 
     assert "no class folders, so no accuracy" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_exported_backbone_loads_into_torchvision_but_for_its_classifier(image_folder: Callable[..., Path]) -> None:
     from torchvision.models import resnet18
     assert run("--data", image_folder(size=(32, 32)), "--epochs", 1, "--out", "out", "--arch", "resnet18", "--no-small-stem",
@@ -119,6 +123,7 @@ def test_exported_backbone_loads_into_torchvision_but_for_its_classifier(image_f
     assert torch.equal(model.layer4[1].conv2.weight, online["online.backbone.layer4.1.conv2.weight"])
 
 
+@pytest.mark.slow
 def test_worker_count_does_not_change_the_result(image_folder: Callable[..., Path]) -> None:
     data = image_folder(classes=0, per_class=8)
     for workers in (0, 2):
@@ -127,6 +132,7 @@ def test_worker_count_does_not_change_the_result(image_folder: Callable[..., Pat
     assert_same_state(checkpoint("workers0"), checkpoint("workers2"))
 
 
+@pytest.mark.slow
 def test_bad_files_are_skipped_counted_and_listed_on_both_paths(image_folder: Callable[..., Path], capsys) -> None:
     data = image_folder(classes=2, per_class=12)
     (data / "class0" / "005.png").write_bytes(b"not an image")
@@ -192,6 +198,7 @@ def test_a_network_that_is_not_finite_is_not_saved(image_folder: Callable[..., P
     assert not Path("out/last.pt").exists() or checkpoint("out")["progress"]["updates"] < 4
 
 
+@pytest.mark.slow
 def test_images_on_both_sides_are_told_before_training(image_folder: Callable[..., Path], capsys) -> None:
     data = image_folder()
     Path("link").symlink_to(data)
@@ -199,6 +206,7 @@ def test_images_on_both_sides_are_told_before_training(image_folder: Callable[..
     assert "warning: 16 of 16 images of --eval-data are in --data, too" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_classes_that_only_the_images_measured_on_have_are_told(image_folder: Callable[..., Path], capsys) -> None:
     data, others = image_folder(), image_folder("others", classes=3)
     assert run("--data", data, "--eval-data", others, "--epochs", 1, "--out", "out", *SMALL) == 0
@@ -244,6 +252,7 @@ def test_unlabelled_images_can_be_measured_on_a_labelled_folder(image_folder: Ca
     assert summary("out")["knn"] is not None and summary("out")["classes"] == 0
 
 
+@pytest.mark.slow
 def test_a_run_folder_among_the_images_is_not_taken_for_images(image_folder: Callable[..., Path]) -> None:
     data = image_folder(classes=0, per_class=8)
     arguments = ["--data", data, "--epochs", 1, "--out", data / "run", *SMALL]
@@ -267,6 +276,7 @@ def test_any_scikit_learn_classifier_can_be_the_probe(image_folder: Callable[...
     assert summary("out")["linear"] == 0.5  # the constant guess, on a stratified fifth of two equal classes
 
 
+@pytest.mark.slow
 def test_eval_data_is_what_is_measured_on(image_folder: Callable[..., Path]) -> None:
     data, other = image_folder("a"), image_folder("b", classes=3)
     (other / "class2").rename(other / "unseen")
@@ -274,6 +284,7 @@ def test_eval_data_is_what_is_measured_on(image_folder: Callable[..., Path]) -> 
     assert summary("out")["knn"] <= 2 / 3  # a third of it is of a class that the training folder does not have
 
 
+@pytest.mark.slow
 def test_training_sees_views_of_one_size_and_everything_else_images_of_another(
         image_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: set[tuple[bool, int]] = set()
@@ -299,6 +310,7 @@ def test_training_sees_views_of_one_size_and_everything_else_images_of_another(
         assert load_pretrained(Path(source), network).recipe.size == 16
 
 
+@pytest.mark.slow
 def test_console_summary_and_report_give_the_same_verdict(image_folder: Callable[..., Path], capsys) -> None:
     assert run("--data", image_folder(classes=2, per_class=130), "--epochs", 1, "--out", "out", *SMALL) == 0
     told = summary("out")

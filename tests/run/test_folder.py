@@ -53,6 +53,7 @@ def test_a_run_writes_nothing_into_a_folder_that_has_taken_the_place_of_its_own(
     assert {entry.name for entry in Path("out").iterdir()}.isdisjoint({"last.pt", "summary.json", "report.html"})
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_without_what_is_only_to_look_at(data: Path, monkeypatch, capsys) -> None:
     def fail(*_: object) -> None:
         raise OSError("no room for pictures")

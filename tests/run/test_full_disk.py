@@ -79,6 +79,7 @@ def test_bytes_of_tensors_are_counted_wherever_they_are() -> None:
     assert tensor_bytes(state) == 3 * 4 * 4 + 5 * 8 + 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("room, warned", [(0.9, True), (1.1, False)])
 def test_a_run_on_a_disk_with_too_little_room_is_warned_with_sizes(data: Path, monkeypatch, capsys, room: float,
                                                                    warned: bool) -> None:
@@ -139,6 +140,7 @@ def stop() -> None:
     raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_a_damaged_file_is_not_kept_in_place_of_a_whole_one(data: Path) -> None:
     """Killed at the worst moment of the first save after the damage, there still is a checkpoint to go on from."""
     words = arguments(data, "--workers", 0, "--epochs", 4)

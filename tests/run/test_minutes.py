@@ -20,6 +20,7 @@ from tests.helpers.runs import SMALL, assert_same_state, checkpoint, run, summar
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 
 
+@pytest.mark.slow
 def test_check_trains_nothing_and_touches_no_run(image_folder: Callable[..., Path], capsys) -> None:
     arguments = ["--data", image_folder(per_class=20), "--out", "out", *SMALL]
     for _ in range(2):
@@ -35,6 +36,7 @@ def test_check_trains_nothing_and_touches_no_run(image_folder: Callable[..., Pat
     assert {path: path.stat().st_mtime_ns for path in Path("out").iterdir()} == before
 
 
+@pytest.mark.slow
 def test_a_check_of_a_run_that_stands_at_its_end_measures_too(image_folder: Callable[..., Path], monkeypatch, capsys) -> None:
     arguments = ["--data", image_folder(), "--epochs", 2, "--no-eval", *SMALL]
     assert run(*arguments, "--out", "out") == 0
@@ -70,6 +72,7 @@ def timed(seconds: float, monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return asked
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seconds, epochs, updates", [(60.0, 1, 1), (30.0, 1, 2), (7.5, 3, 3), (2.0, 10, 3), (100.0, 1, 1)])
 def test_minutes_become_a_number_of_updates(image_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys,
                                             seconds: float, epochs: int, updates: int) -> None:
@@ -85,6 +88,7 @@ def test_minutes_become_a_number_of_updates(image_folder: Callable[..., Path], m
     assert checkpoint("out")["scheduler"]["_last_lr"][0] == pytest.approx(0, abs=1e-12)  # the schedule has come to its end
 
 
+@pytest.mark.slow
 def test_a_run_of_minutes_that_was_stopped_is_as_long_as_it_was_to_be(
         image_folder: Callable[..., Path], stopped_after: Callable[..., None], monkeypatch: pytest.MonkeyPatch,
         capsys) -> None:
@@ -100,6 +104,7 @@ def test_a_run_of_minutes_that_was_stopped_is_as_long_as_it_was_to_be(
     assert "already complete (3/3 epochs)" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_minutes_of_a_recipe_that_is_asked_for_are_gone_on_with(
         image_folder: Callable[..., Path], stopped_after: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["--data", image_folder(classes=2, per_class=6), "--minutes", 1, "--no-eval", "--recipe", "paper", "--out",
@@ -158,6 +163,7 @@ def test_minutes_are_measured_with_the_network_that_is_trained(
     assert all(updates > CHECK_STEPS for _, updates in tried) and made.total_updates == max(1, int(120 * minutes))
 
 
+@pytest.mark.slow
 def test_nothing_of_the_timing_is_left_in_a_run_of_minutes(image_folder: Callable[..., Path],
                                                            monkeypatch: pytest.MonkeyPatch) -> None:
     """The updates that are timed train networks that are thrown away."""

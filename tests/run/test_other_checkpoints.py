@@ -26,6 +26,7 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "both": lambda module: nn.DataParallel(torch.compile(module, backend="eager"))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
 def test_weights_of_a_wrapped_network_are_accepted(trained: Path, wrap: Callable[[nn.Module], nn.Module]) -> None:
     backbone = build_backbone("conv6")[0]
@@ -63,6 +64,7 @@ def test_a_network_that_has_a_child_named_module_keeps_it() -> None:
     assert read_weights(Path("mixed.pt")).keys() == {"module.weight", "bias"}
 
 
+@pytest.mark.slow
 def test_a_compiled_run_writes_plain_names(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend="eager"))
     assert run("--data", trained.parent / "imgs", "--epochs", 1, "--out", "compiled", "--no-eval", "--compile", *SMALL) == 0
@@ -83,6 +85,7 @@ def test_a_checkpoint_from_a_gpu_loads_without_one(trained: Path, monkeypatch: p
     assert_same_state(read_checkpoint(Path("last.pt")), read_checkpoint(trained / "last.pt"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before, after, note", [
     ("fp16", "off", "float16 -> float32"), ("off", "fp16", "float32 -> float16"), ("fp16", "bf16", "float16 -> bfloat16"),
     ("bf16", "fp16", "bfloat16 -> float16")])
@@ -107,6 +110,7 @@ def test_another_device_is_noted(image_folder: Folder, stopped_after: Callable[.
     assert "note: compiled True -> False, so this is not an exact resume" in said
 
 
+@pytest.mark.slow
 def test_harmless_options_may_change_and_change_nothing(image_folder: Folder, stopped_after: Callable[..., None],
                                                         capsys) -> None:
     arguments = ["--data", image_folder(), "--epochs", 2, "--views", "cpu", *SMALL]

@@ -20,11 +20,11 @@ from tests.helpers.runs import SMALL, assert_same_state, checkpoint, metrics, ru
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 
 
-@pytest.mark.parametrize("views, options, stop_at", [
-    ("device", [], 1), ("device", [], 3), ("device", [], 5), ("cpu", ["--optimizer", "lars"], 2),
-    ("cpu", ["--optimizer", "lars"], 4), ("device", ["--recipe", "quadra"], 4), ("device", ["--amp", "fp16"], 1),
-    ("device", ["--accum-steps", "2", "--optimizer", "adamw", "--scheduler", "constant"], 3),
-])
+@pytest.mark.parametrize("views, options, stop_at", [("device", [], 3), ("cpu", ["--optimizer", "lars"], 4), *(
+    pytest.param(*case, marks=pytest.mark.slow) for case in [
+        ("device", [], 1), ("device", [], 5), ("cpu", ["--optimizer", "lars"], 2), ("device", ["--recipe", "quadra"], 4),
+        ("device", ["--amp", "fp16"], 1),
+        ("device", ["--accum-steps", "2", "--optimizer", "adamw", "--scheduler", "constant"], 3)])])
 def test_a_stopped_run_continues_to_the_same_result_bit_for_bit(image_folder: Callable[..., Path], monkeypatch, capsys,
                                                                 views: str, options: list[str], stop_at: int) -> None:
     data = image_folder(classes=2, per_class=6)
@@ -51,6 +51,7 @@ def test_a_stopped_run_continues_to_the_same_result_bit_for_bit(image_folder: Ca
         assert_same_state(checkpoint("whole"), stopped)  # the comparison can fail
 
 
+@pytest.mark.slow
 def test_resuming_a_finished_run_touches_nothing(image_folder: Callable[..., Path], capsys) -> None:
     arguments = ["--data", image_folder(), "--epochs", 1, "--out", "out", *SMALL]
     assert run(*arguments) == 0
@@ -60,6 +61,7 @@ def test_resuming_a_finished_run_touches_nothing(image_folder: Callable[..., Pat
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+@pytest.mark.slow
 def test_a_run_stopped_while_it_is_measured_is_finished_by_resuming(image_folder: Callable[..., Path], monkeypatch) -> None:
     arguments = ["--data", image_folder(per_class=10), "--epochs", 1, "--out", "out", *SMALL]
     original = Results.measure
@@ -77,6 +79,7 @@ def test_a_run_stopped_while_it_is_measured_is_finished_by_resuming(image_folder
     assert summary("out")["status"] == "finished" and summary("out")["knn"] is not None
 
 
+@pytest.mark.slow
 def test_resuming_from_elsewhere_does_not_overwrite_another_run(image_folder: Callable[..., Path], capsys) -> None:
     arguments = ["--data", image_folder(), "--epochs", 2, "--no-eval", *SMALL]
     assert run(*arguments, "--out", "first") == 0
@@ -89,6 +92,7 @@ def test_resuming_from_elsewhere_does_not_overwrite_another_run(image_folder: Ca
     assert_same_state(checkpoint("third"), checkpoint("first"))
 
 
+@pytest.mark.slow
 def test_a_run_that_failed_before_its_first_checkpoint_can_be_repeated(image_folder: Callable[..., Path], capsys) -> None:
     arguments = ["--data", image_folder(classes=0, per_class=16), "--out", "out", "--no-eval", *SMALL, "--epochs", 2]
     assert run(*arguments, "--lr", "1e6", "--optimizer", "sgd", "--weight-decay", "1e6") == 1
@@ -97,6 +101,7 @@ def test_a_run_that_failed_before_its_first_checkpoint_can_be_repeated(image_fol
     assert [record["update"] for record in metrics("out")] == [4, 8]
 
 
+@pytest.mark.slow
 def test_metrics_torn_by_a_power_cut_do_not_keep_a_run_from_going_on(image_folder: Callable[..., Path]) -> None:
     arguments = ["--data", image_folder(), "--epochs", 2, "--out", "out", "--no-eval", *SMALL]
     assert run(*arguments) == 0
@@ -110,6 +115,7 @@ def test_metrics_torn_by_a_power_cut_do_not_keep_a_run_from_going_on(image_folde
     assert summary("out")["resumed"] == [whole[-1]["update"]]
 
 
+@pytest.mark.slow
 def test_resuming_before_the_first_checkpoint_starts_clean(image_folder: Callable[..., Path], monkeypatch) -> None:
     arguments = ["--data", image_folder(), "--epochs", 2, "--out", "out", "--no-eval", *SMALL]
 
@@ -123,6 +129,7 @@ def test_resuming_before_the_first_checkpoint_starts_clean(image_folder: Callabl
     assert [record["update"] for record in metrics("out")] == [4, 8]
 
 
+@pytest.mark.slow
 def test_the_best_network_goes_along_into_another_folder(image_folder: Callable[..., Path], stopped_after: Callable[..., None],
                                                          monkeypatch) -> None:
     arguments = ["--data", image_folder(per_class=10), "--epochs", 3, "--eval-every", 1, *SMALL]
@@ -151,6 +158,7 @@ def test_resume_does_not_make_a_foreign_folder_a_run_folder(image_folder: Callab
     assert "mine is not empty (it holds thesis.txt)" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_scores_of_another_test_set_are_measured_again_after_resuming(image_folder: Callable[..., Path]) -> None:
     data, other = image_folder("a", per_class=10), image_folder("b", per_class=4)
     arguments = ["--data", data, "--epochs", 1, "--out", "out", *SMALL]
@@ -171,6 +179,7 @@ def test_a_used_run_folder_needs_resume(image_folder: Callable[..., Path], capsy
     assert "foreign is not empty (it holds thesis.tex)" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changed, named", [
     (["--epochs", "3"], "epochs 2 -> 3"), (["--batch-size", "8"], "batch_size 4 -> 8"), (["--seed", "1"], "seed 0 -> 1"),
     (["--arch", "resnet18"], "arch conv6 -> resnet18"), (["--views", "cpu"], "views made on the device -> on the cpu"),
@@ -244,6 +253,7 @@ def another_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "_batch", lambda *about: plan.Choice("batch_size", 2, "for a test"))
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_recipe_that_it_began_with(
         image_folder: Callable[..., Path], stopped_after: Callable[..., None], monkeypatch: pytest.MonkeyPatch,
         capsys) -> None:
@@ -279,6 +289,7 @@ def test_what_is_asked_for_must_be_as_the_run_began(image_folder: Callable[..., 
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_from_before_views_could_be_smaller_goes_on_with_views_as_large_as_images(
         image_folder: Callable[..., Path], stopped_after: Callable[..., None]) -> None:
     always = ["--data", image_folder(), "--epochs", 3, "--no-eval", "--workers", 0, "--device", "cpu", "--arch", "conv4"]

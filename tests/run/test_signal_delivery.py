@@ -81,6 +81,7 @@ def test_a_signal_in_a_save_waits_for_it_and_for_a_step(data: Path) -> None:
     assert_same_run("whole", "parts")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CODES)
 def test_a_signal_while_features_are_measured_on_the_way_is_answered_after_it(image_folder: Callable[..., Path],
                                                                               name: str) -> None:
@@ -97,6 +98,7 @@ def assert_same_run_but_for_measurements(one: str, other: str) -> None:
     assert Path(one, "metrics.jsonl").read_text().count("\n") == Path(other, "metrics.jsonl").read_text().count("\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number, updates", [(1, None), (2, 10)], ids=["untrained", "trained"])
 def test_a_signal_while_a_network_is_measured_stops_at_once(image_folder: Callable[..., Path], number: int,
                                                             updates: int | None) -> None:

@@ -19,6 +19,7 @@ from tests.helpers.runs import SMALL, run
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 
 
+@pytest.mark.slow
 def test_events_hold_every_record_and_picture_and_none_twice_after_a_resume(image_folder: Folder, monkeypatch) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     arguments = ["--data", image_folder(per_class=20), "--epochs", 4, "--out", "out", "--eval-every", 1, "--save-every", 2,
@@ -77,6 +78,7 @@ def refuse(folder: str, purge_step: int) -> None:
     raise PermissionError(13, "Permission denied")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("writer, reason", [(Full, "No space left"), (refuse, "Permission denied")])
 def test_events_that_cannot_be_written_are_said_once_and_stop_nothing(image_folder: Folder, monkeypatch, capsys,
                                                                       writer: Callable, reason: str) -> None:
@@ -99,6 +101,7 @@ def test_texts_and_missing_pictures_are_left_out(monkeypatch, tmp_path: Path) ->
     assert added == [(8,), ("loss", 0.5, 8)]
 
 
+@pytest.mark.slow
 def test_a_run_without_it_loads_nothing_of_it(image_folder: Folder) -> None:
     arguments = ["--data", str(image_folder()), "--epochs", "1", "--no-eval", *SMALL]
     script = (f"import sys, train\ncode = train.main({arguments!r})\n"

@@ -133,6 +133,7 @@ def nested(depth: int) -> object:
     return value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["version", "device", "precision", "compiled", "best"])
 @pytest.mark.parametrize("value", [nested(40), "\x1b[31mred\nerror: a line of its own", 3], ids=["nested", "text", "number"])
 def test_what_a_hostile_file_says_of_itself_is_not_shown(trained: Path, key: str, value: object, capsys) -> None:

@@ -40,6 +40,7 @@ def test_a_file_is_on_the_disk_before_its_name_and_its_name_before_the_save_ends
     assert calls == [("fsync", inode), ("replace", inode), ("fsync", tmp_path.stat().st_ino)]
 
 
+@pytest.mark.slow
 def test_save_interrupted_before_replace_leaves_the_old_file_loadable(tmp_path: Path) -> None:
     script = ("import os, sys\nfrom pathlib import Path\nfrom tests.helpers.modules import save\n"
               "folder = Path(sys.argv[1])\nsave(folder, 1)\n"
@@ -223,6 +224,7 @@ def test_other_files_are_named_for_what_they_are(tmp_path: Path) -> None:
         read_weights(tmp_path / "last.pt")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no resource limits there")
 def test_full_disk_keeps_the_old_file_and_leaves_no_other(tmp_path: Path) -> None:
     script = ("import resource, signal, sys, torch\nfrom pathlib import Path\n"

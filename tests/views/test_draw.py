@@ -71,6 +71,7 @@ def test_each_operation_is_drawn_at_the_stated_rate(probability: float) -> None:
             assert abs(rate - expected) <= 4.5 * math.sqrt(expected * (1 - expected) / count), (field, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("height, width", [(32, 32), (375, 500), (9, 7), (20, 200), (300, 40), (1, 40), (40, 1)])
 def test_crop_boxes_have_torchvisions_distribution(height: int, width: int) -> None:
     torch.manual_seed(0)

@@ -160,6 +160,7 @@ def test_memory_of_a_worker_does_not_grow_with_the_names_it_has_seen(long_list: 
     assert max(private[2:]) - private[2] < 1e6, private  # at first it copies what any process touches
 
 
+@pytest.mark.slow
 def test_a_million_names_are_sent_to_a_worker_as_shared_memory(long_list: ImageSet) -> None:
     from multiprocessing.reduction import ForkingPickler
 
@@ -209,6 +210,7 @@ def test_plain_batches_are_the_images_in_order_without_the_bad_ones(image_folder
     assert torch.allclose(shown, expected.float(), atol=1e-2)
 
 
+@pytest.mark.slow
 def test_reference_views_do_not_depend_on_the_number_of_threads(image_folder: Callable[..., Path]) -> None:
     """A worker has one, the main process as many as there are cores; the mean of a large image shows the difference."""
     data = load(image_folder(classes=0, per_class=12, size=(224, 224)), "cpu")

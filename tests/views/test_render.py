@@ -95,6 +95,7 @@ def test_each_operation_is_applied_at_the_stated_rate(field: str, probability: f
     assert abs(rate - probability) <= 4.5 * math.sqrt(probability * (1 - probability) / count)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe, height, width", [(paper_recipes(16)[0], 20, 28), (paper_recipes(32)[1], 32, 32),
                                                    (DRAWN, 8, 8), (digits_recipes(8)[0], 8, 8)])
 def test_both_pipelines_have_the_same_statistics(recipe: ViewRecipe, height: int, width: int) -> None:
@@ -120,6 +121,7 @@ def test_both_pipelines_crop_alike() -> None:
         assert same_distribution(measure(boxes[0]), measure(boxes[1]))
 
 
+@pytest.mark.slow
 def test_both_pipelines_rotate_zoom_shear_and_shift_alike() -> None:
     x = torch.arange(21).expand(21, 21)
     ramps = torch.stack([10 * x, 10 * x.T, 0 * x]).to(torch.uint8)

@@ -255,6 +255,7 @@ def test_images_held_in_memory_are_held_once(image_folder: Callable[..., Path], 
     assert decoded[0].untyped_storage().nbytes() == 16 * 3 * 16 * 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("views", ["auto", "device"])
 def test_a_run_on_images_of_different_sizes_stopped_and_resumed_is_the_run_never_stopped(
         mixed: Path, tmp_path: Path, views: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -167,6 +167,7 @@ def lose_the_images() -> None:
     shutil.rmtree("imgs")
 
 
+@pytest.mark.slow
 def test_images_that_vanish_on_the_way_are_told_in_plain_words(data: Path, capsys) -> None:
     words = arguments(data, "--views", "cpu", "--workers", 1, "--epochs", 50)
     assert run(words, "out", At(STEP, 4, "tests.views.test_workers:lose_the_images")) == 1
@@ -186,6 +187,7 @@ def test_workers_stay_between_epochs_until_they_are_closed(data: Path) -> None:
     source.close()
 
 
+@pytest.mark.slow
 def test_a_run_whose_worker_dies_saves_what_it_has_and_goes_on_exactly(data: Path, capsys) -> None:
     words = arguments(data, "--views", "cpu", "--workers", 2)
     assert run(words, "whole") == 0
@@ -198,6 +200,7 @@ def test_a_run_whose_worker_dies_saves_what_it_has_and_goes_on_exactly(data: Pat
     assert_same_run("whole", "parts")
 
 
+@pytest.mark.slow
 def test_a_run_whose_worker_dies_within_an_update_keeps_the_last_checkpoint(data: Path, capsys) -> None:
     """Half an update cannot be saved: batch norm has seen its first micro-batch."""
     words = arguments(data, "--views", "cpu", "--workers", 2, "--accum-steps", 2)

@@ -16,8 +16,8 @@ def main() -> int:
     fast = "--fast" in sys.argv[1:]
     pytest = [sys.executable, "-m", "pytest", "-q", "--durations=10", *(["-m", "not slow"] if fast else [])]
     environment = dict(os.environ)
-    if importlib.util.find_spec("xdist"):  # one more than there are CPUs, as some tests wait for processes of theirs
-        pytest += ["-n", str(1 + usable_cpus()), "--dist", "loadgroup"]
+    if importlib.util.find_spec("xdist"):  # of the slow tests, some wait for processes of theirs
+        pytest += ["-n", str(usable_cpus() + (not fast)), "--dist", "loadgroup"]
         environment["OMP_NUM_THREADS"] = "1"
     parts = {"pytest": pytest, "flake8": [sys.executable, "-m", "flake8", "byol_core", "tests", "train.py"],
              "mypy": [sys.executable, "-m", "mypy", "byol_core", "train.py", "tests/bench"]}

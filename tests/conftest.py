@@ -1,25 +1,26 @@
-"""Fixtures: small image folders, a small model, and signal handlers put back after each test."""
+"""Fixtures: small image folders, a small model, and signal handlers put back after each test.
+
+What takes seconds to load is imported where it is used: pytest-xdist's main process reads this file and runs no test.
+"""
 
 import signal
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
 
-import train
-from byol_core.networks import BYOL
-from byol_core.run import command
-from byol_core.run.run import Run
-from tests.helpers.modules import small_backbone, write_backbone
-from tests.helpers.pictures import write_images
+if TYPE_CHECKING:
+    from byol_core.networks import BYOL
 
 HANDLED = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Slow tests first, so that none of them is left for one process alone at the end; those of a GPU where there is one."""
+    import torch
+
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
@@ -39,6 +40,8 @@ def signal_handlers_restored() -> Iterator[None]:
 @pytest.fixture
 def image_folder(tmp_path: Path) -> Callable[..., Path]:
     """Writes a folder of random images: `classes` sub-folders (0: flat) of `per_class` images each."""
+    from tests.helpers.pictures import write_images
+
     return partial(write_images, tmp_path)
 
 
@@ -56,17 +59,25 @@ def data(image_folder: Callable[..., Path]) -> Path:
 
 @pytest.fixture
 def seeded() -> None:
+    import torch
+
     torch.manual_seed(0)
 
 
 @pytest.fixture
-def small_byol(seeded: None) -> BYOL:
+def small_byol(seeded: None) -> "BYOL":
+    from byol_core.networks import BYOL
+    from tests.helpers.modules import small_backbone
+
     return BYOL(small_backbone(), 4, hidden_dim=8, out_dim=6)
 
 
 @pytest.fixture
 def stopped_after(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Starts a run and stops it, as by SIGTERM, after so many updates."""
+    from byol_core.run import command
+    from byol_core.run.run import Run
+
     original = Run._after_step
 
     def start(updates: int, *arguments: object) -> None:
@@ -84,6 +95,9 @@ def stopped_after(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a short run on 36 images of 3 classes, beside its data in imgs/."""
+    import train
+    from tests.helpers.pictures import write_images
+
     place = tmp_path_factory.mktemp("trained")
     data = write_images(place, classes=3, per_class=12)
     assert train.main(["--data", str(data), "--epochs", "2", "--out", str(place / "run"), "--arch", "conv6",
@@ -95,4 +109,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def backbone(tmp_path: Path) -> Path:
     """An exported conv6 with random weights."""
+    from tests.helpers.modules import write_backbone
+
     return write_backbone(tmp_path / "run")

@@ -149,7 +149,7 @@ def _server() -> socket.socket:
     address = os.environ.get(ADDRESS, f"byol-tests-{tests}")
     while True:
         with contextlib.suppress(ConnectionRefusedError):
-            own = socket.socket(socket.AF_UNIX)
+            own = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # each answer comes by itself
             own.connect(f"\0{address}")
             return own
         assert ADDRESS not in os.environ, f"nobody forks at {address} any more"
@@ -160,7 +160,7 @@ def _server() -> socket.socket:
 
 
 def _listening(address: str) -> socket.socket:
-    listening = socket.socket(socket.AF_UNIX)
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listening.bind(f"\0{address}")
     listening.listen()
     return listening
@@ -198,8 +198,6 @@ def _listen(listening: socket.socket, served: int) -> int:
 def _serve(connection: socket.socket) -> int:
     """Forks a child that calls the function asked for, and tells its number and then how it ended."""
     request, handles, _, _ = socket.recv_fds(connection, 2**17, 2)
-    if not request:
-        return 0
     child = os.fork()
     if child == 0:
         connection.close()

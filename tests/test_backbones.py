@@ -13,7 +13,7 @@ from torch import nn
 from torchvision import models
 
 from byol_core.backbones import build_backbone, check_backbone
-from tests.helpers.children import REPOSITORY, Forked
+from tests.helpers.forking import REPOSITORY, call
 
 # The input width of each model's classifier, from torchvision's own definitions.
 DIMENSIONS = {"resnet18": 512, "resnet50": 2048, "mobilenet_v3_small": 1024, "efficientnet_b0": 1280, "convnext_tiny": 768,
@@ -144,10 +144,9 @@ def test_check_predicts_the_peak_memory_of_a_run(tmp_path: Path) -> None:
     out = tmp_path / "out"
     words = [str(REPOSITORY / "train.py"), "--data", str(tmp_path), "--out", str(out), "--epochs", "3", "--batch-size", "12",
              "--no-eval", "--device", "cpu", "--workers", "0"]
-    for more in (["--check"], []):
-        with open(tmp_path / f"printed{len(more)}", "w") as printed:
-            assert Forked("tests.helpers.children:python", [[*words, *more], {}], printed, printed).wait() == 0
-    checked = (tmp_path / "printed1").read_text()
+    call("tests.helpers.forking:python", [[*words, "--check"], {}], tmp_path / "checked")
+    call("tests.helpers.forking:python", [words, {}], tmp_path / "trained")
+    checked = (tmp_path / "checked").read_text()
     predicted = int(re.search(r"; (\d+) MB of memory;", checked)[1])  # type: ignore[index]
     used = json.loads((tmp_path / "out" / "summary.json").read_text())["peak_memory_mb"]
     assert used == pytest.approx(predicted, rel=0.25)

@@ -18,7 +18,7 @@ from byol_core.lars import LARS
 from byol_core.networks import BYOL
 from byol_core.runtime import NonFiniteError, Runtime
 from byol_core.training import Progress, Step, train
-from tests.helpers.children import REPOSITORY
+from tests.helpers.forking import REPOSITORY
 from tests.helpers.modules import small_backbone
 
 CPU = torch.device("cpu")

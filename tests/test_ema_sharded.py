@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from byol_core.ema import ema_update
-from tests.helpers.children import in_processes
+from tests.helpers.forking import in_processes
 
 pytestmark = pytest.mark.slow
 PROCESSES = 2

@@ -18,7 +18,7 @@ from byol_core.images.decoding import decode
 from byol_core.pretrained import load_pretrained
 from byol_core.views.pixels import plain_batches
 from byol_core.views.recipes import plain_view
-from tests.helpers.children import REPOSITORY
+from tests.helpers.forking import REPOSITORY
 from tests.helpers.modules import write_backbone
 from tests.helpers.pictures import Folder
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from byol_core import export
 from byol_core.export import main
 from byol_core.pretrained import load_pretrained
-from tests.helpers.children import REPOSITORY
+from tests.helpers.forking import REPOSITORY
 
 
 def run(backbone: Path, out: Path) -> int:

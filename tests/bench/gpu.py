@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from byol_core.runtime import choose_precision
 from byol_core.system.command import usable_cpus
 from tests.bench.stages import FAILED, LATE, LEFT_OUT, PASSED, TO_END_S, Log, Result, Stage, run
 from tests.bench.table import commit, markdown
@@ -64,7 +65,7 @@ BARS = [Bar("ema", ("share_of_copy_bandwidth",), "ema_update, share of the copy 
 
 
 def stages(options: argparse.Namespace) -> list[Stage]:
-    """All stages in order of worth; on a CPU the same at small scale, but for 16 bits, which many CPUs are slow in."""
+    """All stages in order of worth; on a CPU the same at small scale, but for float16, which CPUs are slow in."""
     full, scale = options.device.startswith("cuda"), options.seconds / USUAL_SECONDS
     on: list[object] = ["--device", options.device]
     images, photos = ["--images", options.images / "train"], ["--images", options.photos]
@@ -75,6 +76,8 @@ def stages(options: argparse.Namespace) -> list[Stage]:
     cifar = [*images, *small, *workers, *(["--batch", 512, "--updates", 50] if full else ["--batch", 8, "--updates", 2])]
     large = [*photos, *workers, *(["--case", "224", "--arch", "resnet50", "--batch", 128, "--updates", 24] if full else
                                   [*network, "--case", "32", "--batch", 8, "--updates", 2])]
+
+    no_bf16 = "" if full or choose_precision("auto", torch.device("cpu"))[0] else "bf16 is slow on this CPU"
 
     def right(name: str, check: str, *words: object, missing: str = "") -> Stage:
         return Stage("right", name, lambda seconds: ["-m", "tests.bench.right", check, *on, *words], 90.0 * scale,
@@ -93,8 +96,8 @@ def stages(options: argparse.Namespace) -> list[Stage]:
     found = [
         *([right("compile-large", "compile", "--case", "224", "--arch", "resnet50", "--batch", 128)] if full else []),
         right("tests", "tests"),
-        *(right(f"digits-{amp}", "digits", "--amp", amp, *([] if full else ["--epochs", 1]))
-          for amp in ("bf16", "fp16", "off") if full or amp == "off"),
+        *(right(f"digits-{amp}", "digits", "--amp", amp, *([] if full else ["--epochs", 1]),
+                missing=no_bf16 if amp == "bf16" else "") for amp in ("bf16", "fp16", "off") if full or amp != "fp16"),
         right("resume", "resume", *images, *small, *batch),
         right("resume-crops", "resume", *photos, *network, "--case", "64" if full else "32", *batch),
         *([right("resume-graph", "resume", *images, *small, *batch, "--cuda-graph")] if full else []),

@@ -35,8 +35,9 @@ from tests.bench import rivals
 from tests.bench.end_to_end import CASES
 from tests.bench.loader import find
 from tests.bench.table import append_json, environment, parse
-from tests.helpers.children import REPOSITORY, At
+from tests.helpers.children import At
 from tests.helpers.digits import BAND, BAND_EPOCHS, outside_the_band
+from tests.helpers.forking import REPOSITORY
 
 IN_SUMMARY = ("linear_5", "knn", "spread")  # of the band, what summary.json has; its rank is of other images
 ON_CPU = 0.02  # by which accuracies of the same weights may differ on another device: some 7 of the 360 digits measured on

@@ -155,12 +155,12 @@ def machine_limits(device: str) -> str:
 
 
 def _seconds(work: Callable[[], object], device: str) -> float:
-    """The median of five calls after two, or of fewer where they are slow."""
+    """The median of five calls after two; of one after one where they are slow."""
     times: list[float] = []
-    while len(times) < 7 and sum(times) < 1.0:
+    while len(times) < 2 or (len(times) < 7 and sum(times) < 1.0):
         start = time.perf_counter()
         work()
         if device.startswith("cuda"):
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
-    return statistics.median(times[2:] or times)
+    return statistics.median(times[2:] or times[1:])

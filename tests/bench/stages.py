@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.helpers.children import REPOSITORY
+from tests.helpers.forking import REPOSITORY
 
 TO_END_S = 5.0  # seconds kept for ending what is still running, and for the last words
 TO_TELL_S = 1.0  # for a process to write where it hangs, once it is told to

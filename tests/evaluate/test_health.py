@@ -279,7 +279,7 @@ def faster(times: float) -> Callable[[Setup], None]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("change, epochs, words", [
-    (VARIATIONS["as it is"], 2, {"undecided"}),
+    (VARIATIONS["as it is"], 4, {"undecided"}),
     (VARIATIONS["no predictor"], 2, {"collapsed"}),
     (VARIATIONS["target in the graph"], 2, {"collapsed"}),
     (faster(100), 2, {"collapsed"}),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from tests.helpers.children import REPOSITORY, STARTED_BY, Forked, fork_every_python
+from tests.helpers.forking import REPOSITORY, STARTED_BY, Forked, fork_every_python
 
 SMALL = ("--arch", "conv6", "--hidden-dim", "16", "--projection-dim", "8", "--batch-size", "8", "--workers", "0",
          "--device", "cpu")

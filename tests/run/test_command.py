@@ -21,7 +21,7 @@ from byol_core.run import results
 from byol_core.run.options import command_line, parse_config
 from byol_core.run.run import Run
 from byol_core.views.recipes import normalise
-from tests.helpers.children import REPOSITORY
+from tests.helpers.forking import REPOSITORY
 from tests.helpers.runs import FILES, SMALL, assert_equal, assert_same_state, checkpoint, metrics, run, summary
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
@@ -123,7 +123,6 @@ def test_exported_backbone_loads_into_torchvision_but_for_its_classifier(image_f
     assert torch.equal(model.layer4[1].conv2.weight, online["online.backbone.layer4.1.conv2.weight"])
 
 
-@pytest.mark.slow
 def test_worker_count_does_not_change_the_result(image_folder: Callable[..., Path]) -> None:
     data = image_folder(classes=0, per_class=8)
     for workers in (0, 2):

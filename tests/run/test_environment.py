@@ -20,7 +20,7 @@ from byol_core.evaluate import __main__ as evaluate_command
 from byol_core.images.image_set import scan
 from byol_core.runtime import Runtime, choose_device, choose_precision
 from byol_core.system.files import read_checkpoint
-from tests.helpers.children import Forked
+from tests.helpers.forking import PATIENCE_S, Forked, call
 from tests.helpers.runs import SMALL
 
 MPS, CUDA = torch.device("mps"), torch.device("cuda", 0)
@@ -107,7 +107,7 @@ def test_a_hundred_thousand_names_take_little_memory(tmp_path: Path) -> None:
               "print(memory_peak() - before)\n")
     done = subprocess.run([sys.executable, "-c", script, tmp_path / "list.txt", tmp_path], capture_output=True, text=True,
                           check=True, cwd=Path(__file__).parents[2])
-    assert float(done.stdout.splitlines()[-1]) < 25  # MiB; Path objects alone would take over 50
+    assert float(done.stdout.splitlines()[-1]) < 21  # MiB; Path objects alone would take over 50
 
 
 def small_run(images: Path) -> list[str]:
@@ -124,7 +124,7 @@ def without_streams(folder: str, words: list[str], closed: list[int]) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.skipif(sys.platform != "linux", reason="forks as Linux does")
 @pytest.mark.parametrize("closed", [[0, 1, 2], [1], [2]])
 def test_a_command_without_standard_streams_writes_whole_files(image_folder: Callable[..., Path], tmp_path: Path,
                                                                closed: list[int]) -> None:
@@ -134,9 +134,7 @@ def test_a_command_without_standard_streams_writes_whole_files(image_folder: Cal
         command = shlex.join([sys.executable, train.__file__, *words])
         assert subprocess.run(["sh", "-c", f"exec {command} <&- >&- 2>&-"], cwd=tmp_path).returncode == 0
     else:
-        with open(tmp_path / "printed", "w") as printed:
-            child = Forked(f"{__name__}:without_streams", [str(tmp_path), words, closed], printed, printed)
-        assert child.wait() == 0, (tmp_path / "printed").read_text()
+        call(f"{__name__}:without_streams", [str(tmp_path), words, closed], tmp_path / "printed")
     assert read_checkpoint(tmp_path / "out" / "last.pt")
     assert all(json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines())
 
@@ -152,10 +150,10 @@ def test_a_console_that_cannot_show_a_name_stops_no_run(image_folder: Callable[.
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.skipif(sys.platform != "linux", reason="forks as Linux does")
 def test_a_console_that_goes_away_stops_no_run(image_folder: Callable[..., Path], tmp_path: Path) -> None:
     reading, writing = os.pipe()
     os.close(reading)
     child = Forked(f"{__name__}:without_streams", [str(tmp_path), small_run(image_folder()), []], writing, writing)
     os.close(writing)
-    assert child.wait() == 0 and (tmp_path / "out" / "backbone.pt").exists()
+    assert child.wait(PATIENCE_S) == 0 and (tmp_path / "out" / "backbone.pt").exists()

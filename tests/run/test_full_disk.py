@@ -4,6 +4,7 @@ import errno
 import math
 import os
 import shutil
+import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from tests.helpers.runs import checkpoint
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+needs_fork = pytest.mark.skipif(sys.platform != "linux", reason="forks as Linux does")
 Usage = namedtuple("Usage", ["total", "used", "free"])
 
 

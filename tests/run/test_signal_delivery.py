@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 
 CODES = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 143, "SIGHUP": 143}
 OFTEN = ["SIGINT", "SIGTERM", "SIGUSR1"]  # those that every combination is tried with
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+needs_fork = pytest.mark.skipif(sys.platform != "linux", reason="forks as Linux does")
 
 
 def status(out: str) -> str:

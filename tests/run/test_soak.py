@@ -3,6 +3,7 @@
 import itertools
 import os
 import random
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ OUT = Path("soaked")
 ENDS = ("is killed", "gets SIGTERM", "raises")  # what befalls one of several processes
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("in_a_folder_of_its_own"),
-              pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
+              pytest.mark.skipif(sys.platform != "linux", reason="forks as Linux does")]
 
 
 def spoil_last() -> None:

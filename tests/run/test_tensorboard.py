@@ -12,7 +12,7 @@ import pytest
 
 from byol_core.run.run import Run
 from byol_core.run.tensorboard import Board
-from tests.helpers.children import REPOSITORY
+from tests.helpers.forking import REPOSITORY
 from tests.helpers.pictures import Folder
 from tests.helpers.runs import SMALL, run
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from byol_core.images import image_set
-from tests.helpers.children import REPOSITORY
+from tests.helpers.forking import REPOSITORY
 from tests.helpers.runs import SMALL, run
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")

@@ -15,7 +15,7 @@ from byol_core.networks import BYOL
 from byol_core.runtime import NonFiniteError, Runtime
 from byol_core.system.distributed import ALONE, Processes
 from byol_core.training import Progress, Step, train
-from tests.helpers.children import in_processes
+from tests.helpers.forking import in_processes
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("processes")]
 PROCESSES, BATCH, UPDATES = 2, 12, 5

@@ -224,7 +224,6 @@ def test_other_files_are_named_for_what_they_are(tmp_path: Path) -> None:
         read_weights(tmp_path / "last.pt")
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no resource limits there")
 def test_full_disk_keeps_the_old_file_and_leaves_no_other(tmp_path: Path) -> None:
     script = ("import resource, signal, sys, torch\nfrom pathlib import Path\n"

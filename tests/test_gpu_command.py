@@ -35,7 +35,7 @@ def stage(name: str, code: str, limit: float | None = 600.0, **options: Any) -> 
 
 @pytest.fixture(autouse=True)
 def late_once_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stage is at its limit once it says that it sleeps, or has printed what is logged of one; and may take time to tell."""
+    """A stage is at its limit once it says that it sleeps, or has printed what is logged of one."""
     limit = stages.Running.over.fget
     assert limit is not None
 
@@ -44,7 +44,6 @@ def late_once_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         return limit(running) or log.last.get(name) == "asleep" or log.written.get(name, 0) > stages.LOGGED_BYTES
 
     monkeypatch.setattr(stages.Running, "over", property(over))
-    monkeypatch.setattr(stages, "TO_TELL_S", 60.0)
 
 
 @pytest.fixture
@@ -80,6 +79,7 @@ def test_the_whole_command_with_a_stage_that_fails_and_one_that_hangs(
     first = [stage("fails", "import sys; print('all is lost'); sys.exit(3)"), stage("hangs", SLEEPS),
              stage("not here", "", missing="no compiler"), stage("ema", WRITES_A_SHARE)]
     with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(stages, "TO_TELL_S", 60.0)
         found = gpu.stages
         patched.setattr(gpu, "stages", lambda options: [each for each in found(options) if each.name == "tests"])
         code = gpu.main([*images, "--out", str(tmp_path / "out"), "--device", "cpu", "--seconds", "6000"], first=first)

@@ -1,12 +1,14 @@
 """Processes that are forked by a server which has loaded torch and computed nothing, as loading it takes longer than a run.
 
-For Linux alone: the server is found at an address that is no file, and it and the processes are waited for as files.
+For Linux alone, and a test that forks is skipped elsewhere: the server is found at an address that is no file, and processes
+are waited for as files.
 """
 
 import atexit
 import contextlib
 import errno
 import gc
+import importlib
 import json
 import os
 import pkgutil
@@ -39,6 +41,8 @@ class Forked:
     """
 
     def __init__(self, function: str, arguments: list[Any], stdout: IO | int, stderr: IO | int) -> None:
+        if sys.platform != "linux":
+            importlib.import_module("pytest").skip("forks as Linux does")
         handles = [file if isinstance(file, int) else file.fileno() for file in (stdout, stderr)]
         self.server = _server()
         socket.send_fds(self.server, [json.dumps([function, arguments]).encode()], handles)

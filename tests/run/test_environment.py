@@ -124,7 +124,6 @@ def without_streams(folder: str, words: list[str], closed: list[int]) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="forks as Linux does")
 @pytest.mark.parametrize("closed", [[0, 1, 2], [1], [2]])
 def test_a_command_without_standard_streams_writes_whole_files(image_folder: Callable[..., Path], tmp_path: Path,
                                                                closed: list[int]) -> None:
@@ -150,7 +149,6 @@ def test_a_console_that_cannot_show_a_name_stops_no_run(image_folder: Callable[.
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="forks as Linux does")
 def test_a_console_that_goes_away_stops_no_run(image_folder: Callable[..., Path], tmp_path: Path) -> None:
     reading, writing = os.pipe()
     os.close(reading)

@@ -4,7 +4,6 @@ import errno
 import math
 import os
 import shutil
-import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -22,7 +21,6 @@ from tests.helpers.runs import checkpoint
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 
-needs_fork = pytest.mark.skipif(sys.platform != "linux", reason="forks as Linux does")
 Usage = namedtuple("Usage", ["total", "used", "free"])
 
 
@@ -37,7 +35,6 @@ def no_file_at_all() -> None:
 
 
 @pytest.mark.slow
-@needs_fork
 @pytest.mark.parametrize("limit", [nothing_larger_than_100_kb, no_file_at_all])
 def test_a_run_whose_disk_is_full_says_so_in_a_line_and_goes_on_once_there_is_room(data: Path, limit) -> None:
     words = arguments(data, "--workers", 0)

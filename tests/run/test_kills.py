@@ -1,7 +1,6 @@
 """Exact resume: a run that was killed, anywhere and any number of times, ends as one that never was."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -111,7 +110,6 @@ IN_A_SAVE = {  # the second save of a run, in the order of its parts
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="forks as Linux does")
 @pytest.mark.parametrize("moment", IN_A_SAVE)
 def test_a_process_killed_in_a_save_goes_on_from_a_whole_file(data: Path, moment: str) -> None:
     words = arguments(data, "--views", "device", "--workers", 0)
@@ -126,7 +124,6 @@ def test_a_process_killed_in_a_save_goes_on_from_a_whole_file(data: Path, moment
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="forks as Linux does")
 @pytest.mark.parametrize("update, before, after", [(1, 0, 1), (2, 2, 0), (3, 0, 1), (4, 2, 1)])
 def test_a_killed_process_goes_on_with_any_number_of_workers(data: Path, update: int, before: int, after: int) -> None:
     words = arguments(data, "--views", "cpu", "--optimizer", "lars")

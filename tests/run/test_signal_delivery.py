@@ -21,7 +21,6 @@ pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 
 CODES = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 143, "SIGHUP": 143}
 OFTEN = ["SIGINT", "SIGTERM", "SIGUSR1"]  # those that every combination is tried with
-needs_fork = pytest.mark.skipif(sys.platform != "linux", reason="forks as Linux does")
 
 
 def status(out: str) -> str:
@@ -35,7 +34,6 @@ def assert_stopped(ended: Ended, code: int, updates: int, out: str = "out") -> N
 
 
 @pytest.mark.slow
-@needs_fork
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("to", ["", "group "], ids=["process", "group"])
 @pytest.mark.parametrize("name", OFTEN)
@@ -61,7 +59,6 @@ def test_workers_that_are_being_spawned_do_not_see_a_signal_either(data: Path) -
 
 
 @pytest.mark.slow
-@needs_fork
 @pytest.mark.parametrize("second", [At("byol_core.run.run:Run.save", 1, "group SIGINT"),
                                     At("byol_core.system.files:torch.save", 1, "group SIGINT", after=True)],
                          ids=["before the save", "in the save"])
@@ -112,7 +109,6 @@ def test_a_signal_while_a_network_is_measured_stops_at_once(image_folder: Callab
 
 
 @pytest.mark.slow
-@needs_fork
 def test_a_signal_to_a_group_whose_workers_decode_images_to_measure_leaves_nobody(image_folder: Callable[..., Path]) -> None:
     words = ["--data", str(image_folder(per_class=10)), "--epochs", "1", "--workers", "2", "--views", "cpu", "--out", "out",
              *SMALL]

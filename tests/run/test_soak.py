@@ -3,7 +3,6 @@
 import itertools
 import os
 import random
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,8 +21,7 @@ PLACES = {STEP: 5, "byol_core.system.files:torch.save": 1, "byol_core.system.fil
 OUT = Path("soaked")
 ENDS = ("is killed", "gets SIGTERM", "raises")  # what befalls one of several processes
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("in_a_folder_of_its_own"),
-              pytest.mark.skipif(sys.platform != "linux", reason="forks as Linux does")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("in_a_folder_of_its_own")]
 
 
 def spoil_last() -> None:

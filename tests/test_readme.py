@@ -2,8 +2,6 @@
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +12,7 @@ from byol_core import embed, export
 from byol_core.evaluate import __main__ as evaluate_command
 from byol_core.images.digits import write_digits
 from byol_core.run.options import build_parser
+from tests.helpers.forking import run_code
 from tests.helpers.runs import FILES
 
 PARSERS = {"train.py": build_parser(), "byol_core.evaluate": evaluate_command.build_parser(),
@@ -75,9 +74,7 @@ def test_python_runs_as_printed(block: str, tmp_path: Path) -> None:
         for number in range(2):  # with images of different sizes, which workers read
             Image.new("RGB", (9 + number, 9)).save(tmp_path / "imgs" / f"{number}.png")
     np.savez(tmp_path / "embeddings.npz", embeddings=rows, names=[f"{row}.jpg" for row in range(30)])
-    done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, timeout=600,
-                          env={**__import__("os").environ, "PYTHONPATH": str(ROOT)})
-    assert done.returncode == 0, done.stderr
+    run_code(block, tmp_path)
 
 
 def test_continuous_integration_runs_the_readmes_test_command() -> None:

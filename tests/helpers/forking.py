@@ -78,6 +78,12 @@ def call(function: str, arguments: list[Any], output: Path) -> None:
     assert code == 0, f"{code}: {output.read_text()}"
 
 
+def run_code(code: str, folder: Path) -> str:
+    """What some lines of Python print, run in a folder as by `python -c`. Fails where they do."""
+    call(f"{__name__}:_python", [["-c", code], str(folder), dict(os.environ)], folder / "printed")
+    return (folder / "printed").read_text()
+
+
 def in_processes(function: str, ranks: int, folder: Path, *arguments: str) -> None:
     """Calls a function with a rank and these arguments in so many processes. Fails where one of them does."""
     call(f"{__name__}:_ranks", [function, ranks, arguments], folder / "output")
@@ -209,13 +215,14 @@ def _python(words: list[str], folder: str, environment: dict[str, str]) -> int:
 
 
 def as_python(words: Sequence[str]) -> int:
-    """The exit code of `python WORDS`, which begin with a script or -m. In this process, which does nothing after it."""
-    as_module = words[0] == "-m"
-    sys.argv = list(words[1:] if as_module else words)
+    """The exit code of `python WORDS`, which begin with a script, -m or -c. In this process, which does nothing after it."""
+    sys.argv = list(words[words[0] in ("-m", "-c"):])
     code: Any = 0
     try:
-        if as_module:
+        if words[0] == "-m":
             runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        elif words[0] == "-c":
+            exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})
         else:
             runpy.run_path(words[0], run_name="__main__")
     except SystemExit as end:

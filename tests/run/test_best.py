@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +16,7 @@ from byol_core.report.facts import read_run
 from byol_core.report.page import write_report
 from byol_core.run.results import Results
 from byol_core.run.run import Run
-from tests.helpers.forking import REPOSITORY
+from tests.helpers.forking import run_code
 from tests.helpers.pictures import Folder
 from tests.helpers.runs import SMALL, checkpoint, run
 
@@ -220,11 +218,9 @@ def test_the_lines_that_load_the_backbone_run_as_printed(image_folder: Folder, c
     assert snippet.count("\n") == 4 and snippet.endswith(
         "\n# images: RGB in [0, 1] of 16 pixels, less the mean (0.485, 0.456, 0.406), divided by the std (0.229, 0.224, 0.225)"
         "\n")
-    script = f"{snippet}print(dim, float(backbone.conv1.weight.sum()), backbone.training)"
-    done = subprocess.run([sys.executable, "-c", script], text=True,
-                          capture_output=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
+    script = f"{snippet}print(dim, float(backbone.conv1.weight.detach().sum()), backbone.training)"
     expected = float(torch.load("a 'run'/backbone.pt", weights_only=True)["conv1.weight"].sum())
-    assert done.stdout == f"128 {expected} False\n", done.stderr
+    assert run_code(script, Path.cwd()) == f"128 {expected} False\n"
     assert "In evaluation mode, as here, features do not depend on the other images" in Path("a 'run'/report.html").read_text()
 
 

@@ -1,8 +1,6 @@
 """--tensorboard: every record and picture, no step twice after a resume; nothing of it where it is not installed or fails."""
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +10,7 @@ import pytest
 
 from byol_core.run.run import Run
 from byol_core.run.tensorboard import Board
-from tests.helpers.forking import REPOSITORY
+from tests.helpers.forking import run_code
 from tests.helpers.pictures import Folder
 from tests.helpers.runs import SMALL, run
 
@@ -106,6 +104,4 @@ def test_a_run_without_it_loads_nothing_of_it(image_folder: Folder) -> None:
     arguments = ["--data", str(image_folder()), "--epochs", "1", "--no-eval", *SMALL]
     script = (f"import sys, train\ncode = train.main({arguments!r})\n"
               "sys.exit(code or any('tensorboard' in name and not name.startswith('byol_core') for name in sys.modules))")
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_code(script, Path.cwd())

@@ -5,14 +5,16 @@ from pathlib import Path
 import pytest
 
 from byol_core.evaluate import probes
+from byol_core.report import pictures
 from tests.helpers import format1
 from tests.helpers.runs import SMALL, run
 
 
 @pytest.fixture(autouse=True)
-def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Accuracies on a few labels are means over fewer draws here: no test of a run asks how exact they are."""
+def soon_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer draws for accuracies on a few labels, fewer steps of t-SNE: no test of a run asks how exact these are."""
     monkeypatch.setattr(probes, "DRAWS", 2)
+    monkeypatch.setattr(pictures, "TSNE_STEPS", 250)
 
 
 @pytest.fixture(scope="module")

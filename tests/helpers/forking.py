@@ -140,7 +140,7 @@ def _listen(listening: socket.socket, served: int, kill: bool) -> int:
     except ProcessLookupError:
         return 0
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children that have ended leave nothing
-    while gone not in select.select([listening, gone], [], [])[0]:
+    while gone not in select.select([listening.fileno(), gone], [], [])[0]:
         connection, _ = listening.accept()
         _, user, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
         if user == os.getuid() and os.fork() == 0:
@@ -171,7 +171,7 @@ def _serve(connection: socket.socket, kill: bool) -> int:
     for handle in handles:
         os.close(handle)
     ended = os.pidfd_open(child)
-    if ended not in select.select([ended, connection], [], [])[0]:
+    if ended not in select.select([ended, connection.fileno()], [], [])[0]:
         if not kill:
             return 0
         os.killpg(child, signal.SIGKILL)

@@ -168,6 +168,7 @@ def test_a_stage_at_small_scale(names: tuple[str, ...], images: list[str], tmp_p
                        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
         call("tests.helpers.forking:python", [words, environment], tmp_path / f"{stage.name}.log")
         lines = [json.loads(line) for line in numbers.read_text().splitlines()]
+        assert lines, "nothing was measured"
         NUMBERS[stage.name](dict(pair for line in lines for pair in line.items()))
 
 

@@ -74,7 +74,7 @@ def test_python_runs_as_printed(block: str, tmp_path: Path) -> None:
         for number in range(2):  # with images of different sizes, which workers read
             Image.new("RGB", (9 + number, 9)).save(tmp_path / "imgs" / f"{number}.png")
     np.savez(tmp_path / "embeddings.npz", embeddings=rows, names=[f"{row}.jpg" for row in range(30)])
-    run_code(block, tmp_path)
+    assert "Traceback" not in run_code(block, tmp_path)
 
 
 def test_continuous_integration_runs_the_readmes_test_command() -> None:

@@ -104,4 +104,4 @@ def test_a_run_without_it_loads_nothing_of_it(image_folder: Folder) -> None:
     arguments = ["--data", str(image_folder()), "--epochs", "1", "--no-eval", *SMALL]
     script = (f"import sys, train\ncode = train.main({arguments!r})\n"
               "sys.exit(code or any('tensorboard' in name and not name.startswith('byol_core') for name in sys.modules))")
-    run_code(script, Path.cwd())
+    assert "\nreport: " in run_code(script, Path.cwd())

@@ -188,13 +188,16 @@ def lightly_results(run: Run, whose: str, runs: list[tuple[int, Path, float]]) -
     """lightly's recipe for as long as each run of ours.
 
     whose: "ours", the network of `run`, or "theirs". runs: seed, folder and minutes of each of ours.
+    Where our views are smaller than images that are measured, lightly's are at most 4/3 as large as ours: 32 pixels for 24, as
+    CIFAR's images. Shown whole, images would take most of its time.
     """
     plan = run.setup.plan if whose == "ours" else make_plan(replace(
         run.setup.config, arch="resnet18", image_size=None, view_size=None, small_stem=None), look_at(run.images.files))
-    network = f"{plan.arch}{' with the small stem' * plan.small_stem} at {plan.image_size} pixels"
+    views = replace(plan, image_size=min(plan.image_size, 4 * plan.view_size // 3))
+    network = f"{plan.arch}{' with the small stem' * plan.small_stem} at {views.image_size} pixels"
 
     def result(seed: int, length: float) -> Result:
-        backbone, epochs, took, rate = train_lightly(run, plan, length, seed)
+        backbone, epochs, took, rate = train_lightly(run, views, length, seed)
         return Result(f"lightly's recipe in the same minutes, {network}, seed {seed}",
                       measured(scorer_of(run, plan), backbone, "last"), epochs, took, rate)
 
@@ -214,6 +217,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     either.add_argument("--epochs", type=int)
     either.add_argument("--minutes", type=float, help="of training; the epochs follow from the time of a few updates")
     parser.add_argument("--seeds", type=int, default=1, help="runs, with seeds 0, 1, ...")
+    parser.add_argument("--first-seed", type=int, default=0, help="begin with this one, where others are measured already")
     parser.add_argument("--images", type=Path, default=Path("data", "cifar10"), help="folder with train/ and test/")
     parser.add_argument("--out", type=Path, default=Path("runs", "accuracy"))
     parser.add_argument("--quick", action="store_true", help="measure the last network alone: no best one, no untrained one, "
@@ -222,8 +226,8 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
                         "the same minutes, too: on our network, or on theirs, a ResNet-18 that sees images in their own size")
     add_output(parser)
     options, passed_on = parser.parse_known_args()
-    if options.seeds < 1 or (options.epochs is not None and options.epochs < 1):
-        parser.error("--seeds and --epochs must be 1 or more")
+    if options.seeds < 1 or (options.epochs is not None and options.epochs < 1) or options.first_seed < 0:
+        parser.error("--seeds and --epochs must be 1 or more, --first-seed 0 or more")
     if options.minutes is not None and options.minutes <= 0:
         parser.error("--minutes must be above 0")
     if options.set != "digits" and not (options.images / "train").is_dir():
@@ -245,9 +249,10 @@ def main() -> None:
     place = options.out / "-".join([options.set, *images, *(word.strip("-").replace("/", "_") for word in passed_on)])
     length = ["--minutes", f"{options.minutes:g}"] if options.minutes else ["--epochs", str(options.epochs or 100)]
 
-    outs = [place / f"{length[1]}-{length[0].strip('-')}-seed-{seed}" for seed in range(options.seeds)]
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    outs = [place / f"{length[1]}-{length[0].strip('-')}-seed-{seed}" for seed in seeds]
     results = []
-    for seed, out in enumerate(outs):
+    for seed, out in zip(seeds, outs):
         result = once(out / f"measured{'-quick' * options.quick}.json", partial(
             train_once, arguments, length, seed, out, options.quick, partial(tell, options, seed)))
         result.log = str(LOGS / f"{place.name}-{out.name}.log") if options.write else ""
@@ -257,7 +262,7 @@ def main() -> None:
     if not whole:
         keep(options, length, passed_on, [result.cells() for result in results], "every run failed")
         raise SystemExit(1)
-    finished = [(seed, outs[seed], result.minutes or 0.0) for seed, result in enumerate(results) if result.accuracies]
+    finished = [(seed, out, result.minutes or 0.0) for seed, out, result in zip(seeds, outs, results) if result.accuracies]
     seed, out, _ = finished[-1]
     run = run_of(options_of(arguments, length, seed, out))
     lightlys = lightly_results(run, options.lightly, finished) if options.lightly else []
@@ -287,7 +292,8 @@ def main() -> None:
 def keep(options: argparse.Namespace, length: list[str], passed_on: list[str], rows: list[tuple[str, ...]], recipe: str,
          device: str = "cpu") -> None:
     flags = ["--quick"] * options.quick + [f"--lightly {options.lightly}"] * bool(options.lightly)
-    words = [options.set, *length, "--seeds", str(options.seeds), *flags,
+    first = ["--first-seed", str(options.first_seed)] * bool(options.first_seed)
+    words = [options.set, *length, "--seeds", str(options.seeds), *first, *flags,
              *([] if options.set == "digits" else ["--images", "DIR"]), *passed_on]
     text = (f"`python -m tests.bench.accuracy {' '.join(words)}`: {environment(device, 'torchvision', 'scikit-learn')}\n\n"
             f"{recipe}\n\n{markdown(('run', *COLUMNS), rows)}")

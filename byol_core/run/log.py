@@ -68,7 +68,7 @@ class RunLog:
         self.skipped = 0
         self.last: dict[str, Value] = {}
         self.resumed: list[int] = []  # the updates after which the run went on in a new session
-        self.board: Board | None = None  # gets every record too
+        self._board: Board | None = None  # gets every record too
         self._bar: tqdm | None = None
         self._printed = self._marked = time.monotonic()
         self._recorded = (0.0, 0.0, 0)  # seconds, waited, updates at the last record
@@ -102,8 +102,22 @@ class RunLog:
         """One line of metrics.jsonl."""
         line = {"update": progress.updates, "epoch": round(self._epochs_done(progress), 6), **values}
         self._append("metrics.jsonl", json.dumps(line, allow_nan=False) + "\n")
-        if self.board is not None:
-            self.board.scalars(progress.updates, values)
+        if self._board is not None:
+            self._board.scalars(progress.updates, values)
+
+    def open_board(self, progress: Progress) -> None:
+        """Write all records, and the pictures, for TensorBoard too."""
+        self._board = Board(self.folder, progress.updates, self.say)
+
+    def picture(self, progress: Progress, *names: str) -> None:
+        """Show pictures of the run folder on the board, where there is one."""
+        if self._board is not None:
+            for name in names:
+                self._board.picture(progress.updates, self.folder / name)
+
+    def close_board(self) -> None:
+        if self._board is not None:
+            self._board.close()
 
     def start(self, progress: Progress) -> None:
         """The clock starts; call before training, and again after a pause that is not training."""

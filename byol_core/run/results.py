@@ -1,10 +1,9 @@
 """What a run has reached, and the files that show it: scores, the best network, pictures, summary, report."""
 
 import contextlib
-import json
 import math
 import time
-from dataclasses import asdict
+from dataclasses import replace
 from functools import partial
 from typing import cast
 
@@ -12,10 +11,9 @@ import torch
 from torch import nn
 
 from byol_core.evaluate.features import embed_data
-from byol_core.evaluate.health import judge
 from byol_core.evaluate.scoring import Scorer, Scores, some_indices
 from byol_core.losses import effective_rank
-from byol_core.report.facts import VERDICT, read_run
+from byol_core.report.facts import VERDICT, parse_object, read_run, read_text
 from byol_core.report.page import how_to_load, write_report
 from byol_core.report.pictures import save_embedding, save_neighbours, save_views
 from byol_core.run.data import Measuring
@@ -70,25 +68,14 @@ class Results:
     def is_complete(self) -> bool:
         """Whether nothing is left to do, as the summary in the run folder says; the same answer in all processes."""
         return self.setup.processes.from_first(
-            lambda: self.state.progress.epoch >= self.setup.plan.epochs and self._ended() == "finished")
-
-    def _ended(self) -> object:
-        """How summary.json says that the run ended; None where it does not, or is damaged."""
-        try:
-            return json.loads((self.setup.folder / "summary.json").read_text("utf-8"))["status"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+            lambda: self.state.progress.epoch >= self.setup.plan.epochs
+            and parse_object(read_text(self.setup.folder / "summary.json")).get("status") == "finished")
 
     def picture_views(self, batches: Batches) -> None:
         """views.png, of the first images and views that the run trains on."""
         save_views(self.setup.folder / "views.png", self.images, self.setup.plan.views, batches.order.epoch(0)[0],
                    next(batches.epoch(0)))
-        self._show_on_board("views.png")
-
-    def _show_on_board(self, *pictures: str) -> None:
-        if self.log.board is not None:
-            for name in pictures:
-                self.log.board.picture(self.state.progress.updates, self.setup.folder / name)
+        self.log.picture(self.state.progress, "views.png")
 
     def measure_untrained(self) -> None:
         """What the network gives before it has learned anything, and, for images that small, what bare pixels give."""
@@ -168,7 +155,7 @@ class Results:
             save_embedding(setup.folder / "embedding.png", trained, labels, images.files.classes, seed)
         self.ranks = {"rank_features": float(effective_rank(trained)),
                       "rank_features_untrained": float(effective_rank(before))}
-        self._show_on_board("neighbours.png", "embedding.png")
+        self.log.picture(self.state.progress, "neighbours.png", "embedding.png")
 
     def write_end(self, status: str, reason: str | None = None, error: Exception | None = None) -> None:
         """The facts and report.html, whatever way the run ended. reason: of a run that did not finish; error: if it failed."""
@@ -176,16 +163,14 @@ class Results:
             self._write_facts(status, reason, error)
         with self.log.warn_only():
             write_report(self.setup.folder)
-        if self.log.board is not None:
-            self.log.board.close()
+        self.log.close_board()
 
     def _write_facts(self, status: str, reason: str | None = None, error: Exception | None = None) -> None:
         """summary.json and bad_files.txt."""
         summary = {"status": status, "reason": reason, "error": None if error is None else type(error).__name__,
                    **self._summary()}
         try:
-            records, plan = read_run(self.setup.folder).records, self.setup.plan
-            verdict = judge(records, plan.epochs, status, summary, asdict(plan))
+            verdict = replace(read_run(self.setup.folder), summary=summary).verdict
             summary |= dict(zip(VERDICT, (verdict.word, verdict.why, verdict.advice)))
         finally:  # should it fail, the rest is written
             write_json(self.setup.folder / "summary.json", summary)

@@ -1,6 +1,5 @@
 """Save and restore a whole run."""
 
-import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from typing import Any, cast
 
 import torch
 
+from byol_core.report.facts import parse_object, read_text
 from byol_core.run.log import RunLog
 from byol_core.run.options import TrainConfig, check_option
 from byol_core.run.plan import Choice, Plan, make_plan, with_min_scale
@@ -203,11 +203,9 @@ def _take_along(source: Path, setup: Setup, saved: State) -> None:
     if not setup.processes.first or source.resolve() == setup.folder.resolve():
         return
     names = ["views.png"]
-    with contextlib.suppress(OSError, ValueError):
-        about = json.loads((source / "best.json").read_text("utf-8"))
-        best = cast(dict[str, float], saved.get("best") or {})
-        if best and all(about.get(key) == value for key, value in best.items()):
-            names += ["best.pt", "best.json"]
+    about, best = parse_object(read_text(source / "best.json")), cast(dict[str, float], saved.get("best") or {})
+    if best and all(about.get(key) == value for key, value in best.items()):
+        names += ["best.pt", "best.json"]
     for name in names:
         if (source / name).is_file():
             shutil.copyfile(source / name, setup.folder / name)
@@ -215,11 +213,8 @@ def _take_along(source: Path, setup: Setup, saved: State) -> None:
 
 def _other_changes(setup: Setup) -> str:
     """Which options differ from those that the run was last started with and do not change its result."""
-    try:
-        before = json.loads((setup.folder / "config.json").read_text("utf-8"))["config"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
+    before = parse_object(read_text(setup.folder / "config.json")).get("config")
     now = json.loads(json.dumps(asdict(setup.config)))
     changed = [f"{key} {before[key]} -> {now[key]}" for key in now
-               if key in before and key not in NOT_LISTED and before[key] != now[key]]
+               if isinstance(before, dict) and key in before and key not in NOT_LISTED and before[key] != now[key]]
     return f"; changed, without effect on the result: {', '.join(changed)}" if changed else ""

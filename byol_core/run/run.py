@@ -22,14 +22,12 @@ from byol_core.run.results import Results
 from byol_core.run.resume import Saveable, compare_processes, find_saved
 from byol_core.run.setup import set_up
 from byol_core.run.state import TrainingState
-from byol_core.run.tensorboard import Board
 from byol_core.runtime import NonFiniteError, peak_memory
 from byol_core.system.console import printable
 from byol_core.system.distributed import ALONE, Processes
 from byol_core.system.files import LAST, State, replace_damaged, save_checkpoint, write_text
 from byol_core.system.signals import Stopped, StopRequest
 from byol_core.training import Progress, Step, train
-from byol_core.views.pixels import BAD_LIMIT
 from byol_core.views.workers import WorkerError
 
 CHECK_STEPS, CHECK_IMAGES = 5, 1_000  # of a check: updates that are timed, images that are decoded
@@ -90,7 +88,7 @@ class Run:
     def _write_start(self) -> None:
         with self.log.warn_only():
             if self.setup.config.tensorboard and not self.setup.config.check:
-                self.log.board = Board(self.setup.folder, self.progress.updates, self.log.say)
+                self.log.open_board(self.progress)
             write_config(self.setup, self.images.files)
         with self.log.warn_only():
             if self.setup.plan.epochs and self.progress.updates == 0:
@@ -235,9 +233,7 @@ class Run:
                 write_text(folder / "copies.txt", "".join(f"{copy}\t{first}\n" for copy, first in names))
         self.log.say(f"check: of {tried} images tried {bad} cannot be read{' (bad_files.txt)' if bad else ''}; of all "
                      f"{len(data)} {len(copies)} are copies of others, byte for byte{' (copies.txt)' if copies else ''}")
-        data.bad.limit = BAD_LIMIT
-        if bad > BAD_LIMIT * tried:
-            data.bad.give_up(tried)
+        data.bad.enforce_limit(tried, bad)
 
     def images_in(self, minutes: float) -> int:
         """How many images fill so many minutes of updates, at least a batch; the run can not be trained after that."""

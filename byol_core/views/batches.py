@@ -135,10 +135,15 @@ class WorkerBatches:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Views]:
         self.sampler.place = epoch, start
-        for number, (view1, view2, failures) in enumerate(batches_from(self.loader), start):
+        numbers = itertools.count(start)
+
+        def made(batch: tuple[Tensor, Tensor, list[Failure]]) -> Views:
+            view1, view2, failures = batch
             for index, reason in failures:
                 self.bad.add(index, reason)
-            yield self._finished((view1, view2), epoch, number)
+            return self._finished((view1, view2), epoch, next(numbers))
+
+        return batches_from(self.loader, made)
 
     def _finished(self, views: Views, epoch: int, number: int) -> Views:
         """The views of micro-batch `number`, of what workers have made of them."""

@@ -53,6 +53,12 @@ class BadFiles:
         if len(self.reasons) > self.limit * len(self.files):
             self.give_up(len(self.files))
 
+    def enforce_limit(self, tried: int, bad: int) -> None:
+        """Allow no more than a run does, from now on. Raises: TooManyBadFilesError if so many of those tried are bad."""
+        self.limit = BAD_LIMIT
+        if bad > self.limit * tried:
+            self.give_up(tried)
+
     def give_up(self, tried: int) -> NoReturn:
         """Raises: TooManyBadFilesError. tried: images among which they are."""
         some = "; ".join(self._lines(": ")[:3])

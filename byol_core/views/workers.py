@@ -8,11 +8,11 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
@@ -26,8 +26,6 @@ SHARED_MEMORY_IS_FULL = "shared memory (/dev/shm) is full - use --workers 0, or 
 SHARED_MEMORY_WORDS = ("shared memory", "file </torch_", "unable to mmap")
 
 OWN_NAME = re.compile(r"^byol_core(\.\w+)+: ")  # that of an error of ours, at the end of a traceback
-
-Batch = TypeVar("Batch")
 
 _waited_for: list[BaseProcess] = []  # workers whose batch is being waited for, here and now
 
@@ -55,8 +53,8 @@ def shared(batch: Tensor) -> Tensor:
     return batch if get_worker_info() is None else batch.share_memory_()
 
 
-def batches_from(loader: "DataLoader[Batch]") -> Iterator[Batch]:
-    """What the loader yields. With persistent workers, they wait for the next pass; otherwise none is left.
+def batches_from(loader: "DataLoader[Any]", made: Callable[[Any], Any] = lambda batch: batch) -> Iterator[Any]:
+    """The loader's batches, or what `made` makes of each. Persistent workers then wait for the next pass; others are ended.
 
     Raises: WorkerError, and only while a batch is waited for: what is computed in between is never interrupted.
     """
@@ -73,7 +71,7 @@ def batches_from(loader: "DataLoader[Batch]") -> Iterator[Batch]:
                 except StopIteration:
                     whole = True
                     return
-            yield batch
+            yield made(batch)
     except GeneratorExit:
         whole = True
         raise

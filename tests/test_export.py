@@ -1,8 +1,9 @@
 """`python -m byol_core.export`: what is read back gives the features of the network, and else nothing is written."""
 
+import importlib
 import re
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,50 +13,42 @@ from torch import Tensor
 from byol_core import export
 from byol_core.export import main
 from byol_core.pretrained import load_pretrained
-from tests.helpers.forking import REPOSITORY
 
 
 def run(backbone: Path, out: Path) -> int:
     return main(["--checkpoint", str(backbone), "--out", str(out)])
 
 
-def features(backbone: Path, images: Tensor) -> Tensor:
-    with torch.no_grad():
-        return load_pretrained(backbone).backbone(images)
+def torchscript(out: Path) -> Callable[[Tensor], Tensor]:
+    script = torch.jit.load(out)
+    assert not script.training
+    return script
 
 
-def printed(out: str, path: Path) -> float:
-    """The difference that was printed."""
-    pattern = (rf"{re.escape(str(path))}: images \(n, 3, 16, 16\) to features \(n, 128\); read back, they differ by (\S+) at "
-               r"most, where the largest is \S+" "\n"
-               r"images: RGB in \[0, 1\], less the mean \(0.4, 0.5, 0.6\), divided by the std \(0.2, 0.3, 0.4\)" "\n")
-    found = re.fullmatch(pattern, out)
-    assert found, out
-    return float(found[1])
+def onnx(out: Path) -> Callable[[Tensor], Tensor]:
+    session = importlib.import_module("onnxruntime").InferenceSession(str(out))
+    return lambda images: torch.from_numpy(session.run(["features"], {"images": images.numpy()})[0])
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-def test_torchscript_gives_the_same_features_for_any_number_of_images(backbone: Path, tmp_path: Path, capsys) -> None:
-    out = tmp_path / "backbone.ts"
+@pytest.mark.parametrize("ending, load, most", [(".ts", torchscript, 1e-5), (".onnx", onnx, 1e-4)])
+def test_a_file_gives_the_same_features_for_any_number_of_images(
+        backbone: Path, tmp_path: Path, capsys, ending: str, load: Callable[[Path], Callable], most: float) -> None:
+    for package in export.NEEDED[ending]:
+        pytest.importorskip(package)
+    out = tmp_path / f"backbone{ending}"
     assert run(backbone, out) == 0
-    assert printed(capsys.readouterr().out, out) < 1e-5
-    script = torch.jit.load(out)
+    said = re.fullmatch(
+        rf"{re.escape(str(out))}: images \(n, 3, 16, 16\) to features \(n, 128\); read back, they differ by (\S+) at most, "
+        r"where the largest is \S+" "\n"
+        r"images: RGB in \[0, 1\], less the mean \(0.4, 0.5, 0.6\), divided by the std \(0.2, 0.3, 0.4\)" "\n",
+        capsys.readouterr().out)
+    assert said and float(said[1]) < most
+    network = load(out)
     for count in (1, 7):
         images = torch.randn(count, 3, 16, 16)
-        assert torch.allclose(script(images), features(backbone, images), atol=1e-5)
-    assert not script.training
-
-
-def test_onnx_gives_the_same_features_for_any_number_of_images(backbone: Path, tmp_path: Path, capsys) -> None:
-    runtime, out = pytest.importorskip("onnxruntime"), tmp_path / "backbone.onnx"
-    pytest.importorskip("onnxscript")
-    assert run(backbone, out) == 0
-    assert printed(capsys.readouterr().out, out) < 1e-4
-    session = runtime.InferenceSession(str(out))
-    for count in (1, 7):
-        images = torch.randn(count, 3, 16, 16)
-        found, = session.run(["features"], {"images": images.numpy()})
-        assert torch.allclose(torch.from_numpy(found), features(backbone, images), atol=1e-4)
+        with torch.no_grad():
+            assert torch.allclose(network(images), load_pretrained(backbone).backbone(images), atol=most)
 
 
 @pytest.mark.parametrize("error", [0.01, float("nan")])
@@ -84,10 +77,4 @@ def test_wrong_input_is_one_line_and_code_two(backbone: Path, tmp_path: Path, ca
     assert run(tmp_path / "gone", tmp_path / "backbone.ts") == 2
     first, second = capsys.readouterr().err.splitlines()
     assert message in first and "no such file or folder" in second
-
-
-def test_help_does_not_load_torch() -> None:
-    script = ("import sys\nfrom byol_core.export import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
-              "sys.exit('torch' in sys.modules)")
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=REPOSITORY)
-    assert done.returncode == 0 and "--out FILE" in done.stdout and "--data" not in done.stdout
+    assert "--data" not in export.build_parser().format_help()  # which it has no use for

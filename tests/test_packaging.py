@@ -33,7 +33,6 @@ def test_version_is_stated_once_in_effect() -> None:
 
 
 def test_top_level_holds_what_was_agreed() -> None:
-    import subprocess
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
         return  # not a checkout

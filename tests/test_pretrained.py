@@ -17,7 +17,6 @@ from byol_core.views.pixels import Facts
 from tests.helpers.runs import changed_copy
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("source", ["", "backbone.pt", "last.pt", "previous.pt"])
 def test_a_backbone_is_found_in_the_run_its_export_and_its_checkpoints(trained: Path, source: str) -> None:
     found = load_pretrained(trained / source)

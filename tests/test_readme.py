@@ -4,7 +4,6 @@ import re
 import shlex
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -65,7 +64,6 @@ RUNNABLE = [block for block in PYTHON_BLOCKS
 @pytest.mark.slow
 @pytest.mark.parametrize("block", RUNNABLE, ids=range(len(RUNNABLE)))
 def test_python_runs_as_printed(block: str, tmp_path: Path) -> None:
-    rows = np.random.default_rng(0).normal(size=(30, 8)).astype(np.float32)
     if '"./imgs"' in block:
         write_digits(tmp_path / "imgs")
         for number, path in enumerate(sorted((tmp_path / "imgs").rglob("*.png"))):
@@ -73,7 +71,6 @@ def test_python_runs_as_printed(block: str, tmp_path: Path) -> None:
                 path.unlink()
         for number in range(2):  # with images of different sizes, which workers read
             Image.new("RGB", (9 + number, 9)).save(tmp_path / "imgs" / f"{number}.png")
-    np.savez(tmp_path / "embeddings.npz", embeddings=rows, names=[f"{row}.jpg" for row in range(30)])
     assert "Traceback" not in run_code(block, tmp_path)
 
 

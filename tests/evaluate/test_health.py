@@ -13,19 +13,14 @@ from torch import nn
 from byol_core.evaluate.health import (RANK_COLLAPSED, RANK_COLLAPSING, ROWS, SPREAD_COLLAPSED, SPREAD_COLLAPSING, Verdict,
                                        collapse_advice, find_collapse, judge, measure)
 from byol_core.images.digits import write_digits
-from byol_core.images.image_set import scan
 from byol_core.networks import BYOL
 from byol_core.report.curves import CURVES
 from byol_core.run.log import RunLog
-from byol_core.run.options import TrainConfig
-from byol_core.run.plan import make_plan
-from byol_core.run.setup import new_model
-from byol_core.run.state import build_optimizer, build_scheduler
 from byol_core.runtime import Runtime
 from byol_core.training import train
-from byol_core.views.batches import DeviceBatches, Order
-from byol_core.views.pixels import Facts, load_images
-from tests.helpers.digits import VARIATIONS, Setup
+from byol_core.views.pixels import ImageData
+from tests.helpers.digits import VARIATIONS, Setup, prepared, train_setup
+from tests.helpers.pictures import load
 
 
 def record(number: int, epochs: float = 10.0, **values: float) -> dict[str, float]:
@@ -73,6 +68,7 @@ def test_a_run_that_learns_is_learning() -> None:
     assert judge(records(1), 10).word == "starting"
     assert judge(records(10), 10) == Verdict("learning", "loss 4 to 3.1, spread 0.90, rank 20.0 of 63")
     assert judge([], 10) == Verdict("starting", "nothing recorded yet")
+    assert judge([*records(19), record(19, spread=0.01, rank=1.0)], 10).word == "learning"  # one odd batch is no verdict
 
 
 @pytest.mark.parametrize("values, word", [
@@ -91,14 +87,6 @@ def test_the_words_give_the_limits_that_decide() -> None:
     assert (f"spread under {SPREAD_COLLAPSING}, under {SPREAD_COLLAPSED}; or effective rank under {RANK_COLLAPSING:g}, under "
             f"{RANK_COLLAPSED:g} (less for small batches), the median of the last three records; a run that ends collapsing "
             "is called collapsed") in readme
-
-
-def test_one_odd_batch_is_no_verdict() -> None:
-    assert judge([*records(19), record(19, spread=0.01, rank=1.0)], 10).word == "learning"
-
-
-def test_a_finished_run_is_not_collapsing_any_more_but_collapsed() -> None:
-    assert judge(records(spread=0.3), 10, "finished").word == "collapsed"
 
 
 def test_nothing_that_moves_is_flat_only_after_a_tenth_of_the_run() -> None:
@@ -143,36 +131,31 @@ def test_runs_that_were_praised_for_nothing_are_told_the_truth(linear: float, kn
     assert ("--minutes" in verdict.advice or "train longer" in verdict.advice) == (word != "learned")
 
 
-def test_a_gain_counts_from_where_a_binomial_interval_ends() -> None:
-    """On 100 images, 30 right before: the difference has a deviation of 6.0 to 6.7 points, and 1.96 of them are 12 to 13."""
-    assert judge(records(), 10, "finished", scores(100, linear=(30, 43))).word == "nothing learned"
-    assert judge(records(), 10, "finished", scores(100, linear=(30, 44))).word == "learned"
-    assert judge(records(), 10, "finished", scores(10_000, linear=(30, 31))).word == "nothing learned"
-    assert judge(records(), 10, "finished", scores(10_000, linear=(30, 32))).word == "learned little so far"
-    assert judge(records(), 10, "finished", scores(100, linear=(30, 19))).word == "nothing learned"
-    assert judge(records(), 10, "finished", scores(100, linear=(30, 18))).word == "worse than untrained"
-    why = judge(records(), 10, "finished", scores(100, linear=(30, 43))).why
-    assert "chance alone changes them by up to 13.2 points on 100 images" in why
-
-
-def test_what_rose_and_what_fell_are_both_told() -> None:
-    verdict = judge(records(), 10, "finished", scores(linear=(40, 60), knn=(40, 30)))
-    assert verdict.word == "learned little so far"
-    assert "linear 60.0% (untrained 40.0%), knn 30.0% (untrained 40.0%)" in verdict.why
-
-
-def test_a_tenth_of_the_errors_gone_is_much() -> None:
-    assert judge(records(), 10, "finished", scores(10_000, linear=(90, 91.1), knn=(90, 91))).word == "learned"
-    assert judge(records(), 10, "finished", scores(10_000, linear=(90, 91.1), knn=(90, 90.8))).word == "learned little so far"
-
-
-def test_where_an_untrained_network_makes_no_errors_nothing_can_be_shown() -> None:
-    """On 100 images, 97 right before: all right after would still be chance, as 1.96 deviations are 3.3 points."""
-    for before in (97, 100):
-        verdict = judge(records(), 10, "finished", scores(100, linear=(before, 100)))
-        assert verdict.word == "undecided" and "so often that nothing more can be shown" in verdict.why
-    assert judge(records(), 10, "finished", scores(100, linear=(96, 100))).word == "learned"
-    assert judge(records(), 10, "finished", scores(100, linear=(100, 90))).word == "worse than untrained"
+@pytest.mark.parametrize("images, measured, word, why", [
+    # A gain counts from where a binomial interval ends. On 100 images, 30 right before, the difference has a deviation of 6.0
+    # to 6.7 points, and 1.96 of them are 12 to 13.
+    (100, {"linear": (30, 43)}, "nothing learned", "chance alone changes them by up to 13.2 points on 100 images"),
+    (100, {"linear": (30, 44)}, "learned", ""),
+    (100, {"linear": (30, 19)}, "nothing learned", ""),
+    (100, {"linear": (30, 18)}, "worse than untrained", ""),
+    (10_000, {"linear": (30, 31)}, "nothing learned", ""),
+    (10_000, {"linear": (30, 32)}, "learned little so far", ""),
+    # What rose and what fell are both told.
+    (1000, {"linear": (40, 90), "knn": (40, 30)}, "learned little so far",
+     "linear 90.0% (untrained 40.0%), knn 30.0% (untrained 40.0%)"),
+    # A tenth of the errors gone is much.
+    (10_000, {"linear": (90, 91.1), "knn": (90, 91)}, "learned", ""),
+    (10_000, {"linear": (90, 91.1), "knn": (90, 90.8)}, "learned little so far", ""),
+    # On 100 images, 97 right before: all right after would still be chance, as 1.96 deviations are 3.3 points.
+    (100, {"linear": (97, 100)}, "undecided", "so often that nothing more can be shown"),
+    (100, {"linear": (100, 100)}, "undecided", "so often that nothing more can be shown"),
+    (100, {"linear": (96, 100)}, "learned", ""),
+    (100, {"linear": (100, 90)}, "worse than untrained", ""),
+])
+def test_what_rose_is_weighed_against_chance_what_fell_and_what_was_left_to_gain(
+        images: int, measured: dict[str, tuple[float, float]], word: str, why: str) -> None:
+    verdict = judge(records(), 10, "finished", scores(images, **measured))
+    assert verdict.word == word and why in verdict.why
 
 
 @pytest.mark.parametrize("images, word", [(8, "undecided"), (49, "undecided"), (50, "learned"), (None, "learned")])
@@ -242,22 +225,12 @@ def test_advice_follows_from_the_numbers_of_the_run() -> None:
     assert collapse_advice({"tau_base": 0.0}).startswith("raise --tau-base from 0")
 
 
-class Constant(nn.Module):
-    """Whatever the image, the same feature."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.feature = nn.Parameter(torch.randn(4))
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.feature.expand(len(images), 4)
-
-
 def test_a_constant_encoder_is_reported_as_collapsed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
     log = RunLog(tmp_path, 4, 5, 8)
+    constant = nn.Sequential(nn.Flatten(), nn.Threshold(1e9, 1.0), nn.Linear(48, 4))  # whatever the image
     batches = [(torch.randn(8, 3, 4, 4), torch.randn(8, 3, 4, 4)) for _ in range(5)]
-    train(BYOL(Constant(), 4, 8, 6), batches, 4, after_step=lambda progress, step: log.step(progress, step, 0.0))
+    train(BYOL(constant, 4, 8, 6), batches, 4, after_step=lambda progress, step: log.step(progress, step, 0.0))
     assert judge(recorded(tmp_path), 4).word == "collapsed"
     assert capsys.readouterr().out.count("features are collapsing: spread 0.000") == 1
 
@@ -267,8 +240,8 @@ def recorded(folder: Path) -> list[dict[str, float]]:
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_digits(tmp_path_factory.mktemp("digits") / "digits")[0]
+def digits(tmp_path_factory: pytest.TempPathFactory) -> ImageData:
+    return load(write_digits(tmp_path_factory.mktemp("digits") / "digits")[0], "device")
 
 
 def faster(times: float) -> Callable[[Setup], None]:
@@ -278,29 +251,17 @@ def faster(times: float) -> Callable[[Setup], None]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("change, epochs, words", [
-    (VARIATIONS["as it is"], 4, {"undecided"}),
-    (VARIATIONS["no predictor"], 2, {"collapsed"}),
-    (VARIATIONS["target in the graph"], 2, {"collapsed"}),
-    (faster(100), 2, {"collapsed"}),
-    (faster(1e-5), 4, {"flat"}),
-    (VARIATIONS["frozen target (tau 1)"], 2, {"flat"}),
-], ids=["healthy", "no predictor", "target in the graph", "rate too high", "rate too low", "frozen target"])
-def test_verdict_on_a_short_training_on_the_digits(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-                                                   change: Callable[[Setup], None], epochs: int, words: set[str]) -> None:
-    runtime = Runtime("cpu", channels_last=True)
-    data, _ = load_images(scan(digits), "device", runtime.device, lambda line: None)
-    config = TrainConfig(recipe="digits", epochs=epochs)
-    plan = make_plan(config, Facts(len(data), 8))
-    setup = Setup(plan, new_model(config, plan))
-    change(setup)
-    plan = setup.plan
-    optimizer = build_optimizer(setup.model.online, plan)
-    log = RunLog(tmp_path, plan.epochs, plan.updates_per_epoch, plan.batch_size)
-    train(setup.model, DeviceBatches(data, plan.views, Order(len(data), plan.batch_size)), plan.epochs, optimizer=optimizer,
-          lr_scheduler=build_scheduler(optimizer, plan), lr_scheduler_interval="step", criterion=setup.criterion,
-          tau_base=plan.tau_base, tau_schedule=plan.tau_schedule, runtime=runtime,
-          after_step=lambda progress, step: log.step(progress, step, 0.0))
-    assert judge(recorded(tmp_path), plan.epochs, "finished").word in words
-    assert find_collapse(recorded(tmp_path)[:3]) is None or "collapsed" in words
-    assert ("features are collapsing" in capsys.readouterr().out) == ("collapsed" in words)
+@pytest.mark.parametrize("change, epochs, word", [
+    (VARIATIONS["as it is"], 4, "undecided"),
+    (VARIATIONS["no predictor"], 2, "collapsed"),
+    (faster(100), 2, "collapsed"),
+    (faster(1e-5), 4, "flat"),
+], ids=["healthy", "no predictor", "rate too high", "rate too low"])
+def test_verdict_on_a_short_training_on_the_digits(digits: ImageData, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                                   change: Callable[[Setup], None], epochs: int, word: str) -> None:
+    setup = prepared(digits, epochs, change)
+    log = RunLog(tmp_path, epochs, setup.plan.updates_per_epoch, setup.plan.batch_size)
+    train_setup(setup, digits, Runtime("cpu", channels_last=True), lambda progress, step: log.step(progress, step, 0.0))
+    assert judge(recorded(tmp_path), epochs, "finished").word == word
+    assert find_collapse(recorded(tmp_path)[:3]) is None or word == "collapsed"
+    assert ("features are collapsing" in capsys.readouterr().out) == (word == "collapsed")

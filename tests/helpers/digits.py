@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -22,7 +23,7 @@ from byol_core.run.setup import new_model
 from byol_core.run.state import build_optimizer, build_scheduler
 from byol_core.runtime import Runtime
 from byol_core.views.batches import DeviceBatches, Order
-from byol_core.views.pixels import Facts, load_images
+from byol_core.views.pixels import Facts, ImageData, load_images
 
 BAND_EPOCHS = 25
 # Where `train_digits` lands after so many epochs: means of 3 seeds plus and minus 4 standard deviations (of spread 0.07, as
@@ -62,13 +63,10 @@ def halved_loss(prediction: Tensor, projection: Tensor) -> Tensor:
     return byol_loss(prediction, projection) / 2
 
 
-def _no_predictor(setup: Setup) -> None:
-    setup.model.online.predictor = nn.Identity()
-
-
-def _tau(value: float) -> Callable[[Setup], None]:
+def _plan(criterion: Callable[[Tensor, Tensor], Tensor] = byol_loss, **changes: object) -> Callable[[Setup], None]:
     def change(setup: Setup) -> None:
-        setup.plan = replace(setup.plan, tau_base=value, tau_schedule="constant")
+        setup.plan = replace(setup.plan, **changes)  # type: ignore[arg-type]
+        setup.criterion = criterion
     return change
 
 
@@ -79,17 +77,6 @@ def _class(kind: type[BYOL], criterion: Callable[[Tensor, Tensor], Tensor] = byo
     return change
 
 
-def _lars(criterion: Callable[[Tensor, Tensor], Tensor] = byol_loss) -> Callable[[Setup], None]:
-    def change(setup: Setup) -> None:
-        setup.plan = replace(setup.plan, optimizer="lars", lr=2.0, weight_decay=1e-6)
-        setup.criterion = criterion
-    return change
-
-
-def _loss_halved(setup: Setup) -> None:
-    setup.criterion = halved_loss
-
-
 def _views(**changes: object) -> Callable[[Setup], None]:
     def change(setup: Setup) -> None:
         view1, view2 = (replace(view, **changes) for view in setup.plan.views)  # type: ignore[arg-type]
@@ -97,27 +84,20 @@ def _views(**changes: object) -> Callable[[Setup], None]:
     return change
 
 
-def _ema_first(setup: Setup) -> None:
-    setup.ema_before_optimizer = True
-
-
-def _slow_predictor(setup: Setup) -> None:
-    setup.plan = replace(setup.plan, predictor_lr=1.0)
-
-
+_lars = partial(_plan, optimizer="lars", lr=2.0, weight_decay=1e-6)
 VARIATIONS: dict[str, Callable[[Setup], None]] = {
     "as it is": lambda setup: None,
-    "no predictor": _no_predictor,
-    "no moving average (tau 0)": _tau(0.0),
-    "frozen target (tau 1)": _tau(1.0),
+    "no predictor": lambda setup: setattr(setup.model.online, "predictor", nn.Identity()),
+    "no moving average (tau 0)": _plan(tau_base=0.0, tau_schedule="constant"),
+    "frozen target (tau 1)": _plan(tau_base=1.0, tau_schedule="constant"),
     "views concatenated": _class(ConcatenatedViews),
     "target in the graph": _class(TargetInTheGraph, loss_without_stop_gradient),
-    "moving average before the optimizer": _ema_first,
+    "moving average before the optimizer": lambda setup: setattr(setup, "ema_before_optimizer", True),
     "colour, blur and noise off": _views(jitter=0.0, blur=0.0, noise=0.0),
     "geometry off": _views(rotate=0.0, zoom=(1.0, 1.0), shear=0.0, shift=0.0, elastic=0.0),
     "bending off": _views(elastic=0.0),
-    "predictor no faster than the rest": _slow_predictor,
-    "loss halved": _loss_halved,
+    "predictor no faster than the rest": _plan(predictor_lr=1.0),
+    "loss halved": _plan(halved_loss),
     "LARS": _lars(),
     "LARS, loss halved": _lars(halved_loss),
 }
@@ -134,29 +114,40 @@ def train_digits(root: Path, seed: int = 0, epochs: int = BAND_EPOCHS, variation
     runtime = Runtime("cpu", channels_last=True)
     data, held_out = (load_images(files, "device", runtime.device, lambda line: None)[0]
                       for files in (train_files, test_files))
-    config = TrainConfig(recipe="digits", epochs=epochs, seed=seed)
-    plan = make_plan(config, Facts(len(data), 8))
-    setup = Setup(plan, new_model(config, plan))
-    VARIATIONS[variation](setup)
-    plan, model = setup.plan, setup.model
-    runtime.place_model(model)
-    optimizer = build_optimizer(model.online, plan)
+    setup = prepared(data, epochs, VARIATIONS[variation], seed)
     last: Scores = {}
 
     def remember(progress: training.Progress, step: training.Step) -> None:
-        if progress.updates == plan.total_updates:
+        if progress.updates == setup.plan.total_updates:
             last.update(loss=float(step.loss), spread=float(spread(step.projection1)))
 
+    train_setup(setup, data, runtime, remember, seed)
+    scorer = Scorer(data, held_out, setup.plan.views[0], runtime, workers=0)
+    features = scorer.features(setup.model.online.backbone)[1].x
+    return {**scorer.measure(setup.model.online.backbone), **last, "rank": float(effective_rank(features))}
+
+
+def prepared(data: ImageData, epochs: int, change: Callable[[Setup], None], seed: int = 0) -> Setup:
+    """What the digits' recipe makes of a run, changed."""
+    config = TrainConfig(recipe="digits", epochs=epochs, seed=seed)
+    plan = make_plan(config, Facts(len(data), 8))
+    setup = Setup(plan, new_model(config, plan))
+    change(setup)
+    return setup
+
+
+def train_setup(setup: Setup, data: ImageData, runtime: Runtime,
+                after_step: Callable[[training.Progress, training.Step], None], seed: int = 0) -> None:
+    plan, model = setup.plan, setup.model
+    runtime.place_model(model)
+    optimizer = build_optimizer(model.online, plan)
     with ExitStack() as patches:
         if setup.ema_before_optimizer:
             patches.enter_context(mock.patch.object(training, "ema_update", lambda target, online, tau: None))
             steps = iter(range(plan.total_updates))
             optimizer.register_step_pre_hook(lambda *_: ema_update(
                 model.target, model.online, training.cosine_tau(next(steps), plan.total_updates, plan.tau_base)))
-        training.train(model, DeviceBatches(data, plan.views, Order(len(data), plan.batch_size, seed=seed)), epochs,
+        training.train(model, DeviceBatches(data, plan.views, Order(len(data), plan.batch_size, seed=seed)), plan.epochs,
                        optimizer=optimizer, lr_scheduler=build_scheduler(optimizer, plan), lr_scheduler_interval="step",
                        criterion=setup.criterion, tau_base=plan.tau_base, tau_schedule=plan.tau_schedule, seed=seed,
-                       runtime=runtime, after_step=remember)
-    scorer = Scorer(data, held_out, plan.views[0], runtime, workers=0)
-    features = scorer.features(model.online.backbone)[1].x
-    return {**scorer.measure(model.online.backbone), **last, "rank": float(effective_rank(features))}
+                       runtime=runtime, after_step=after_step)

@@ -51,14 +51,14 @@ def line(update: int, **values: object) -> dict[str, object]:
 
 def write_run(folder: Path, labels: bool = True, updates: int = 6, hostile: str = "<b>", **summary: object) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    scores = {"knn": 0.912, "knn_untrained": 0.5, "linear": 0.95, "linear_untrained": 0.6} if labels else \
-        {"knn": None, "knn_untrained": None, "linear": None, "linear_untrained": None}
+    scores = {"knn": 0.912, "knn_untrained": 0.5, "linear": 0.95, "linear_untrained": 0.6}
+    scores = scores if labels else dict.fromkeys(scores)
     (folder / "summary.json").write_text(json.dumps({
         "status": "finished", "reason": None, "images": 12, "classes": 2 if labels else 0, "epochs": 2, "updates": updates,
         "seconds": 3.5, "images_per_second": 41.0, "wait_fraction": 0.25, "device": "cpu", "amp": "float32", **scores,
         "measured_on": f"3 images of {hostile}" if labels else None, "rank_features": 4.25, "rank_features_untrained": 3.5,
         **summary}))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line(n)) + "\n" for n in range(1, updates + 1)))
+    write_lines(folder, [line(n) for n in range(1, updates + 1)])
     (folder / "config.json").write_text(json.dumps({
         "config": {"data": hostile, "out": str(folder), "epochs": 2, "seed": 5},
         "commands": {key: command_line(TrainConfig(data=(hostile,), out=out, epochs=2, seed=5))
@@ -73,6 +73,10 @@ def write_run(folder: Path, labels: bool = True, updates: int = 6, hostile: str 
         "arch": hostile, "small_stem": False, "image_size": 8, "mean": [0.5, 0.25, 0.125], "std": [1, 1, 1]}))
     save_grid(folder / "views.png", [[tile(Image.new("RGB", (4, 4)))]], [["x"]])
     return folder
+
+
+def write_lines(folder: Path, records: list[dict[str, object]]) -> None:
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def change_json(path: Path, **values: object) -> None:

@@ -1,6 +1,5 @@
 """Several runs on one page: what differs, and all results."""
 
-import json
 import re
 from pathlib import Path
 
@@ -8,14 +7,13 @@ import pytest
 
 from byol_core.report.__main__ import main
 from byol_core.report.compare import compare, flatten
-from tests.helpers.reports import Page, line, write_run
+from tests.helpers.reports import Page, line, write_lines, write_run
 
 
 def test_comparison_shows_differences_alone_and_all_results(tmp_path: Path, capsys) -> None:
     one, other = write_run(tmp_path / "one"), write_run(tmp_path / "other", knn=0.25)
-    config = json.loads((other / "config.json").read_text())
-    config["plan"]["views"][1]["blur"] = 0.75
-    (other / "config.json").write_text(json.dumps(config))
+    config = other / "config.json"
+    config.write_text(config.read_text().replace('"blur": 0.1', '"blur": 0.75'))
     assert main([str(one), str(other), "--out", str(tmp_path / "both.html")]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'both.html'}\n"
     text = Page(tmp_path / "both.html").text
@@ -38,8 +36,7 @@ def test_results_that_are_the_same_in_all_runs_are_left_out(tmp_path: Path) -> N
 @pytest.mark.parametrize("lr, by_powers", [(0.5, False), (100.0, True)])
 def test_a_rate_far_above_the_others_does_not_flatten_them(tmp_path: Path, lr: float, by_powers: bool) -> None:
     folders = [write_run(tmp_path / "one"), write_run(tmp_path / "other")]
-    records = [line(n, lr=lr if n < 6 else 0.0) for n in range(1, 7)]
-    (tmp_path / "other" / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    write_lines(tmp_path / "other", [line(n, lr=lr if n < 6 else 0.0) for n in range(1, 7)])
     compare(folders, tmp_path / "both.html")
     text = (tmp_path / "both.html").read_text()
     figure = text[text.index('id="curve-lr"'):]

@@ -1,6 +1,5 @@
 """What the caller changes between two calls of ema_update: nothing is remembered from the first to the second."""
 
-import copy
 import gc
 import weakref
 
@@ -15,21 +14,16 @@ pytestmark = pytest.mark.usefixtures("seeded")
 
 
 CHANGES = {
-    "data": "target[0].weight.data, online[0].weight.data = torch.full((3, 4), 5.0), torch.full((3, 4), 7.0)",
     "modules": "target[2][1], online[0] = nn.Linear(3, 2), nn.Linear(4, 3)",
-    "parameters": "del online[0].weight\nonline[0].weight = nn.Parameter(torch.full((3, 4), 7.0))\n"
-                  "target[0]._parameters['bias'] = nn.Parameter(torch.full((3,), 7.0))",
     "the dictionary": "online[0]._parameters = {name: nn.Parameter(param + 1.0) for name, param in "
                       "reversed(online[0]._parameters.items())}",
     "names": "online[0].bias, online[1].bias = online[1].bias, online[0].bias",  # the same tensors under each other's
     "requires_grad": "online.requires_grad_(False)\ntarget[0].requires_grad_(False)",
-    "a wider target": "target.double()",
     "a narrower online": "online.bfloat16()",
     "assigned": "target.load_state_dict(net().state_dict(), assign=True)",
     "storage": "with torch.no_grad():\n"
                "    online[0].weight.set_(torch.full((40,), 3.0).untyped_storage(), 5, (3, 4), (4, 1))",
     "sizes": "for module in (target, online):\n    module[0].weight.requires_grad_(False).resize_(2, 4)",
-    "ties": "for module in (target, online):\n    module[1].bias = module[0].bias",
     "layers more": "for module in (target, online):\n    module.append(nn.Linear(2, 2))",
     "a wrapper": "online[2] = nn.DataParallel(online[2])",
     "transposed": "for module in (target, online):\n    module[0].weight.data = module[0].weight.data.T",
@@ -88,13 +82,9 @@ def test_ema_update_keeps_no_network_alive() -> None:
     assert all(reference() is None for reference in watched)
 
 
-def test_ema_update_leaves_the_networks_as_copyable_and_picklable_as_before() -> None:
+def test_ema_update_leaves_nothing_on_modules_and_parameters() -> None:
     target, online = net(), net()
-    attributes = [set(vars(module)) for module in (*target.modules(), *online.modules())]
+    things = [*target.modules(), *target.parameters(), *online.modules(), *online.parameters()]
+    attributes = [set(vars(thing)) for thing in things]
     ema_update(target, online, 0.5)
-    assert [set(vars(module)) for module in (*target.modules(), *online.modules())] == attributes
-    twin = copy.deepcopy(target)
-    expected = formula(target[0].weight, online[0].weight, 0.5).float()
-    ema_update(twin, online, 0.5)
-    torch.testing.assert_close(twin[0].weight.detach(), expected)
-    assert not torch.equal(target[0].weight, twin[0].weight)
+    assert [set(vars(thing)) for thing in things] == attributes

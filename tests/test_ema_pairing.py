@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from byol_core.ema import ema_update
 from tests.helpers.modules import assert_refused, buffered, compiled, formula, holder, net, tied
@@ -21,26 +21,11 @@ def test_ema_update_pairs_by_name_when_the_order_differs() -> None:
     assert target.a.tolist() == [1.0, 1.0] and target.b.tolist() == [2.0, 2.0]
 
 
-def test_ema_update_lets_online_hold_more() -> None:
-    target = nn.ModuleDict({"backbone": nn.Linear(2, 2, bias=False)})
-    online = nn.ModuleDict({"backbone": nn.Linear(2, 2), "predictor": nn.Linear(2, 2)})
+def test_ema_update_lets_online_hold_more_and_ignores_modules_without_tensors() -> None:
+    target = nn.ModuleDict({"backbone": nn.Linear(2, 2, bias=False), "activation": nn.ReLU()})
+    online = nn.ModuleDict({"backbone": nn.Linear(2, 2), "predictor": nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(2))})
     ema_update(target, online, 0.0)
     assert torch.equal(target["backbone"].weight, online["backbone"].weight)
-
-
-def test_ema_update_does_not_mind_a_predictor_that_is_not_initialized_yet() -> None:
-    target, online = nn.Linear(2, 2), nn.Linear(2, 2)
-    online.add_module("predictor", nn.LazyLinear(2))
-    ema_update(target, online, 0.0)
-    assert torch.equal(target.weight, online.weight)
-
-
-def test_ema_update_ignores_children_without_tensors() -> None:
-    target = nn.ModuleDict({"layer": nn.Linear(2, 2), "activation": nn.ReLU()})
-    online = nn.ModuleDict({"layer": nn.Linear(2, 2)})
-    expected = (target["layer"].weight + online["layer"].weight).detach() / 2
-    ema_update(target, online, 0.5)
-    assert torch.allclose(target["layer"].weight, expected)
 
 
 @pytest.fixture
@@ -56,42 +41,24 @@ def checkpointed(module: nn.Module) -> nn.Module:
 
 
 WRAPPERS: list[Callable[[nn.Module], nn.Module]] = [
-    nn.DataParallel, compiled, nn.parallel.DistributedDataParallel, checkpointed,
+    nn.DataParallel, checkpointed,
     lambda module: compiled(nn.parallel.DistributedDataParallel(module)),
     lambda module: nn.parallel.DistributedDataParallel(compiled(module)),
 ]
 
 
 @pytest.mark.usefixtures("one_process")
-@pytest.mark.parametrize("wrap", WRAPPERS, ids=["dp", "compile", "ddp", "checkpoint", "compile-ddp", "ddp-compile"])
-@pytest.mark.parametrize("side", ["target", "online", "both", "inside"])
+@pytest.mark.parametrize("wrap", WRAPPERS, ids=["dp", "checkpoint", "compile-ddp", "ddp-compile"])
+@pytest.mark.parametrize("side", ["target", "online", "inside"])
 def test_ema_update_looks_through_wrappers(wrap: Callable[[nn.Module], nn.Module], side: str) -> None:
     target, online = net(), net()
     expected = [formula(p, q, 0.9).float() for p, q in zip(target.parameters(), online.parameters())]
-    wrapped_target, wrapped_online = target, online
-    if side in ("target", "both"):
-        wrapped_target = wrap(target)
-    if side in ("online", "both"):
-        wrapped_online = wrap(online)
     if side == "inside":
         online[2] = wrap(online[2])
-    ema_update(wrapped_target, wrapped_online, 0.9, buffers="average")
+    ema_update(wrap(target) if side == "target" else target, wrap(online) if side == "online" else online, 0.9,
+               buffers="average")
     for param, value in zip(target.parameters(), expected):
         torch.testing.assert_close(param.detach(), value)
-
-
-def test_ema_update_keeps_a_real_module_named_module() -> None:
-    """Wrappers are known by type: a user's own child called 'module' is a name like any other."""
-    target, online = nn.ModuleDict({"module": nn.Linear(2, 2)}), nn.ModuleDict({"module": nn.Linear(2, 2)})
-    ema_update(target, online, 0.0)
-    assert torch.equal(target["module"].weight, online["module"].weight)
-
-
-def test_ema_update_updates_tied_parameters_once() -> None:
-    target, online = tied(), tied()
-    expected = formula(target["first"].weight, online["first"].weight, 0.5).float()
-    ema_update(target, online, 0.5)
-    torch.testing.assert_close(target["second"].weight.detach(), expected)
 
 
 def test_ema_update_updates_two_views_of_the_same_memory_once() -> None:
@@ -108,18 +75,11 @@ def test_ema_update_lets_online_tie_what_target_keeps_apart() -> None:
     assert torch.equal(target["second"].weight, online["first"].weight)
 
 
-def test_ema_update_serves_networks_that_live_in_one_flat_buffer_each() -> None:
-    def flat(buffer: Tensor) -> nn.Module:
-        return holder(a=buffer[:2], b=buffer[2:6].view(2, 2), c=buffer[6:])
-    target, online = flat(torch.zeros(8)), flat(torch.ones(8))
+def test_ema_update_serves_networks_that_live_side_by_side_in_one_flat_buffer() -> None:
+    buffer = torch.cat([torch.zeros(8), torch.ones(8)])
+    target, online = (holder(a=half[:2], b=half[2:6].view(2, 2), c=half[6:]) for half in buffer.split(8))
     ema_update(target, online, 0.75)
-    assert target.b.tolist() == [[0.25, 0.25], [0.25, 0.25]] and target.c.tolist() == [0.25, 0.25]
-
-
-def test_ema_update_serves_both_networks_in_one_buffer_when_they_do_not_overlap() -> None:
-    buffer = torch.tensor([0.0, 0.0, 1.0, 1.0])
-    ema_update(holder(a=buffer[:2]), holder(a=buffer[2:]), 0.5)
-    assert buffer.tolist() == [0.5, 0.5, 1.0, 1.0]
+    assert buffer.tolist() == [0.25] * 8 + [1.0] * 8
 
 
 def test_ema_update_keeps_buffers_by_default_even_unmatched_ones() -> None:
@@ -127,15 +87,6 @@ def test_ema_update_keeps_buffers_by_default_even_unmatched_ones() -> None:
     buffers = {name: buffer.clone() for name, buffer in target.named_buffers()}
     ema_update(target, online, 0.5)
     assert buffers and all(torch.equal(buffer, buffers[name]) for name, buffer in target.named_buffers())
-
-
-def test_ema_update_copies_counters_when_buffers_are_asked_for() -> None:
-    target, online = net(), net()
-    online[1].running_mean.fill_(4.0)
-    online[1].num_batches_tracked.fill_(1000)
-    ema_update(target, online, 0.75, buffers="copy")
-    assert target[1].running_mean.tolist() == [4.0] * 3
-    assert target[1].num_batches_tracked.item() == 1000
 
 
 def test_ema_update_averages_floating_buffers_and_copies_the_others() -> None:
@@ -148,10 +99,11 @@ def test_ema_update_averages_floating_buffers_and_copies_the_others() -> None:
 
 @pytest.mark.parametrize(("tau", "weight"), [(0.0, 0.0), (0.5, 2.0), (1.0, 4.0)])
 def test_ema_update_copies_buffers_whatever_tau(tau: float, weight: float) -> None:
-    target, online = buffered(mean=torch.zeros(2)), buffered(mean=torch.ones(2))
+    target = buffered(mean=torch.zeros(2), count=torch.tensor(1))
+    online = buffered(mean=torch.ones(2), count=torch.tensor(1000))
     target.weight.data.fill_(4.0)
     ema_update(target, online, tau, buffers="copy")
-    assert target.mean.tolist() == [1.0, 1.0] and target.weight.item() == weight
+    assert target.mean.tolist() == [1.0, 1.0] and target.count.item() == 1000 and target.weight.item() == weight
 
 
 def test_ema_update_copies_16_bit_buffers_but_does_not_average_them() -> None:
@@ -161,27 +113,11 @@ def test_ema_update_copies_16_bit_buffers_but_does_not_average_them() -> None:
     assert target.scale.tolist() == [1.0, 1.0]
 
 
-@pytest.mark.parametrize("buffers", ["copy", "average"])
-def test_ema_update_refuses_unmatched_buffers_before_it_touches_parameters(buffers: str) -> None:
-    online = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, track_running_stats=False), net()[2])
-    assert_refused(net(), online, "buffer '1.running_mean' has no partner", buffers=buffers)
-
-
-@pytest.mark.parametrize("buffers", ["copy", "average"])
-def test_ema_update_refuses_misshapen_buffers(buffers: str) -> None:
-    assert_refused(buffered(mean=torch.zeros(3)), buffered(mean=torch.ones(1)),
-                   r"buffer 'mean' has shape \(3,\), online's \(1,\)", buffers=buffers)
-
-
 def test_ema_update_refuses_a_shared_buffer_when_it_would_write_it() -> None:
     table = torch.arange(3.0)
     target, online = buffered(table=table), buffered(table=table)
     ema_update(target, online, 0.5)
     assert_refused(target, online, "share buffer 'table'", buffers="copy")
-
-
-def test_ema_update_refuses_an_unknown_buffer_policy() -> None:
-    assert_refused(net(), net(), "'keep', 'copy' or 'average', got 'mean'", buffers="mean")
 
 
 def test_ema_update_copies_buffers_of_a_target_without_parameters() -> None:

@@ -20,22 +20,16 @@ def test_heads_default_to_the_papers_widths() -> None:
     assert model.online.predictor[0].weight.shape == (4096, 256) and model.online.predictor[3].weight.shape == (256, 4096)
 
 
-def test_online_is_predictor_of_projector_of_backbone_and_target_has_no_predictor(small_byol: BYOL) -> None:
+def test_forward_gives_each_views_prediction_and_the_targets_projection_which_has_no_predictor(small_byol: BYOL) -> None:
     small_byol.eval()
-    images = torch.rand(3, 3, 8, 8)
     online, target = small_byol.online, small_byol.target
-    projection = online.projector(online.backbone(images))
-    assert torch.equal(online(images), online.predictor(projection))
-    assert torch.equal(target(images), projection)  # equal weights at the start
+    views = torch.rand(2, 3, 3, 8, 8)
+    p1, p2, z1, z2 = small_byol(*views)
+    for view, prediction, target_projection in zip(views, (p1, p2), (z1, z2)):
+        projection = online.projector(online.backbone(view))
+        assert torch.equal(prediction, online.predictor(projection))
+        assert torch.equal(target_projection, projection)  # equal weights at the start
     assert not hasattr(target, "predictor")
-
-
-def test_forward_returns_each_views_prediction_and_projection(small_byol: BYOL) -> None:
-    small_byol.eval()
-    view1, view2 = torch.rand(2, 3, 3, 8, 8)
-    p1, p2, z1, z2 = small_byol(view1, view2)
-    assert torch.equal(p1, small_byol.online(view1)) and torch.equal(p2, small_byol.online(view2))
-    assert torch.equal(z1, small_byol.target(view1)) and torch.equal(z2, small_byol.target(view2))
 
 
 def test_batch_statistics_are_those_of_one_view(small_byol: BYOL) -> None:

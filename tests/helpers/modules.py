@@ -32,13 +32,15 @@ def buffered(**tensors: Tensor) -> nn.Module:
 
 
 def formula(target: Tensor, online: Tensor, tau: float) -> Tensor:
-    """The update in float64, to compare with."""
-    return tau * target.detach().double() + (1.0 - tau) * online.detach().double()
+    """The update in float64 (of complex numbers in complex128), to compare with."""
+    wide = torch.promote_types(target.dtype, torch.float64)
+    return tau * target.detach().to(wide) + (1.0 - tau) * online.detach().to(wide)
 
 
 def assert_refused(target: nn.Module, online: nn.Module, message: str, **options: object) -> None:
     tensors = {id(tensor): tensor for tensor in (*target.parameters(), *target.buffers())}
-    readable = [tensor for tensor in tensors.values() if not tensor.is_meta and not nn.parameter.is_lazy(tensor)]
+    readable = [tensor for tensor in tensors.values()
+                if not nn.parameter.is_lazy(tensor) and not tensor.is_meta and tensor.layout is torch.strided]
     before = [tensor.detach().clone() for tensor in readable]
     with pytest.raises(ValueError, match=message):
         ema_update(target, online, **{"tau": 0.5, **options})  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""ema_update: arithmetic, data types, and agreement with torch's average; the file on its own."""
+"""ema_update: arithmetic, data types, and agreement with other implementations; the file on its own."""
 
 import ast
 import copy
@@ -6,6 +6,7 @@ import inspect
 import math
 import sys
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -135,14 +136,46 @@ def test_ema_file_imports_only_torch_and_the_standard_library() -> None:
     assert imported - sys.stdlib_module_names == {"torch"}
 
 
-def test_ema_update_equals_torchs_averaged_model_of_frozen_networks() -> None:
-    target, online, tau = net().requires_grad_(False), net().requires_grad_(False), 0.9
+def other_torch(target: nn.Module, online: nn.Module, tau: float) -> nn.Module:
     averaged = torch.optim.swa_utils.AveragedModel(target, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(tau))
     averaged.n_averaged.fill_(1)  # the first call only copies
     averaged.update_parameters(online)
+    return averaged.module
+
+
+def other_timm(target: nn.Module, online: nn.Module, tau: float) -> nn.Module:
+    averaged = pytest.importorskip("timm.utils").ModelEmaV3(target, decay=tau, exclude_buffers=True)
+    averaged.update(online)
+    return averaged.module
+
+
+def other_ema_pytorch(target: nn.Module, online: nn.Module, tau: float) -> nn.Module:
+    averaged = pytest.importorskip("ema_pytorch").EMA(online, ema_model=copy.deepcopy(target), beta=tau)
+    averaged.update_moving_average(averaged.ema_model, online, tau)
+    return averaged.ema_model
+
+
+def other_lightly(target: nn.Module, online: nn.Module, tau: float) -> nn.Module:
+    averaged = copy.deepcopy(target)
+    pytest.importorskip("lightly.models.utils").update_momentum(online, averaged, m=tau)
+    return averaged
+
+
+def other_byol_pytorch(target: nn.Module, online: nn.Module, tau: float) -> nn.Module:
+    module = pytest.importorskip("byol_pytorch.byol_pytorch")
+    averaged = copy.deepcopy(target)
+    module.update_moving_average(module.EMA(tau), averaged, online)
+    return averaged
+
+
+@pytest.mark.filterwarnings("ignore")  # the other packages' own
+@pytest.mark.parametrize("other", [other_torch, other_timm, other_ema_pytorch, other_lightly, other_byol_pytorch])
+def test_ema_update_equals_other_implementations(other: Callable[[nn.Module, nn.Module, float], nn.Module]) -> None:
+    target, online, tau = net().requires_grad_(False), net().requires_grad_(False), 0.9
+    expected = other(target, online, tau)
     ema_update(target, online, tau)
-    for mine, theirs in zip(target.parameters(), averaged.module.parameters()):
-        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-7)
+    for mine, theirs in zip(target.parameters(), expected.parameters()):
+        torch.testing.assert_close(mine.detach(), theirs.detach(), rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.gpu

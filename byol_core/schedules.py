@@ -48,11 +48,12 @@ def warmup_cosine(step: float, max_steps: float, warmup_steps: float, base: floa
         raise ValueError(f"warmup_cosine: max_steps must be positive, got {max_steps}")
     if not 0 <= warmup_steps <= max_steps:
         raise ValueError(f"warmup_cosine: warmup_steps must be in [0, max_steps = {max_steps}], got {warmup_steps}")
+    step = max(step, 0)
     if step >= max_steps:
         return float(final)
     if step < warmup_steps:
-        return base * max(step, 0) / warmup_steps
-    progress = max(step - warmup_steps, 0) / (max_steps - warmup_steps)
+        return base * step / warmup_steps
+    progress = (step - warmup_steps) / (max_steps - warmup_steps)
     return final + (base - final) * (1.0 + math.cos(math.pi * progress)) / 2.0
 
 

@@ -47,14 +47,14 @@ def test_warmup_cosine_equals_values_worked_out_by_hand(step: int, expected: flo
 
 
 def test_warmup_cosine_without_warmup_with_nothing_else_and_with_a_last_value() -> None:
-    assert warmup_cosine(0, 10, 0, 0.3) == 0.3
+    assert warmup_cosine(0, 10, 0, 0.3) == warmup_cosine(-1, 10, 0, 0.3) == warmup_cosine(-1, 1, 0.0, 0.3) == 0.3
     assert [warmup_cosine(step, 2, 2, 1.0, final=0.5) for step in range(3)] == [0.0, 0.5, 0.5]
     assert warmup_cosine(12, 20, 4, 1.0, final=0.1) == pytest.approx(0.55)
     assert warmup_cosine(20, 20, 4, 1.0, final=0.1) == 0.1
 
 
 @steady
-@given(STEPS, st.floats(0.0, 1.0), st.floats(0.0, 10.0), st.integers(0, 2 * 10 ** 9))
+@given(STEPS, st.floats(0.0, 1.0), st.floats(0.0, 10.0), st.integers(-10, 2 * 10 ** 9))
 def test_warmup_cosine_stays_between_zero_and_base(max_steps: int, part: float, base: float, step: int) -> None:
     assert 0.0 <= warmup_cosine(step, max_steps, part * max_steps, base) <= base * (1 + 1e-15)
 

@@ -42,8 +42,8 @@ def greys(*values: int) -> list[list[int]]:
     (16, 0, struct.pack(">3H", 0, 0x8000, 0xffff), struct.pack(">H", 0x8000), [BLACK, WHITE, WHITE]),
     (16, 0, struct.pack(">3H", 257, 514, 0xffff), struct.pack(">H", 0xffff), [[1] * 3, [2] * 3, WHITE]),
     (8, 2, bytes([1, 2, 3, 4, 5, 6, 7, 8, 9]), struct.pack(">3H", 4, 5, 6), [[1, 2, 3], WHITE, [7, 8, 9]]),
-    (16, 2, struct.pack(">9H", 0, 0x8000, 0xffff, 257, 514, 771, 0x1234, 0, 0), struct.pack(">3H", 257, 514, 771),
-     [[0, 128, 255], WHITE, [0x12, 0, 0]]),
+    (16, 2, struct.pack(">9H", 0, 0x8000, 0xffff, 257, 514, 771, 0x1234, 0, 0), struct.pack(">3H", 0x1234, 0, 0),
+     [[0, 128, 255], [1, 2, 3], WHITE]),
 ])
 def test_a_png_colour_that_is_named_transparent_becomes_white(tmp_path: Path, bits: int, colour: int, row: bytes, key: bytes,
                                                               expected: list[list[int]]) -> None:

@@ -1,5 +1,4 @@
 """What `draw` draws for views, against torchvision's own draws."""
-from __future__ import annotations
 
 import dataclasses
 import math

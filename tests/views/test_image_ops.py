@@ -1,5 +1,4 @@
 """Every batched operation against torchvision's functional on one image at a time, with the same parameters."""
-from __future__ import annotations
 
 import math
 from collections.abc import Callable

@@ -1,5 +1,4 @@
 """The recipes' numbers, their refusals, and the reference pipeline."""
-from __future__ import annotations
 
 import dataclasses
 import math

@@ -1,5 +1,4 @@
 """Rendered views against torchvision's functionals and pipeline."""
-from __future__ import annotations
 
 import dataclasses
 import math
@@ -13,7 +12,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from byol_core.views import image_ops
-from byol_core.views import render as device_views
+from byol_core.views import render as render_module
 from byol_core.views.draw import ViewParams, draw
 from byol_core.views.recipes import ViewRecipe, cpu_view, digits_recipes, inverse_normalise, normalise, paper_recipes
 from byol_core.views.render import render, render_all
@@ -192,7 +191,7 @@ PAIRS = {"paper": paper_recipes(16), "every operation": (BENT, dataclasses.repla
 def test_views_rendered_at_once_are_those_rendered_one_by_one(recipes: tuple[ViewRecipe, ViewRecipe]) -> None:
     images, params = pair(recipes, 40)
     expected = [render(*one) for one in zip(images, params, recipes)]
-    for got in render_all(images, params, recipes), device_views._render_at_once(images, params, recipes[0]):
+    for got in render_all(images, params, recipes), render_module._render_at_once(images, params, recipes[0]):
         for view, wanted in zip(got, expected, strict=True):
             torch.testing.assert_close(view, wanted, rtol=0, atol=1e-5)
 
@@ -211,7 +210,7 @@ def test_only_recipes_that_differ_in_how_often_things_happen_are_rendered_at_onc
     recipes = BENT, dataclasses.replace(BENT, **{field: changed})
     images, params = pair(recipes, 40)
     calls: list[int] = []
-    monkeypatch.setattr(device_views, "render", lambda images, params, recipe: calls.append(len(images)) or images)
+    monkeypatch.setattr(render_module, "render", lambda images, params, recipe: calls.append(len(images)) or images)
     render_all([batch.to("meta") for batch in images], params, recipes)
     assert recipes[0] != recipes[1]
     assert calls == ([40] if field in ("flip", "jitter", "grey", "blur", "solarize") else [24, 16])

@@ -23,6 +23,7 @@ from byol_core.views.draw import draw_boxes
 from byol_core.views.pixels import BadFiles, load_images
 from byol_core.views.recipes import ViewRecipe, digits_recipes, inverse_normalise, paper_recipes
 from byol_core.views.worker_crops import CropBatches, cut, reduction
+from tests.helpers.forking import call
 from tests.helpers.memory import counted, private_bytes
 from tests.helpers.pictures import CPU, PLAIN, Folder, load
 from tests.helpers.runs import SMALL, assert_same_state, checkpoint, run
@@ -159,16 +160,22 @@ def test_upright_size_is_what_decoding_gives(mixed: Path, tmp_path: Path) -> Non
         upright_size(tmp_path / "torn.jpg")
 
 
+def crop_again_and_again(folder: str) -> int:
+    cropping: Any = new_batches(Path(folder), CROPPED, Order(8, 8)).loader.dataset
+    private = []
+    for epoch in range(200):
+        cropping.__getitems__([(epoch, index) for index in range(8)])
+        if epoch % 25 == 24:
+            private.append(private_bytes())
+    assert max(private[4:]) - private[3] < 2e6, private  # of 1,600 images decoded; 2 MB are seven of them
+    return 0
+
+
 @pytest.mark.slow
 @counted
-def test_memory_does_not_grow_with_the_crops_that_are_made(mixed: Path) -> None:
-    cropping: Any = new_batches(mixed, CROPPED, Order(8, 8)).loader.dataset
-    private = []
-    for epoch in range(120):
-        cropping.__getitems__([(epoch, index) for index in range(8)])
-        if epoch % 15 == 14:
-            private.append(private_bytes())
-    assert max(private[4:]) - private[3] < 2e6, private  # of 960 images decoded; 2 MB are seven of them
+def test_memory_does_not_grow_with_the_crops_that_are_made(mixed: Path, tmp_path: Path) -> None:
+    """In a process of its own, as others leave gaps behind that are filled some time."""
+    call(f"{__name__}:crop_again_and_again", [str(mixed)], tmp_path / "said")
 
 
 @pytest.mark.slow

@@ -5,8 +5,11 @@ import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from PIL import Image
+
 from byol_core.images.decoding import decode
 from byol_core.images.image_set import ImageSet
+from tests.helpers.pictures import saved
 
 
 def write_tar(path: Path, members: Iterable[tuple[str, bytes]], kind: int = tarfile.PAX_FORMAT) -> Path:
@@ -24,10 +27,7 @@ def pack(folder: Path, tar: Path) -> Path:
 
 
 def png(value: int = 0, size: tuple[int, int] = (4, 3)) -> bytes:
-    from PIL import Image
-    buffer = io.BytesIO()
-    Image.new("RGB", size, (value, value, value)).save(buffer, "PNG")
-    return buffer.getvalue()
+    return saved(Image.new("RGB", size, (value, value, value)), "PNG")
 
 
 def names(images: ImageSet) -> list[str]:

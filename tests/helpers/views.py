@@ -1,5 +1,4 @@
 """Recipes in which everything happens, a picture for them, and a comparison of what is drawn by chance."""
-from __future__ import annotations
 
 import dataclasses
 

@@ -3,7 +3,6 @@
 import os
 import random
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,8 +14,8 @@ from byol_core.images.image_set import scan
 from byol_core.images.listing import expand
 from byol_core.run.folder import choose_out
 from byol_core.run.options import TrainConfig, parse_config
+from tests.helpers import shards
 from tests.helpers.pictures import touch
-from tests.helpers.runs import SMALL, run, summary
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 
@@ -24,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 def names(data: object, **options: object) -> list[str]:
     images = scan(data, **options)  # type: ignore[arg-type]
     assert all(images.path(index).is_file() for index in range(len(images)))
-    return [images.name(index) for index in range(len(images))]
+    return shards.names(images)
 
 
 # Several folders.
@@ -154,7 +153,7 @@ def test_what_follows_a_tab_in_a_list_is_the_label() -> None:
 
 def test_a_path_that_is_listed_twice_counts_once() -> None:
     images = scan(write_list(b"a.png\nb.png\n./a.png\nsub//.//c.png\nsub/c.png\n"))
-    assert [images.name(index) for index in range(len(images))] == ["a.png", "b.png", "sub/c.png"]
+    assert shards.names(images) == ["a.png", "b.png", "sub/c.png"]
     assert images.remarks == ("2 lines of in/list.txt repeat a path, which is used once",)
 
 
@@ -188,16 +187,6 @@ def test_what_a_list_names_and_is_missing_or_no_file_is_a_bad_image() -> None:
             reasons[images.name(index)] = str(error).split(":")[0]
     assert reasons == {"": "not a regular file", "gone.png": "FileNotFoundError", "pipe.png": "not a regular file"}
     assert images.headers[:3] == (4, 5, True)
-
-
-@pytest.mark.slow
-def test_a_run_on_a_list_names_its_missing_files(image_folder: Callable[..., Path], capsys) -> None:
-    files = sorted(image_folder(classes=2, per_class=12).rglob("*.png"))
-    lines = [f"{path}\t{path.parent.name}" for path in files] + ["gone.png\tclass1"]
-    assert run("--data", write_list("\n".join(lines).encode()), "--epochs", 1, *SMALL) == 0
-    result = summary("runs/list")
-    assert result["images"] == 25 and result["classes"] == 2 and result["bad_files"] == 1 and result["knn"] is not None
-    assert Path("runs/list/bad_files.txt").read_text().startswith("gone.png\tFileNotFoundError")
 
 
 # Patterns, the command line, the run folder, progress.
@@ -242,14 +231,3 @@ def test_a_long_scan_says_how_far_it_is(monkeypatch, capsys) -> None:
     monkeypatch.setattr(listing, "SHOW_AFTER", 0.0)
     scan("in")
     assert capsys.readouterr().err == "scanning: 0 images so far, now in in\n"  # the next one would be 10 seconds later
-
-
-def test_several_folders_train_as_one_and_go_on(image_folder: Callable[..., Path]) -> None:
-    image_folder("one", classes=2, per_class=4), image_folder("two", classes=2, per_class=2)
-    arguments = ["--data", "one", "two", "--epochs", 1, "--no-eval", *SMALL]
-    assert run(*arguments) == 0
-    assert summary("runs/one+two")["images"] == 12 and summary("runs/one+two")["classes"] == 2
-    page = Path("runs/one+two/report.html").read_text()
-    assert "--data one two" in page
-    assert run(*arguments, "--resume") == 0
-    assert os.listdir("runs") == ["one+two"]

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import byol_core.images.shards as shards_module
+from byol_core.images import shards
 from byol_core.images.duplicates import overlap
 from byol_core.images.image_set import SHARD_INDEX, scan
-from byol_core.views.batches import DeviceBatches, Order, WorkerBatches
+from byol_core.views.batches import DeviceBatches, Order
 from byol_core.views.recipes import paper_recipes
 from tests.helpers.pictures import Folder, load
-from tests.helpers.runs import SMALL, assert_same_state, checkpoint, metrics, run, summary
+from tests.helpers.runs import SMALL, assert_same_state, checkpoint, metrics, run
 from tests.helpers.shards import names, pack, png, value, write_tar
 
 
@@ -85,11 +85,11 @@ def test_members_lie_where_tarfile_says(tmp_path: Path, kind: int) -> None:
         for member in archive.getmembers():
             if not member.isdir():
                 expected[member.name] = [member.offset_data, member.size] if member.isreg() else None
-    index = shards_module.index_shard(tmp_path / "s.tar")
+    index = shards.index_shard(tmp_path / "s.tar")
     assert [name.decode() for name in index.names] == sorted(expected, key=str.encode) and len(index.names) > 100
     for name, place in zip(index.names, index.places.tolist()):
         wanted = expected[name.decode()]
-        assert place == wanted if wanted is not None else place[1] == shards_module.ELSEWHERE
+        assert place == wanted if wanted is not None else place[1] == shards.ELSEWHERE
 
 
 def test_the_systems_own_tar_is_read(image_folder: Folder, tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_tars_beside_images_are_left_alone_and_mentioned(tmp_path: Path) -> None
 
 
 def test_few_files_stay_open_and_none_is_opened_before_it_is_needed(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(shards_module, "OPEN_AT_MOST", 2)
+    monkeypatch.setattr(shards, "OPEN_AT_MOST", 2)
     for number in range(5):
         write_tar(tmp_path / f"{number}.tar", [("a.png", png(number))])
     images = scan(tmp_path)
@@ -125,13 +125,13 @@ def test_few_files_stay_open_and_none_is_opened_before_it_is_needed(tmp_path: Pa
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     built: list[str] = []
-    original = shards_module.index_shard
+    original = shards.index_shard
 
     def index_shard(path: Path, *rest: object):
         built.append(path.name)
         return original(path, *rest)
 
-    monkeypatch.setattr(shards_module, "index_shard", index_shard)
+    monkeypatch.setattr(shards, "index_shard", index_shard)
     return built
 
 
@@ -170,14 +170,11 @@ def test_fingerprint_changes_when_images_swap_their_places(tmp_path: Path) -> No
     assert scan(write_tar(tmp_path / "s.tar", [("0.png", b), ("1.png", a)])).fingerprint != before
 
 
-@pytest.mark.parametrize("where", ["device", "cpu"])
-def test_a_shard_gives_the_views_that_the_folder_it_is_made_of_gives(image_folder: Folder, tmp_path: Path,
-                                                                     where: str) -> None:
+def test_a_shard_gives_the_views_that_the_folder_it_is_made_of_gives(image_folder: Folder, tmp_path: Path) -> None:
     folder = image_folder(classes=2, per_class=6)
     (folder / "class0" / "004.png").write_bytes(b"torn")
-    tar, order = pack(folder, tmp_path / "s.tar"), Order(12, 4, seed=1)
-    both = [DeviceBatches(load(data, where), paper_recipes(16), order) if where == "device" else
-            WorkerBatches(load(data, where), paper_recipes(16), order, 0) for data in (folder, tar)]
+    both = [DeviceBatches(load(data, "device"), paper_recipes(16), Order(12, 4, seed=1))
+            for data in (folder, pack(folder, tmp_path / "s.tar"))]
     for (a1, a2), (b1, b2) in zip(both[0].epoch(2), both[1].epoch(2), strict=True):
         assert torch.equal(a1, b1) and torch.equal(a2, b2)
     assert list(both[0].bad.reasons) == list(both[1].bad.reasons) == [4]
@@ -191,53 +188,25 @@ def test_images_of_a_shard_are_found_to_be_those_of_a_folder(image_folder: Folde
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("views", ["device", "cpu"])
+@pytest.mark.usefixtures("in_a_folder_of_its_own")
 def test_a_run_on_shards_equals_one_on_the_folder_and_resumes_exactly(
-        image_folder: Folder, stopped_after: Callable[..., None], tmp_path: Path, monkeypatch, views: str, capsys) -> None:
-    monkeypatch.chdir(tmp_path)
+        image_folder: Folder, stopped_after: Callable[..., None], monkeypatch, capsys) -> None:
     folder = image_folder(classes=2, per_class=6)
-    files = sorted(folder.rglob("*.png"))
-    for number in range(2):
-        write_tar(tmp_path / "shards" / f"class{number}.tar", [(path.name, path.read_bytes()) for path in files
-                                                               if path.parent.name == f"class{number}"])
-    rest = ["--epochs", 2, "--views", views, "--no-eval", *SMALL]
+    for label in ("class0", "class1"):
+        pack(folder / label, Path(f"shards/{label}.tar"))
+    rest = ["--epochs", 2, "--views", "cpu", "--no-eval", *SMALL]
     assert run("--data", folder, *rest, "--out", "plain") == 0
-    assert run("--data", "shards", *rest, "--out", "whole") == 0
+    assert run("--data", "shards", *rest, "--workers", 2, "--out", "whole") == 0
     assert_same_state(checkpoint("plain"), checkpoint("whole"))
-    if views == "cpu":
-        assert run("--data", "shards", *rest, "--workers", 2, "--out", "workers") == 0
-        assert_same_state(checkpoint("plain"), checkpoint("workers"))
 
     stopped_after(4, "--data", "shards", *rest, "--out", "parts")  # in the middle of the second epoch
-    assert checkpoint("parts")["progress"]["updates"] == 4
     built = counted(monkeypatch)
     assert run("--data", "shards", *rest, "--out", "parts", "--resume") == 0
     assert built == []  # from the index in the run folder
     assert_same_state(checkpoint("whole"), checkpoint("parts"))
     assert metrics("whole") == metrics("parts")
 
-    write_tar(tmp_path / "shards" / "class1.tar", [(path.name, path.read_bytes()) for path in files[::-1]
-                                                   if path.parent.name == "class1"])
+    swapped = sorted((folder / "class1").iterdir(), reverse=True)
+    write_tar(Path("shards/class1.tar"), [(path.name, path.read_bytes()) for path in swapped])
     assert run("--data", "shards", *rest, "--out", "parts", "--resume") == 2
     assert "the names of the image files" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_a_labelled_run_on_damaged_shards_says_so_and_measures(image_folder: Folder, tmp_path: Path, monkeypatch,
-                                                               capsys) -> None:
-    monkeypatch.chdir(tmp_path)
-    files = sorted(image_folder(classes=2, per_class=12).rglob("*.png"))
-    for number in range(3):
-        members = []
-        for path in files[number::3]:
-            key, label = f"{path.parent.name}-{path.stem}", path.parent.name.removeprefix("class")
-            members += [(f"{key}.cls", label.encode()), (f"{key}.png", path.read_bytes())]
-        write_tar(tmp_path / "shards" / f"{number}.tar", members)
-    with tarfile.open("shards/2.tar") as archive:
-        last = archive.getmembers()[-1]
-    os.truncate("shards/2.tar", last.offset_data + 10)
-    assert run("--data", "shards/{0..2}.tar", "--epochs", 1, "--out", "out", *SMALL) == 0
-    result = summary("out")
-    assert result["classes"] == 2 and result["knn"] is not None
-    printed = capsys.readouterr()
-    assert "warning: shards/2.tar is damaged at byte" in printed.out + printed.err

@@ -1,5 +1,4 @@
 """Rendered views against torchvision's functionals and pipeline."""
-from __future__ import annotations
 
 import dataclasses
 import math
@@ -8,13 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from byol_core.views import image_ops
-from byol_core.views import render as device_views
+from byol_core.views import render as render_module
 from byol_core.views.draw import ViewParams, draw
 from byol_core.views.recipes import ViewRecipe, cpu_view, digits_recipes, inverse_normalise, normalise, paper_recipes
 from byol_core.views.render import render, render_all
@@ -82,16 +80,14 @@ def reference(recipe: ViewRecipe, image: Tensor, count: int) -> Tensor:
     return torch.stack([view(picture) for _ in range(count)])
 
 
-@pytest.mark.parametrize("pipeline", [batched, reference])
-@pytest.mark.parametrize("probability", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("field", ["flip", "jitter", "grey", "blur", "solarize"])
-def test_each_operation_is_applied_at_the_stated_rate(field: str, probability: float, pipeline: Pipeline) -> None:
-    count = 400
+def test_the_reference_applies_each_operation_at_the_stated_rate(field: str) -> None:
+    count, probability = 400, 0.1
     settings = {"hue": 0.5, "blur_kernel": 3, "blur_sigma": (1.0, 1.0), field: probability}
     recipe = ViewRecipe(8, **settings)  # type: ignore[arg-type]
     image = photograph(8, 8)
     plain = normalise(image[None].float() / 255, recipe)
-    rate = ((pipeline(recipe, image, count) - plain).abs().amax((1, 2, 3)) > 1e-3).double().mean().item()
+    rate = ((reference(recipe, image, count) - plain).abs().amax((1, 2, 3)) > 1e-3).double().mean().item()
     assert abs(rate - probability) <= 4.5 * math.sqrt(probability * (1 - probability) / count)
 
 
@@ -136,14 +132,6 @@ def test_both_pipelines_rotate_zoom_shear_and_shift_alike() -> None:
         assert same_distribution(ours, theirs)
 
 
-@pytest.mark.parametrize("recipe", [paper_recipes(32)[0], digits_recipes(32)[0]])
-def test_identical_images_in_a_batch_get_different_views(recipe: ViewRecipe) -> None:
-    views = torch.cat([batched(recipe, photograph(32, 32), 16), render(
-        photograph(32, 32).expand(16, 3, 32, 32), draw(recipe, 0, 0, torch.arange(16), 1, 32, 32), recipe)])
-    apart = torch.pdist(views.flatten(1)) / math.sqrt(views[0].numel())
-    assert apart.min() > 0.05
-
-
 def test_a_view_does_not_depend_on_the_rest_of_the_batch() -> None:
     images = torch.randint(0, 256, (300, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     indices = torch.arange(300) * 1000
@@ -153,22 +141,8 @@ def test_a_view_does_not_depend_on_the_rest_of_the_batch() -> None:
         torch.testing.assert_close(alone, together[rows], atol=1e-4, rtol=0)
 
 
-def test_render_is_repeatable_to_the_bit() -> None:
-    images = torch.randint(0, 256, (12, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    params = draw(BUSY, 0, 0, torch.arange(12), 0, 32, 32)
-    assert torch.equal(render(images, params, BUSY), render(images, params, BUSY))
-
-
-def test_normalisation_comes_last() -> None:
-    recipe = ViewRecipe(8, solarize=1.0, solarize_threshold=0.0, mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 2.0))
-    image = photograph(8, 8)
-    for pipeline in (batched, reference):
-        mean, std = torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1), torch.tensor([0.5, 0.25, 2.0]).view(3, 1, 1)
-        torch.testing.assert_close(pipeline(recipe, image, 1)[0], (1 - image / 255 - mean) / std, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("height, width", [(8, 8), (32, 32), (224, 224), (33, 17), (1, 1), (1, 50), (50, 1), (5000, 1)])
-@pytest.mark.parametrize("size", [1, 8, 31])
+@pytest.mark.parametrize("height, width", [(33, 17), (1, 1), (1, 50), (50, 1), (5000, 1)])
+@pytest.mark.parametrize("size", [1, 31])
 def test_render_takes_images_of_any_shape(height: int, width: int, size: int) -> None:
     for recipe in (*paper_recipes(size), dataclasses.replace(DRAWN, size=size)):
         views = batched(recipe, photograph(height, width), 3)
@@ -186,21 +160,12 @@ def test_bytes_and_floats_give_the_same_view_and_stay_unchanged() -> None:
 
 
 def test_autocast_does_not_lower_the_precision_of_views() -> None:
+    """And the same is rendered again, to the bit."""
     images = photograph(32, 32).expand(8, 3, 32, 32)
     params = draw(BUSY, 0, 0, torch.arange(8), 0, 32, 32)
     with torch.autocast("cpu", torch.bfloat16):
         views = render(images, params, BUSY)
     assert torch.equal(views, render(images, params, BUSY))
-
-
-def test_images_cropped_elsewhere_are_finished_without_boxes() -> None:
-    images = torch.rand(10, 3, 40, 50, generator=torch.Generator().manual_seed(0))
-    recipe = paper_recipes(32)[1]
-    params = draw(recipe, 0, 0, torch.arange(10), 0, 40, 50)
-    assert params.boxes is not None and params.flip.any() and not params.flip.all()
-    crops = image_ops.crop_resize(images, params.boxes, 32, torch.zeros(10, dtype=torch.bool))
-    finished = render(crops, dataclasses.replace(params, boxes=None), recipe)
-    torch.testing.assert_close(finished, render(images, params, recipe), atol=1e-4, rtol=0)
 
 
 def test_render_refuses_images_of_another_size_without_boxes() -> None:
@@ -226,7 +191,7 @@ PAIRS = {"paper": paper_recipes(16), "every operation": (BENT, dataclasses.repla
 def test_views_rendered_at_once_are_those_rendered_one_by_one(recipes: tuple[ViewRecipe, ViewRecipe]) -> None:
     images, params = pair(recipes, 40)
     expected = [render(*one) for one in zip(images, params, recipes)]
-    for got in render_all(images, params, recipes), device_views._render_at_once(images, params, recipes[0]):
+    for got in render_all(images, params, recipes), render_module._render_at_once(images, params, recipes[0]):
         for view, wanted in zip(got, expected, strict=True):
             torch.testing.assert_close(view, wanted, rtol=0, atol=1e-5)
 
@@ -245,7 +210,7 @@ def test_only_recipes_that_differ_in_how_often_things_happen_are_rendered_at_onc
     recipes = BENT, dataclasses.replace(BENT, **{field: changed})
     images, params = pair(recipes, 40)
     calls: list[int] = []
-    monkeypatch.setattr(device_views, "render", lambda images, params, recipe: calls.append(len(images)) or images)
+    monkeypatch.setattr(render_module, "render", lambda images, params, recipe: calls.append(len(images)) or images)
     render_all([batch.to("meta") for batch in images], params, recipes)
     assert recipes[0] != recipes[1]
     assert calls == ([40] if field in ("flip", "jitter", "grey", "blur", "solarize") else [24, 16])
@@ -300,14 +265,9 @@ def test_displacements_have_the_stated_spread_in_both_pipelines() -> None:
     assert drawn is not None and float(drawn.std()) == pytest.approx(0.06, rel=0.02)
     assert float(drawn.mean()) == pytest.approx(0, abs=0.002)
     ramp = torch.arange(8.0).view(1, 1, 8).expand(3, 8, 8).mul(30).to(torch.uint8)
-    picture = Image.fromarray(ramp.permute(1, 2, 0).contiguous().numpy())
-    torch.manual_seed(0)
-    view = cpu_view(recipe)
-    one_by_one = torch.stack([view(picture) for _ in range(600)])
-    params = draw(recipe, 0, 0, torch.arange(600), 0, 8, 8)
-    batched = render(ramp.expand(600, 3, 8, 8), params, recipe)
     centre = (slice(None), 0, slice(3, 5), slice(3, 5))
-    assert float(one_by_one[centre].std()) == pytest.approx(float(batched[centre].std()), rel=0.1)
+    ours, theirs = (float(pipeline(recipe, ramp, 600)[centre].std()) for pipeline in (batched, reference))
+    assert ours == pytest.approx(theirs, rel=0.1)
 
 
 def test_views_are_made_in_whole_float32_whatever_the_network_may_use(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import byol_core
-from byol_core.images.image_set import scan
 from byol_core.run import command
 from byol_core.run.run import Run
 from byol_core.views.batches import DeviceBatches
@@ -53,10 +52,3 @@ def test_what_cannot_be_opened_is_named(image_folder: Callable[..., Path], tmp_p
         byol_core.open_batches(image_folder(), batch_size=64)
     with pytest.raises(ValueError, match="nowhere - check data"):
         byol_core.open_batches(tmp_path / "nowhere")
-
-
-def test_the_loop_takes_them(image_folder: Callable[..., Path]) -> None:
-    backbone, dim = byol_core.build_backbone("conv6")
-    model = byol_core.BYOL(backbone, dim, hidden_dim=16, out_dim=8)
-    progress = byol_core.train(model, byol_core.open_batches(image_folder(), batch_size=8), epochs=2, tau_base=0.9)
-    assert progress.updates == 4 and progress.epoch == 2 and len(scan(str(image_folder()))) == 16

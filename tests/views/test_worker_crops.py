@@ -1,7 +1,5 @@
-"""Views from worker crops: the reference's pixels, the other paths' order, stand-ins and resume, and nothing that grows."""
+"""Views from worker crops: the reference's pixels, stand-ins, resume, and nothing that grows; see test_pixels, too."""
 
-import json
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,46 +9,35 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from byol_core.images.decoding import BadImageError, decode, upright_size
 from byol_core.images.image_set import scan
 from byol_core.networks import BYOL
-from byol_core.run import command
-from byol_core.run.run import Run
 from byol_core.runtime import Runtime
 from byol_core.training import Progress, Step, train
-from byol_core.views import pixels as data
 from byol_core.views import worker_crops
 from byol_core.views.batches import DeviceBatches, Order, TimedBatches, WorkerBatches
 from byol_core.views.draw import draw_boxes
-from byol_core.views.pixels import ImageData, load_images
+from byol_core.views.pixels import BadFiles, load_images
 from byol_core.views.recipes import ViewRecipe, digits_recipes, inverse_normalise, paper_recipes
 from byol_core.views.worker_crops import CropBatches, cut, reduction
-from tests.helpers import pictures
+from tests.helpers.forking import call
 from tests.helpers.memory import counted, private_bytes
-from tests.helpers.pictures import CPU, PLAIN
-from tests.helpers.runs import SMALL
+from tests.helpers.pictures import CPU, PLAIN, Folder, load
+from tests.helpers.runs import SMALL, assert_same_state, checkpoint, run
 
 CROPPED = ViewRecipe(16, crop_scale=(0.08, 1.0), flip=0.5)
-ORIENTATION = 274
 
 
-def load(root: Path) -> ImageData:
-    """Not held in memory, whatever its size."""
-    return pictures.load(root, "cpu")
-
-
-def new_batches(root: Path, recipe: ViewRecipe, order: Order, workers: int = 0) -> CropBatches:
-    return CropBatches(load(root), (recipe, recipe), order, workers, CPU)
+def new_batches(root: Path, recipe: ViewRecipe, order: Order) -> CropBatches:
+    return CropBatches(load(root, "cpu"), (recipe, recipe), order, 0, CPU)
 
 
 @pytest.mark.parametrize("device, pinned", [("cpu", False), ("mps", False), ("cuda", True)])
-def test_memory_is_pinned_for_cuda_alone(image_folder: Callable[..., Path], device: str, pinned: bool) -> None:
-    crops = CropBatches(load(image_folder()), (PLAIN, PLAIN), Order(8, 4), 2, torch.device(device))
+def test_memory_is_pinned_for_cuda_alone(image_folder: Folder, device: str, pinned: bool) -> None:
+    crops = CropBatches(load(image_folder(), "cpu"), (PLAIN, PLAIN), Order(8, 4), 2, torch.device(device))
     assert crops.loader.pin_memory == pinned
 
 
@@ -66,15 +53,6 @@ def photograph(width: int, height: int, seed: int = 0) -> np.ndarray:
 
 
 @pytest.fixture
-def alike(tmp_path: Path) -> Path:
-    """24 images of one size, neither black nor white anywhere: bytes are clipped between the two passes of resizing."""
-    (tmp_path / "alike").mkdir()
-    for number in range(24):
-        Image.fromarray(64 + photograph(24, 20, number) // 2).save(tmp_path / "alike" / f"{number:03d}.png")
-    return tmp_path / "alike"
-
-
-@pytest.fixture
 def mixed(tmp_path: Path) -> Path:
     """Eight images of eight sizes: JPEG and PNG, one of them lying on its side, one JPEG and one PNG large."""
     folder = tmp_path / "mixed"
@@ -82,7 +60,7 @@ def mixed(tmp_path: Path) -> Path:
     for number, (width, height) in enumerate([(40, 30), (30, 40), (17, 16), (64, 24), (9, 50), (256, 240), (20, 21)]):
         Image.fromarray(photograph(width, height, number)).save(folder / f"{number}.{'png' if number % 2 else 'jpg'}")
     tags = Image.Exif()
-    tags[ORIENTATION] = 6
+    tags[0x0112] = 6  # the orientation
     Image.fromarray(photograph(480, 320, 7)).save(folder / "7.jpg", exif=tags)
     return folder
 
@@ -102,12 +80,13 @@ def test_crops_are_torchvisions_at_the_boxes_that_are_drawn(mixed: Path) -> None
             assert error.mean() < 1 if reduced else error.max() < 0.01, (files.name(index), box)
 
 
-def test_views_are_those_of_images_held_in_memory_but_for_the_rounding_of_crops(alike: Path) -> None:
+def test_views_are_those_of_images_held_in_memory_but_for_the_rounding_of_crops(tmp_path: Path) -> None:
+    for number in range(24):  # neither black nor white anywhere: bytes are clipped between the two passes of resizing
+        Image.fromarray(64 + photograph(24, 20, number) // 2).save(tmp_path / f"{number:03d}.png")
     recipe = replace(CROPPED, grey=0.3, jitter=0.8, brightness=0.4, contrast=0.4, saturation=0.2, blur=0.5, blur_kernel=3)
     order = Order(24, 12, seed=2)
-    resident = load_images(scan(alike), "device", CPU, print)[0]
-    others = DeviceBatches(resident, (recipe, recipe), order).epoch(1)
-    for (a1, a2), (b1, b2) in zip(new_batches(alike, recipe, order).epoch(1), others, strict=True):
+    others = DeviceBatches(load(tmp_path, "device"), (recipe, recipe), order).epoch(1)
+    for (a1, a2), (b1, b2) in zip(new_batches(tmp_path, recipe, order).epoch(1), others, strict=True):
         for a, b in ((a1, b1), (a2, b2)):
             difference = (inverse_normalise(a, recipe) - inverse_normalise(b, recipe)).abs()
             assert difference.mean() < 0.5 / 255 and difference.max() < 2 * 1.4 * 1.4 / 255  # brighter, with more contrast
@@ -115,25 +94,11 @@ def test_views_are_those_of_images_held_in_memory_but_for_the_rounding_of_crops(
 
 def test_a_batch_without_crop_takes_images_whole_as_the_reference_does(mixed: Path) -> None:
     order = Order(8, 4, seed=1)
-    reference = WorkerBatches(load(mixed), (PLAIN, PLAIN), order, 0)
+    reference = WorkerBatches(load(mixed, "cpu"), (PLAIN, PLAIN), order, 0)
     for (a1, a2), (b1, b2) in zip(new_batches(mixed, PLAIN, order).epoch(0), reference.epoch(0), strict=True):
         difference = (inverse_normalise(torch.cat([a1, a2]), PLAIN) - inverse_normalise(torch.cat([b1, b2]), PLAIN)).abs()
         assert difference.mean((1, 2, 3)).max() < 1 / 255  # the one image that is reduced; all others are equal
         assert (difference.amax((1, 2, 3)) < 1e-5).sum() >= len(difference) - 2
-
-
-def test_bad_files_are_replaced_as_on_the_other_paths_and_move_nothing_else(alike: Path) -> None:
-    order = Order(24, 24, seed=1)
-    clean, _ = next(new_batches(alike, CROPPED, order).epoch(0))
-    (alike / "007.png").write_bytes(b"")
-    (alike / "011.png").write_bytes((alike / "011.png").read_bytes()[:200])  # the header is whole
-    mended = new_batches(alike, CROPPED, order)
-    other = DeviceBatches(load_images(scan(alike), "device", CPU, lambda line: None)[0], (CROPPED, CROPPED), order)
-    (views, _), (from_memory, _) = next(mended.epoch(0)), next(other.epoch(0))
-    assert (inverse_normalise(views, CROPPED) - inverse_normalise(from_memory, CROPPED)).abs().max() < 2 / 255
-    changed = {row for row in range(24) if not torch.equal(clean[row], views[row])}
-    assert changed == {order.epoch(0)[0].tolist().index(bad) for bad in (7, 11)}
-    assert sorted(mended.bad.reasons) == [7, 11]
 
 
 def test_a_stand_in_of_another_size_is_cropped_within_its_own(mixed: Path) -> None:
@@ -141,7 +106,7 @@ def test_a_stand_in_of_another_size_is_cropped_within_its_own(mixed: Path) -> No
     (mixed / "7.jpg").write_bytes(b"torn")
     (mixed / "3.png").write_bytes(b"torn")
     views = new_batches(mixed, CROPPED, order)
-    views.bad = data.BadFiles(views.bad.files, lambda line: None, {index: "known" for index in range(8)})  # no limit
+    views.bad = BadFiles(views.bad.files, lambda line: None, {index: "known" for index in range(8)})  # no limit
     for epoch in range(20):
         assert all(torch.isfinite(view).all() for view in next(views.epoch(epoch)))
 
@@ -155,28 +120,9 @@ def test_a_header_that_tells_another_size_changes_nothing(mixed: Path, monkeypat
     assert torch.equal(next(batches_.epoch(0))[0], true)
 
 
-def test_views_depend_on_seed_epoch_index_and_view_not_on_the_start(mixed: Path) -> None:
-    recipe1, recipe2 = paper_recipes(16)
-    views = CropBatches(load(mixed), (recipe1, recipe2), Order(8, 2, seed=1), 0, CPU)
-    whole = list(views.epoch(3))
-    for (a1, a2), (b1, b2) in zip(whole[1:], views.epoch(3, start=1), strict=True):
-        assert torch.equal(a1, b1) and torch.equal(a2, b2)
-    assert not torch.equal(whole[0][0], whole[0][1])  # two views of one image differ
-    assert not torch.equal(next(views.epoch(4))[0], whole[0][0])
-
-
-@pytest.mark.slow
-def test_workers_change_nothing_and_survive_an_abandoned_epoch(mixed: Path) -> None:
-    alone, shared = (new_batches(mixed, paper_recipes(16)[1], Order(8, 2, seed=1), workers) for workers in (0, 2))
-    next(shared.epoch(0))
-    for (a1, a2), (b1, b2) in zip(alone.epoch(1, start=1), shared.epoch(1, start=1), strict=True):
-        assert torch.equal(a1, b1) and torch.equal(a2, b2)
-    shared.close()
-
-
 def test_a_recipe_that_warps_is_refused(mixed: Path) -> None:
     with pytest.raises(ValueError, match="needs images of one size - use --views cpu"):
-        CropBatches(load(mixed), digits_recipes(8), Order(8, 4), 0, CPU)
+        CropBatches(load(mixed, "cpu"), digits_recipes(8), Order(8, 4), 0, CPU)
 
 
 @pytest.mark.parametrize("sides, by", [((895, 2000), 1), ((896, 896), 2), ((1791, 3000), 2), ((1792, 1792), 4),
@@ -214,91 +160,43 @@ def test_upright_size_is_what_decoding_gives(mixed: Path, tmp_path: Path) -> Non
         upright_size(tmp_path / "torn.jpg")
 
 
-class Cropping(Dataset[int]):
-    """Crops the same images over and over; gives the memory that only this process holds, in bytes."""
-
-    def __init__(self, cropping: Any) -> None:
-        self.cropping = cropping
-
-    def __len__(self) -> int:
-        return 12
-
-    def __getitem__(self, item: int) -> int:
-        for epoch in range(25):
-            self.cropping.__getitems__([(25 * item + epoch, index) for index in range(8)])
-        return private_bytes()
+def crop_again_and_again(folder: str) -> int:
+    cropping: Any = new_batches(Path(folder), CROPPED, Order(8, 8)).loader.dataset
+    private = []
+    for epoch in range(200):
+        cropping.__getitems__([(epoch, index) for index in range(8)])
+        if epoch % 25 == 24:
+            private.append(private_bytes())
+    assert max(private[4:]) - private[3] < 2e6, private  # of 1,600 images decoded; 2 MB are seven of them
+    return 0
 
 
 @pytest.mark.slow
 @counted
-def test_memory_of_a_worker_does_not_grow_with_the_crops_it_has_made(mixed: Path) -> None:
-    cropping = new_batches(mixed, CROPPED, Order(8, 8)).loader.dataset
-    # A forked worker would come to own this process's memory, page by page, by touching it.
-    loader = DataLoader(Cropping(cropping), batch_size=None, num_workers=1, multiprocessing_context="spawn")
-    private = [int(size) for size in loader]
-    assert max(private[4:]) - private[3] < 2e6, private  # of 2,400 images decoded; 2 MB are seven of them
-
-
-def test_images_held_in_memory_are_held_once(image_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    decoded: list[Tensor] = []
-
-    def decode_all(*arguments: Any) -> Tensor | None:
-        decoded.append(data_decode_all(*arguments))
-        return decoded[0]
-
-    data_decode_all = data.decode_all
-    monkeypatch.setattr(data, "decode_all", decode_all)
-    held = load_images(scan(image_folder()), "auto", CPU, print)[0]
-    order = Order(16, 16)
-    assert held.pixels is not None and held.pixels.data_ptr() == decoded[0].data_ptr()
-    assert DeviceBatches(held, (PLAIN, PLAIN), order).pixels.data_ptr() == decoded[0].data_ptr()
-    assert decoded[0].untyped_storage().nbytes() == 16 * 3 * 16 * 16
+def test_memory_does_not_grow_with_the_crops_that_are_made(mixed: Path, tmp_path: Path) -> None:
+    """In a process of its own, as others leave gaps behind that are filled some time."""
+    call(f"{__name__}:crop_again_and_again", [str(mixed)], tmp_path / "said")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("views", ["auto", "device"])
+@pytest.mark.usefixtures("in_a_folder_of_its_own")
 def test_a_run_on_images_of_different_sizes_stopped_and_resumed_is_the_run_never_stopped(
-        mixed: Path, tmp_path: Path, views: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--data", str(mixed), *SMALL, "--no-eval", "--epochs", "3", "--recipe", "paper", "--optimizer", "sgd"]
-    arguments = [*options, "--views", views]
-    assert command.main([*arguments, "--out", str(tmp_path / "whole")]) == 0
-    assert "views: worker crops, finished on cpu (images of different sizes)" in (tmp_path / "whole/train.log").read_text()
-    after_step = Run._after_step
-
-    def stop_once(self: Run, progress: Any, step: Any) -> None:
-        if progress.updates == 3 and self.setup.config.resume is None:
-            self.stop.signal = 15
-        assert isinstance(self.batches.batches, CropBatches) and self.batches.aside is None
-        after_step(self, progress, step)
-
-    monkeypatch.setattr(Run, "_after_step", stop_once)
-    assert command.main([*arguments, "--out", str(tmp_path / "parts")]) == 143
-    assert command.main([*arguments, "--out", str(tmp_path / "parts"), "--resume"]) == 0
-    whole, parts = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "parts"))
-    assert parts["progress"] == whole["progress"] and whole["progress"]["updates"] == 6
-    assert all(torch.equal(parts["model"][name], value) for name, value in whole["model"].items())
-    assert json.loads(whole["identity"])["views made"] == "of worker crops"
-    assert command.main([*options, "--views", "cpu", "--out", str(tmp_path / "parts"), "--resume"]) == 2
-    assert re.search("views made of worker crops -> on the cpu", capsys.readouterr().err)
-
-
-@pytest.mark.parametrize("path", ["device", "crops", "cpu"])
-def test_each_view_is_made_by_its_own_recipe(alike: Path, path: str) -> None:
-    """The second recipe turns all values over, and nothing else happens."""
-    recipes = PLAIN, replace(PLAIN, solarize=1.0, solarize_threshold=0.0)
-    order, held = Order(24, 8), load_images(scan(alike), "device", CPU, lambda line: None)[0]
-    source = {"device": lambda: DeviceBatches(held, recipes, order),
-              "crops": lambda: CropBatches(load(alike), recipes, order, 0, CPU),
-              "cpu": lambda: WorkerBatches(load(alike), recipes, order, 0)}[path]()
-    for view1, view2 in source.epoch(0):
-        first, second = (inverse_normalise(view, PLAIN) for view in (view1, view2))
-        assert (first + second - 1).abs().max() < 2 / 255
+        mixed: Path, stopped_after: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--data", mixed, *SMALL, "--no-eval", "--epochs", 3, "--recipe", "paper", "--optimizer", "sgd"]
+    assert run(*arguments, "--out", "whole") == 0
+    assert "views: worker crops, finished on cpu (images of different sizes)" in Path("whole/train.log").read_text()
+    stopped_after(3, *arguments, "--out", "parts")
+    assert run(*arguments, "--out", "parts", "--resume") == 0
+    assert_same_state(checkpoint("whole"), checkpoint("parts"))
+    assert checkpoint("parts")["progress"]["updates"] == 6
+    assert run(*arguments, "--views", "cpu", "--out", "parts", "--resume") == 2
+    assert "views made of worker crops -> on the cpu" in capsys.readouterr().err
 
 
 @pytest.mark.gpu
 def test_views_made_ahead_on_a_gpu_are_those_of_the_cpu(mixed: Path) -> None:
     gpu, recipes, order = torch.device("cuda", 0), paper_recipes(16), Order(8, 2, seed=1)
-    sources = [CropBatches(load(mixed), recipes, order, 2, device) for device in (gpu, CPU)]
+    sources = [CropBatches(load(mixed, "cpu"), recipes, order, 2, device) for device in (gpu, CPU)]
     ahead, expected = (list(TimedBatches(source, source.device).epoch(epoch)) for source in sources for epoch in (0,))
     torch.cuda.synchronize()
     for (a1, a2), (b1, b2) in zip(ahead, expected, strict=True):
@@ -311,7 +209,7 @@ def test_views_made_ahead_on_a_gpu_are_those_of_the_cpu(mixed: Path) -> None:
 @pytest.mark.parametrize("graph", [False, True])
 @pytest.mark.parametrize("path", ["device", "crops"])
 def test_training_on_cuda_does_not_wait_for_the_device(path: str, graph: bool, mixed: Path, small_byol: BYOL,
-                                                       image_folder: Callable[..., Path]) -> None:
+                                                       image_folder: Folder) -> None:
     """The whole loop, views included, but for the first step and the end of an epoch, and the epoch that records a graph."""
     gpu, recipes = torch.device("cuda"), paper_recipes(16)
     data = load_images(scan(image_folder() if path == "device" else mixed), "auto", gpu, lambda line: None)[0]

@@ -105,11 +105,11 @@ def _train(folder: str, arguments: list[str], moments: list[dict[str, Any]], sta
     import torch.multiprocessing
 
     import train
-    from byol_core.run import log as metrics
+    from byol_core.run import log
 
     os.chdir(folder)
     torch.multiprocessing.set_start_method(start_method, force=True)
-    metrics.RECORD_EVERY = 2  # not only at the ends of these short epochs
+    log.RECORD_EVERY = 2  # not only at the ends of these short epochs
     for moment in moments:
         At(**moment).arrange()
     return train.main(arguments)

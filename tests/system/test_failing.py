@@ -14,6 +14,7 @@ CLOSED = RuntimeError("[pair.cc:534] Connection closed by peer [127.0.0.1]:14242
 @pytest.fixture(autouse=True)
 def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "GRACE_S", 0.01)
+    monkeypatch.delenv("BYOL_TIMEOUT_S", raising=False)
 
 
 def test_one_that_gets_no_answer_says_so_at_once() -> None:
@@ -74,17 +75,3 @@ def test_what_no_process_is_to_blame_for_keeps_its_words(error: Exception) -> No
 
 def test_alone_it_says_what_happened() -> None:
     assert Processes().fail(CLOSED) == (str(CLOSED), True)
-
-
-@pytest.mark.parametrize("seconds, wrong", [("0", "is 0 - use 1 or more seconds"), ("10m", "is '10m', which is no whole ")])
-def test_a_timeout_that_is_none_is_refused(seconds: str, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "1")):
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("BYOL_TIMEOUT_S", seconds)
-    with pytest.raises(ValueError, match=f"BYOL_TIMEOUT_S {wrong}"):
-        distributed.join("cpu")
-
-
-def test_an_exchange_may_take_ten_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("BYOL_TIMEOUT_S", raising=False)
-    assert distributed._timeout() == timedelta(minutes=10)

@@ -1,5 +1,6 @@
 """Runs of the main job under torchrun, with a fault in one process; for the tests."""
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -95,11 +96,9 @@ def _that_write_to(path: Path) -> list[int]:
     """The live processes whose stderr this file is, whatever session they are in."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
-        try:
+        with contextlib.suppress(OSError):
             if (entry / "fd" / "2").samefile(path):
                 found.append(int(entry.name))
-        except OSError:
-            continue
     return found
 
 

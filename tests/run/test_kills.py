@@ -1,6 +1,5 @@
 """Exact resume: a run that was killed, anywhere and any number of times, ends as one that never was."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import pytest
 from byol_core.system.files import newest_checkpoint
 from tests.helpers.children import SMALL, At, run_child
 from tests.helpers.kills import STEP, arguments, assert_same_run, run
-from tests.helpers.runs import checkpoint, metrics
+from tests.helpers.runs import checkpoint, metrics, summary
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 
@@ -22,7 +21,7 @@ def test_a_run_killed_at_any_step_ends_as_if_it_never_was(data: Path, views: str
     for update, after in ((1, False), (3, False), (3, True), (5, False), (6, False), (6, True)):  # saved after 3 and 6
         out = f"killed in update {update}, {'after' if after else 'before'} its end"
         assert run(words, out, At(STEP, update, "tests.helpers.kills:kill", after)) == 137
-        assert json.loads(Path(out, "summary.json").read_text())["status"] == "running"
+        assert summary(out)["status"] == "running"
         assert run(words, out) == 0
         assert_same_run("whole", out)
 

@@ -15,6 +15,7 @@ from byol_core.run.options import parse_config
 from byol_core.run.run import CHECK_STEPS, Run
 from byol_core.runtime import Runtime
 from byol_core.system.distributed import ALONE
+from tests.helpers.kills import assert_same_run
 from tests.helpers.runs import SMALL, assert_same_state, checkpoint, run, summary
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
@@ -42,40 +43,38 @@ def test_check_trains_nothing_and_touches_no_run(image_folder: Callable[..., Pat
     assert "disk; " in capsys.readouterr().out and len(updates) > 1  # though that run stands at its end
 
 
-def bare_run(train: Callable[[Any, Any], None], graph: bool = False, first_says: int | None = None) -> Any:
-    """What is timed. train: its loop. first_says: what another process says, if that is the first one."""
-    runtime = SimpleNamespace(cuda_graph=graph, confirm=lambda: None)
-    return SimpleNamespace(setup=SimpleNamespace(runtime=runtime), _train=train,
-                           processes=SimpleNamespace(from_first=lambda make: first_says or make()))
+def measured(monkeypatch: pytest.MonkeyPatch, graph: bool = False, at_least: float = 0.0,
+             first_says: int | None = None) -> tuple[float, int]:
+    """(seconds of an update as a run measures them, how many it makes for that).
+
+    first_says: how many another process says, if that is the first one.
+    """
+    made: list[int] = []
+
+    def train(progress: Any, after_step: Any) -> None:
+        for seconds in [100, 90, 80, 70, *[10] * 200]:
+            made.append(seconds)
+            after_step(progress, None)
+
+    monkeypatch.setattr(time, "monotonic", lambda: sum(made))
+    run: Any = SimpleNamespace(
+        setup=SimpleNamespace(runtime=SimpleNamespace(cuda_graph=graph, confirm=lambda: None)), _train=train,
+        processes=SimpleNamespace(from_first=lambda make: first_says or make()))
+    return Run.seconds_per_update(run, at_least), len(made)
 
 
 @pytest.mark.parametrize("graph, expected", [(False, (90 + 80 + 70 + 10 + 10) / 5), (True, 10)])
 def test_a_check_times_updates_once_they_are_as_they_will_be(
         graph: bool, expected: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """All but the first; with a CUDA graph those after it was recorded."""
-    clock = [0.0]
-
-    def train(progress: Any, after_step: Any) -> None:
-        for seconds in [100, 90, 80, 70, *[10] * 20]:
-            clock[0] += seconds
-            after_step(progress, None)
-
-    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    assert Run.seconds_per_update(bare_run(train, graph)) == expected
+    assert measured(monkeypatch, graph)[0] == expected
 
 
-@pytest.mark.parametrize("first_says, measured", [(9, 9), (None, 100)])
-def test_the_first_process_says_how_many_updates_are_timed(first_says: int | None, measured: int) -> None:
+@pytest.mark.parametrize("first_says, updates", [(9, 9), (None, 100)])
+def test_the_first_process_says_how_many_updates_are_timed(first_says: int | None, updates: int,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
     """Each by its own clock, processes would stop at different updates, and wait for one another for ever."""
-    updates: list[int] = []
-
-    def train(progress: Any, after_step: Any) -> None:
-        for number in range(200):
-            updates.append(number)
-            after_step(progress, None)
-
-    Run.seconds_per_update(bare_run(train, first_says=first_says), at_least=1e6)
-    assert len(updates) == measured + 1  # the first one is not timed
+    assert measured(monkeypatch, at_least=1e6, first_says=first_says)[1] == 1 + updates  # the first one is not timed
 
 
 def timed(seconds: float, monkeypatch: pytest.MonkeyPatch) -> list[float]:
@@ -145,6 +144,4 @@ def test_nothing_of_the_timing_is_left_in_a_run_of_minutes(image_folder: Callabl
     monkeypatch.setattr(Run, "images_in", lambda self, minutes: (self.seconds_per_update(), 24)[1])
     assert run("--data", data, "--minutes", 1, "--out", "minutes", "--no-eval", *SMALL) == 0
     assert run("--data", data, "--epochs", 2, "--out", "epochs", "--no-eval", *SMALL) == 0
-    assert_same_state(checkpoint("minutes"), checkpoint("epochs"))
-    one, other = (Path(name, "metrics.jsonl").read_text().splitlines() for name in ("minutes", "epochs"))
-    assert len(one) == len(other)
+    assert_same_run("minutes", "epochs")

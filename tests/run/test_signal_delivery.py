@@ -1,7 +1,6 @@
 """Signals as a machine sends them: to a process or all of its group, at any moment; saved, told in a line, nobody left."""
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -14,20 +13,16 @@ import pytest
 import train
 from tests.helpers.children import SMALL, At, Ended, run_child
 from tests.helpers.kills import STEP, arguments, assert_same_run, run
-from tests.helpers.runs import checkpoint
+from tests.helpers.runs import checkpoint, summary
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 
 CODES = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 143, "SIGHUP": 143}
 
 
-def status(out: str) -> str:
-    return json.loads(Path(out, "summary.json").read_text())["status"]
-
-
 def assert_stopped(ended: Ended, code: int, updates: int, out: str = "out") -> None:
     assert ended.code == code and ended.errors.count("\n") <= 3, ended.errors
-    assert checkpoint(out)["progress"]["updates"] == updates and status(out) == "stopped"
+    assert checkpoint(out)["progress"]["updates"] == updates and summary(out)["status"] == "stopped"
     assert not list(Path(out).glob(".*.tmp"))
 
 
@@ -57,7 +52,7 @@ def test_a_second_interrupt_stops_at_once_and_leaves_nothing_torn(data: Path, se
     words = arguments(data, "--views", "cpu", "--workers", 2, "--out", "out")
     ended = run_child(words, [At(STEP, 2, "group SIGINT"), second])
     assert ended.code == 130 and ended.errors.count("\n") <= 3, ended.errors
-    assert not Path("out/last.pt").exists() and not list(Path("out").glob(".*.tmp")) and status("out") == "stopped"
+    assert not Path("out/last.pt").exists() and not list(Path("out").glob(".*.tmp")) and summary("out")["status"] == "stopped"
 
 
 def test_a_signal_in_a_save_waits_for_it_and_for_a_step(data: Path) -> None:
@@ -75,7 +70,7 @@ def test_a_signal_while_features_are_measured_on_the_way_is_answered_after_it(im
     words = ["--data", str(image_folder(per_class=10)), "--epochs", "2", "--eval-every", "1", "--workers", "0", *SMALL]
     assert run(words, "whole") == 0
     assert run(words, "parts", At("byol_core.evaluate.scoring:Scorer.quick", 1, "SIGTERM")) == 143
-    assert checkpoint("parts")["progress"]["updates"] == 5 and status("parts") == "stopped"
+    assert checkpoint("parts")["progress"]["updates"] == 5 and summary("parts")["status"] == "stopped"
     assert run(words, "parts") == 0
     assert_same_run("whole", "parts")
 
@@ -87,8 +82,8 @@ def test_a_signal_while_a_network_is_measured_stops_at_once(image_folder: Callab
     words = ["--data", str(image_folder(per_class=10)), "--epochs", "2", "--workers", "0", *SMALL, "--image-size", "20"]
     assert run(words, "whole") == 0
     assert run(words, "parts", At("byol_core.evaluate.scoring:Scorer.measure", number, "SIGTERM")) == 143
-    assert status("parts") == "stopped" and Path("parts/last.pt").exists() == (updates is not None)
-    assert run(words, "parts") == 0 and status("parts") == "finished"
+    assert summary("parts")["status"] == "stopped" and Path("parts/last.pt").exists() == (updates is not None)
+    assert run(words, "parts") == 0 and summary("parts")["status"] == "finished"
     assert_same_run("whole", "parts")
 
 
@@ -97,7 +92,7 @@ def test_a_signal_to_a_group_whose_workers_decode_images_to_measure_leaves_nobod
     words = ["--data", str(image_folder(per_class=10)), "--epochs", "1", "--workers", "2", "--views", "cpu", "--out", "out",
              *SMALL]
     ended = run_child(words, [At("byol_core.evaluate.features:_features", 1, "group SIGTERM")])
-    assert ended.code == 143 and ended.errors == "" and status("out") == "stopped"
+    assert ended.code == 143 and ended.errors == "" and summary("out")["status"] == "stopped"
 
 
 def swallow_a_signal() -> None:
@@ -135,7 +130,7 @@ def test_a_signal_while_a_failure_is_written_down_does_not_hide_it(data: Path, c
     words = arguments(data, "--workers", 0)
     failing = At("byol_core.run.run:Run.save", 1, f"{__name__}:fail")
     assert run(words, "out", failing, At("byol_core.run.run:Run.write_end", 1, "SIGTERM")) == 1
-    assert capsys.readouterr().err.endswith("error: no luck\n") and status("out") == "failed"
+    assert capsys.readouterr().err.endswith("error: no luck\n") and summary("out")["status"] == "failed"
 
 
 def fail() -> None:

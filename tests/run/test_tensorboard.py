@@ -7,8 +7,9 @@ from unittest import mock
 
 import pytest
 
-from byol_core.run.run import Run
 from byol_core.run.tensorboard import Board
+from tests.helpers import kills
+from tests.helpers.children import At
 from tests.helpers.forking import run_code
 from tests.helpers.pictures import Folder
 from tests.helpers.runs import SMALL, run
@@ -17,21 +18,12 @@ pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 
 
 @pytest.mark.slow
-def test_events_hold_every_record_and_picture_and_none_twice_after_a_resume(image_folder: Folder, monkeypatch) -> None:
+def test_events_hold_every_record_and_picture_and_none_twice_after_a_resume(image_folder: Folder) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    arguments = ["--data", image_folder(per_class=20), "--epochs", 4, "--out", "out", "--eval-every", 1, "--save-every", 2,
-                 "--tensorboard", *SMALL]
-    original = Run._after_step
-
-    def cut(self: Run, progress, step) -> None:
-        if progress.updates == 35:
-            raise RuntimeError("power cut")  # update 30 was recorded, the checkpoint is that of update 20
-        original(self, progress, step)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Run, "_after_step", cut)
-        assert run(*arguments) == 1
-    assert run(*arguments, "--resume") == 0
+    words = ["--data", str(image_folder(per_class=20)), "--epochs", "4", "--eval-every", "1", "--save-every", "2",
+             "--tensorboard", *SMALL]
+    assert kills.run(words, "out", At(kills.STEP, 35, "tests.helpers.kills:kill")) == 137  # the checkpoint is of update 20
+    assert kills.run(words, "out") == 0
     assert len(list(Path("out").glob("events.out.tfevents.*"))) == 2
     events = accumulator.EventAccumulator("out")
     events.Reload()

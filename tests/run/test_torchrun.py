@@ -19,9 +19,8 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_ends_with_one_set_of_files(processes: int, image_folder: Callable[..., Path], tmp_path: Path) -> None:
-    batch = ("--batch-size", 12)  # in as many parts
-    done = torchrun(tmp_path, "--data", image_folder(), "--out", "out", "--epochs", 1, *SMALL, *batch, processes=processes,
-                    forked=processes > 2)
+    done = torchrun(tmp_path, "--data", image_folder(), "--out", "out", "--epochs", 1, *SMALL, "--batch-size", 12,
+                    processes=processes, forked=processes > 2)
     assert done.code == 0 and not done.orphans, done.err
     result = summary(tmp_path / "out")
     assert result["status"] == "finished" and result["world_size"] == processes and result["updates"] == 1

@@ -16,16 +16,19 @@ from tests.helpers.torchrun import SMALL, torchrun, trained
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("fault, rank, message", [
-    ("raises", 0, "error: rank 0 of 2: the dog ate it"),
-    ("raises", 1, "error: rank 1 of 2: the dog ate it"),
-    ("is killed", 0, "error: another process is gone (noticed by rank 1 of 2): killed, out of memory, or cut off; "),
-    ("is killed", 1, "error: another process is gone (noticed by rank 0 of 2): killed, out of memory, or cut off; "),
-    ("hangs", 1, "error: another process has not answered for 15 s (noticed by rank 0 of 2): it hangs, or "),
+@pytest.mark.parametrize("fault, rank, update, message", [
+    ("raises", 0, 3, "error: rank 0 of 2: the dog ate it"),
+    ("raises", 1, 3, "error: rank 1 of 2: the dog ate it"),
+    ("is killed", 0, 3, "error: another process is gone (noticed by rank 1 of 2): killed, out of memory, or cut off; "),
+    ("is killed", 1, 3, "error: another process is gone (noticed by rank 0 of 2): killed, out of memory, or cut off; "),
+    ("hangs", 1, 3, "error: another process has not answered for 15 s (noticed by rank 0 of 2): it hangs, or "),
+    # After the last update, where the others wait for the first process as long as it takes, and it for them no longer.
+    ("hangs", 1, 4, "error: another process has not answered for 15 s (noticed by rank 0 of 2): it hangs, or "),
 ])
-def test_a_process_that_fails_is_told_once_and_ends_the_run(fault: str, rank: int, message: str, tmp_path: Path,
+def test_a_process_that_fails_is_told_once_and_ends_the_run(fault: str, rank: int, update: int, message: str, tmp_path: Path,
                                                             image_folder: Callable[..., Path]) -> None:
-    done = trained(tmp_path, image_folder(), fault=fault, rank=rank, env={"BYOL_TIMEOUT_S": "15"} if fault == "hangs" else {})
+    done = trained(tmp_path, image_folder(), fault=fault, rank=rank, update=update,
+                   env={"BYOL_TIMEOUT_S": "15"} if fault == "hangs" else {})
     assert done.code == 1 and not done.orphans
     assert len(done.messages) == 1 and done.messages[0].startswith(message), done.err
     if rank == 1:
@@ -43,15 +46,6 @@ def test_a_process_that_is_killed_is_told_although_torchrun_stops_the_others(ima
     done = trained(tmp_path, image_folder(), fault="is killed", setup=slow)
     assert done.code == 1 and len(done.messages) == 1 and not done.orphans, done.err
     assert done.messages[0].startswith("error: another process is gone (noticed by rank 0 of 2)")
-    assert summary(tmp_path / "out")["status"] == "failed"
-
-
-def test_the_first_process_waits_for_the_others_no_longer_than_they_may_take(image_folder: Callable[..., Path],
-                                                                             tmp_path: Path) -> None:
-    """After the last update, where they wait for it as long as it takes."""
-    done = trained(tmp_path, image_folder(), fault="hangs", update=4, env={"BYOL_TIMEOUT_S": "15"})
-    assert done.code == 1 and not done.orphans and len(done.messages) == 1
-    assert done.messages[0].startswith("error: another process has not answered for 15 s (noticed by rank 0 of 2): ")
     assert summary(tmp_path / "out")["status"] == "failed"
 
 

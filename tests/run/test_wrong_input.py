@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from byol_core.images import image_set
+from byol_core.run.folder import open_run_folder
 from byol_core.system import distributed
 from tests.helpers.forking import REPOSITORY
 from tests.helpers.runs import SMALL, run
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
-
 
 WRONG = [
     (["--data", "imsg"], "no such folder: imsg - did you mean imgs?"),
@@ -25,9 +25,8 @@ WRONG = [
     (["--data", "imgs/class0/000.png"], "is a file"),
     (["--data", "empty"], "no images under empty: looked for .jpg"),
     (["--batch-size", "17"], "16 images < --batch-size 17 - use --batch-size 16 or less"),
-    (["--batch-size", "1"], "batch of 1"),
+    (["--batch-size", "1"], "batch of 1 per process and micro-batch"),
     (["--batch-size", "6", "--accum-steps", "4"], "use a multiple of 4"),
-    (["--batch-size", "4", "--accum-steps", "4"], "batch of 1 per process and micro-batch"),
     (["--arch", "resnet19"], "unknown arch 'resnet19' - did you mean resnet18?"),
     (["--arch", "squeezenet1_0"], "arch 'squeezenet1_0' does not end in a linear layer"),
     (["--arch", "alexnet"], "the network cannot take 16-pixel images"),
@@ -69,7 +68,6 @@ def test_wrong_input_is_one_line_and_code_2_before_any_training(image_folder: Ca
 
 @pytest.mark.parametrize("arguments, message", [
     (["--lr", "nan"], "argument --lr: must be a finite number above 0, got nan"),
-    (["--lr", "-1"], "got -1"),
     (["--lr", "0"], "got 0"),
     (["--epochs", "-1"], "argument --epochs: must be a whole number from 0 to 1000000000, got -1"),
     (["--epochs", "9" * 401], "argument --epochs: must be a whole number from 0 to 1000000000, got 9999"),
@@ -100,7 +98,6 @@ def test_a_folder_that_cannot_be_written_to_is_told_before_the_images_are_looked
 
 
 def test_a_second_run_in_the_same_folder_is_refused(image_folder: Callable[..., Path], capsys) -> None:
-    from byol_core.run.folder import open_run_folder
     with open_run_folder(Path("out"), may_be_used=False):
         assert run("--data", image_folder(), "--epochs", 1, "--out", "out", *SMALL) == 2
     said = capsys.readouterr().err
@@ -127,7 +124,7 @@ def test_an_environment_that_is_none_of_torchruns_is_one_line_and_code_2(name: s
     assert error.startswith(f"error: {message}") and error.count("\n") == 1 and "unset " in error and not Path("out").exists()
 
 
-def test_help_and_a_mistyped_flag_do_not_load_torch(tmp_path: Path) -> None:
+def test_help_and_a_mistyped_flag_do_not_load_torch() -> None:
     script = ("import sys, runpy\nsys.argv = ['train.py', *sys.argv[1:]]\n"
               f"try:\n    runpy.run_path({str(REPOSITORY / 'train.py')!r}, run_name='__main__')\n"
               "except SystemExit:\n    pass\n"

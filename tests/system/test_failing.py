@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 from byol_core.system import distributed
 from byol_core.system.distributed import NoAnswerError, Processes
+from byol_core.views.workers import WorkerError
 
 CLOSED = RuntimeError("[pair.cc:534] Connection closed by peer [127.0.0.1]:14242")
 
@@ -61,17 +62,9 @@ def test_of_two_that_notice_it_one_says_so(error: Exception, said: str, monkeypa
     assert Processes(0, 3, store=store).fail(error) == (reason, False)
 
 
-class OfOurs(RuntimeError):
-    pass
-
-
-@pytest.mark.parametrize("error", [ConnectionResetError("Connection reset by peer"), OfOurs("connection closed"),
+@pytest.mark.parametrize("error", [ConnectionResetError("Connection reset by peer"), WorkerError("connection closed"),
                                    FileNotFoundError("runs/timeout was removed or replaced while the run went on"),
                                    RuntimeError("NCCL error: Duplicate GPU detected"),
                                    ValueError("no such folder: timed out")])
 def test_what_no_process_is_to_blame_for_keeps_its_words(error: Exception) -> None:
     assert Processes(0, 2, store=dist.HashStore()).fail(error, f"{error}!") == (f"rank 0 of 2: {error}!", True)
-
-
-def test_alone_it_says_what_happened() -> None:
-    assert Processes().fail(CLOSED) == (str(CLOSED), True)

@@ -16,6 +16,7 @@ import torch
 
 from byol_core.system.files import (CheckpointError, atomic_write, newest_checkpoint, read_checkpoint, read_weights,
                                     remove_leftovers, save_checkpoint, write_json)
+from tests.fuzz import Payload
 from tests.helpers.modules import save
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -121,14 +122,6 @@ def test_all_checkpoints_damaged_is_an_error_and_never_a_fresh_start(tmp_path: P
         newest_checkpoint(tmp_path)
 
 
-class Payload:
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple:
-        return os.mkdir, (str(self.marker),)
-
-
 @pytest.mark.parametrize("protocol", [None, *range(pickle.HIGHEST_PROTOCOL + 1)])
 def test_code_in_a_file_is_refused_and_not_run(tmp_path: Path, protocol: int | None) -> None:
     marker, path = tmp_path / "marker", tmp_path / "evil.pt"
@@ -166,17 +159,14 @@ def test_code_in_a_bare_pickle_is_named_where_its_name_is_sure(tmp_path: Path, c
         read_checkpoint(tmp_path / "x.pt")
 
 
-def test_the_format_of_old_torch_is_named(tmp_path: Path) -> None:
-    torch.save({"conv1.weight": torch.ones(2)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
-    with pytest.raises(CheckpointError, match="old.pt is in the format of torch before 1.6 - torch.load it with"):
-        read_weights(tmp_path / "old.pt")
-
-
 def test_other_files_are_named_for_what_they_are(tmp_path: Path) -> None:
     torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "weights.pt")
     with pytest.raises(CheckpointError, match="holds weights only - use --init-from"):
         read_checkpoint(tmp_path / "weights.pt")
     assert list(read_weights(tmp_path / "weights.pt")) == ["conv1.weight"]
+    torch.save({"conv1.weight": torch.ones(2)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match="old.pt is in the format of torch before 1.6 - torch.load it with"):
+        read_weights(tmp_path / "old.pt")
     torch.save({"format": 2}, tmp_path / "newer.pt")
     with pytest.raises(CheckpointError, match="format 2, this version reads up to 1 - upgrade"):
         read_checkpoint(tmp_path / "newer.pt")

@@ -73,20 +73,16 @@ class Ended:
 def run_child(arguments: Sequence[object], moments: Sequence[At] = (), start_method: str = "fork") -> Ended:
     """Run train.py in the current folder, in a session of its own. start_method: of its data workers."""
     reading, writing = os.pipe()
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    try:
+    with open(reading, "rb") as pipe, open(writing, "wb") as stderr, open(os.devnull, "w") as stdout:
         child = Forked("tests.helpers.children:_train", [os.getcwd(), [str(argument) for argument in arguments],
                                                          [asdict(moment) for moment in moments], start_method],
-                       nowhere, writing)
-        os.close(writing)
+                       stdout, stderr)
+        stderr.close()
         try:
-            errors = _read_to_the_end(reading)
+            errors = _read_to_the_end(pipe.fileno())
         finally:
             child.kill_session()
         return Ended(child.wait(), errors)
-    finally:
-        os.close(reading)
-        os.close(nowhere)
 
 
 def _read_to_the_end(pipe: int) -> str:
@@ -105,11 +101,11 @@ def _train(folder: str, arguments: list[str], moments: list[dict[str, Any]], sta
     import torch.multiprocessing
 
     import train
-    from byol_core.run import log as metrics
+    from byol_core.run import log
 
     os.chdir(folder)
     torch.multiprocessing.set_start_method(start_method, force=True)
-    metrics.RECORD_EVERY = 2  # not only at the ends of these short epochs
+    log.RECORD_EVERY = 2  # not only at the ends of these short epochs
     for moment in moments:
         At(**moment).arrange()
     return train.main(arguments)

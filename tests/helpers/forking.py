@@ -191,9 +191,8 @@ class ForkedPython(Forked):
         super().__init__(f"{__name__}:_python", [words, os.getcwd(), dict(env)], 1, 2)
 
     def poll(self) -> int | None:
-        if self.code is None:
-            with contextlib.suppress(TimeoutError):
-                self.code = super().wait(0.0)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.wait(0.0)
         return self.code
 
     def wait(self, timeout: float | None = None) -> int:
@@ -262,9 +261,9 @@ def fork_every_python() -> None:
     subprocess.run = run  # type: ignore[assignment]
 
 
-def python(words: list[str], environment: dict[str, str]) -> int:
-    """`python WORDS` in the repository, in a forked process that forks what it starts."""
-    os.chdir(REPOSITORY)
+def python(words: list[str], environment: dict[str, str], folder: str = str(REPOSITORY)) -> int:
+    """`python WORDS` in a folder, in a forked process that forks what it starts."""
+    os.chdir(folder)
     os.environ.update(environment)
     fork_every_python()
     return as_python(words)

@@ -1,21 +1,19 @@
 """Runs of the main job under torchrun, with a fault in one process; for the tests."""
 
+import contextlib
 import ctypes
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
-from tests.helpers.forking import REPOSITORY, STARTED_BY, Forked, fork_every_python
+from tests.helpers import runs
+from tests.helpers.forking import PATIENCE_S, REPOSITORY, STARTED_BY, Forked, python
 
-SMALL = ("--arch", "conv6", "--hidden-dim", "16", "--projection-dim", "8", "--batch-size", "8", "--workers", "0",
-         "--device", "cpu")
+SMALL = (*runs.SMALL, "--batch-size", "8")
 # What one process does after its third update, by name; `rank` is its rank, `attempt` counts torchrun's restarts, and
 # `starter` is torchrun's process.
 FAULTS = {
@@ -56,9 +54,9 @@ class Finished:
 
 
 def torchrun(folder: Path, *arguments: object, processes: int = 2, fault: str = "pass", rank: int = 1, update: int = 3,
-             options: tuple[str, ...] = ("--standalone",), namespace: str = "", timeout: float = 600.0,
-             patience: float = 60.0, env: dict[str, str] | None = None, setup: str = "", forked: bool = True) -> Finished:
-    """`train.py` with these arguments in `folder`, in so many processes.
+             options: tuple[str, ...] = ("--standalone",), namespace: str = "", env: dict[str, str] | None = None,
+             setup: str = "", forked: bool = True) -> Finished:
+    """`train.py` with these arguments in `folder`, in so many processes; those that are left after it are killed.
 
     options: of torchrun. namespace: whose network they have, instead of the machine's. setup: code that all processes run
     first. forked: torchrun and its processes are spared the loading of torch, which takes longer than a run; all else is as in
@@ -67,39 +65,22 @@ def torchrun(folder: Path, *arguments: object, processes: int = 2, fault: str = 
     driver = folder / "driver.py"
     driver.write_text(DRIVER.format(repository=str(REPOSITORY), update=update, rank=rank, fault=FAULTS.get(fault, fault),
                                     setup=setup, started_by=STARTED_BY))
-    words = ["--nproc-per-node", str(processes), *options, str(driver), *map(str, arguments)]
+    words = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), *options, str(driver), *map(str, arguments)]
     environment = {"OMP_NUM_THREADS": "1", **(env or {})}
-    if forked:
-        start = partial(Forked, "tests.helpers.torchrun:_torchrun", [str(folder), words, environment, namespace])
-        return _finished(folder, start, timeout, patience)
-    return watched([sys.executable, "-m", "torch.distributed.run", *words], folder, timeout, environment, patience)
-
-
-def trained(folder: Path, images: Path, *more: object, **options) -> Finished:
-    return torchrun(folder, "--data", images, "--out", "out", "--epochs", 2, "--no-eval", *SMALL, *more, **options)
-
-
-def summary(folder: Path, name: str = "out") -> dict[str, object]:
-    return json.loads((folder / name / "summary.json").read_text())
-
-
-def watched(command: list[str], folder: Path, timeout: float, env: dict[str, str] | None = None,
-            patience: float = 60.0) -> Finished:
-    """Run a command; say which of the processes it started are left after `patience` seconds, and kill them."""
-    start = partial(subprocess.Popen, command, cwd=folder, start_new_session=True, env={**os.environ, **(env or {})})
-    return _finished(folder, start, timeout, patience)
-
-
-def _finished(folder: Path, start: Callable[..., subprocess.Popen | Forked], timeout: float, patience: float) -> Finished:
     with open(folder / "stdout", "w") as out, open(folder / "stderr", "w") as err:
-        process = start(stdout=out, stderr=err)
+        process: Forked | subprocess.Popen
+        if forked:
+            process = Forked(f"{__name__}:_torchrun", [words, environment, str(folder), namespace], out, err)
+        else:
+            process = subprocess.Popen([sys.executable, *words], cwd=folder, start_new_session=True, stdout=out, stderr=err,
+                                       env={**os.environ, **environment})
         try:
-            code = process.wait(timeout)
+            code = process.wait(PATIENCE_S)
         except (subprocess.TimeoutExpired, TimeoutError):
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
             code = -1
-    until = time.monotonic() + patience
+    until = time.monotonic() + 60
     while (orphans := _that_write_to(folder / "stderr")) and time.monotonic() < until:
         time.sleep(0.1)
     for pid in orphans:
@@ -107,26 +88,22 @@ def _finished(folder: Path, start: Callable[..., subprocess.Popen | Forked], tim
     return Finished(code, (folder / "stdout").read_text(), (folder / "stderr").read_text(), orphans)
 
 
+def trained(folder: Path, images: Path, *more: object, **options) -> Finished:
+    return torchrun(folder, "--data", images, "--out", "out", "--epochs", 2, "--no-eval", *SMALL, *more, **options)
+
+
 def _that_write_to(path: Path) -> list[int]:
     """The live processes whose stderr this file is, whatever session they are in."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
-        try:
+        with contextlib.suppress(OSError):
             if (entry / "fd" / "2").samefile(path):
                 found.append(int(entry.name))
-        except OSError:
-            continue
     return found
 
 
-def _torchrun(folder: str, words: list[str], environment: dict[str, str], namespace: str) -> None:
-    """torchrun, whose processes are forked where it would start a Python."""
-    import torch.distributed.run
-
+def _torchrun(words: list[str], environment: dict[str, str], folder: str, namespace: str) -> int:
     if namespace:
         with open(f"/run/netns/{namespace}") as file:
             assert ctypes.CDLL(None, use_errno=True).setns(file.fileno(), 0) == 0, os.strerror(ctypes.get_errno())
-    os.chdir(folder)
-    os.environ.update(environment)
-    fork_every_python()
-    torch.distributed.run.main(words)
+    return python(words, environment, folder)

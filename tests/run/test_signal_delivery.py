@@ -1,7 +1,6 @@
 """Signals as a machine sends them: to a process or all of its group, at any moment; saved, told in a line, nobody left."""
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -12,41 +11,28 @@ from pathlib import Path
 import pytest
 
 import train
-from byol_core.run import command
 from tests.helpers.children import SMALL, At, Ended, run_child
 from tests.helpers.kills import STEP, arguments, assert_same_run, run
-from tests.helpers.runs import assert_same_state, checkpoint
+from tests.helpers.runs import checkpoint, summary
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 
 CODES = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 143, "SIGHUP": 143}
-OFTEN = ["SIGINT", "SIGTERM", "SIGUSR1"]  # those that every combination is tried with
-
-
-def status(out: str) -> str:
-    return json.loads(Path(out, "summary.json").read_text())["status"]
 
 
 def assert_stopped(ended: Ended, code: int, updates: int, out: str = "out") -> None:
     assert ended.code == code and ended.errors.count("\n") <= 3, ended.errors
-    assert checkpoint(out)["progress"]["updates"] == updates and status(out) == "stopped"
+    assert checkpoint(out)["progress"]["updates"] == updates and summary(out)["status"] == "stopped"
     assert not list(Path(out).glob(".*.tmp"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("to", ["", "group "], ids=["process", "group"])
-@pytest.mark.parametrize("name", OFTEN)
-def test_a_signal_is_answered_within_a_step(data: Path, name: str, to: str, workers: int) -> None:
+@pytest.mark.parametrize("what, workers, start_method", [
+    ("SIGTERM", 0, "fork"), ("SIGTERM", 2, "fork"), ("group SIGINT", 2, "fork"), ("group SIGUSR1", 2, "fork"),
+    ("group SIGINT", 1, "spawn")])
+def test_a_signal_is_answered_within_a_step(data: Path, what: str, workers: int, start_method: str) -> None:
     words = arguments(data, "--views", "cpu", "--workers", workers, "--out", "out")
-    assert_stopped(run_child(words, [At(STEP, 2, to + name)]), CODES[name], updates=2)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", OFTEN)
-def test_a_signal_to_a_group_with_a_spawned_worker_is_answered_within_a_step(data: Path, name: str) -> None:
-    words = arguments(data, "--views", "cpu", "--workers", 1, "--out", "out")
-    assert_stopped(run_child(words, [At(STEP, 2, f"group {name}")], start_method="spawn"), CODES[name], updates=2)
+    assert_stopped(run_child(words, [At(STEP, 2, what)], start_method), CODES[what.split()[-1]], updates=2)
 
 
 @pytest.mark.slow
@@ -66,7 +52,7 @@ def test_a_second_interrupt_stops_at_once_and_leaves_nothing_torn(data: Path, se
     words = arguments(data, "--views", "cpu", "--workers", 2, "--out", "out")
     ended = run_child(words, [At(STEP, 2, "group SIGINT"), second])
     assert ended.code == 130 and ended.errors.count("\n") <= 3, ended.errors
-    assert not Path("out/last.pt").exists() and not list(Path("out").glob(".*.tmp")) and status("out") == "stopped"
+    assert not Path("out/last.pt").exists() and not list(Path("out").glob(".*.tmp")) and summary("out")["status"] == "stopped"
 
 
 def test_a_signal_in_a_save_waits_for_it_and_for_a_step(data: Path) -> None:
@@ -76,35 +62,28 @@ def test_a_signal_in_a_save_waits_for_it_and_for_a_step(data: Path) -> None:
     assert checkpoint("parts")["progress"]["updates"] == 4  # the save was that of update 3, the last of its epoch
     assert run(words, "parts") == 0
     assert_same_run("whole", "parts")
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN  # all is written; an exception would only be noise now
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CODES)
-def test_a_signal_while_features_are_measured_on_the_way_is_answered_after_it(image_folder: Callable[..., Path],
-                                                                              name: str) -> None:
+def test_a_signal_while_features_are_measured_on_the_way_is_answered_after_it(image_folder: Callable[..., Path]) -> None:
     words = ["--data", str(image_folder(per_class=10)), "--epochs", "2", "--eval-every", "1", "--workers", "0", *SMALL]
     assert run(words, "whole") == 0
-    assert run(words, "parts", At("byol_core.evaluate.scoring:Scorer.quick", 1, name)) == CODES[name]
-    assert checkpoint("parts")["progress"]["updates"] == 5 and status("parts") == "stopped"
+    assert run(words, "parts", At("byol_core.evaluate.scoring:Scorer.quick", 1, "SIGTERM")) == 143
+    assert checkpoint("parts")["progress"]["updates"] == 5 and summary("parts")["status"] == "stopped"
     assert run(words, "parts") == 0
-    assert_same_run_but_for_measurements("whole", "parts")
-
-
-def assert_same_run_but_for_measurements(one: str, other: str) -> None:
-    assert_same_state(checkpoint(one), checkpoint(other))
-    assert Path(one, "metrics.jsonl").read_text().count("\n") == Path(other, "metrics.jsonl").read_text().count("\n")
+    assert_same_run("whole", "parts")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number, updates", [(1, None), (2, 10)], ids=["untrained", "trained"])
 def test_a_signal_while_a_network_is_measured_stops_at_once(image_folder: Callable[..., Path], number: int,
                                                             updates: int | None) -> None:
-    words = ["--data", str(image_folder(per_class=10)), "--epochs", "2", "--workers", "0", "--image-size", "20", *SMALL[:6],
-             *SMALL[8:]]
+    words = ["--data", str(image_folder(per_class=10)), "--epochs", "2", "--workers", "0", *SMALL, "--image-size", "20"]
     assert run(words, "whole") == 0
     assert run(words, "parts", At("byol_core.evaluate.scoring:Scorer.measure", number, "SIGTERM")) == 143
-    assert status("parts") == "stopped" and Path("parts/last.pt").exists() == (updates is not None)
-    assert run(words, "parts") == 0 and status("parts") == "finished"
+    assert summary("parts")["status"] == "stopped" and Path("parts/last.pt").exists() == (updates is not None)
+    assert run(words, "parts") == 0 and summary("parts")["status"] == "finished"
     assert_same_run("whole", "parts")
 
 
@@ -113,16 +92,7 @@ def test_a_signal_to_a_group_whose_workers_decode_images_to_measure_leaves_nobod
     words = ["--data", str(image_folder(per_class=10)), "--epochs", "1", "--workers", "2", "--views", "cpu", "--out", "out",
              *SMALL]
     ended = run_child(words, [At("byol_core.evaluate.features:_features", 1, "group SIGTERM")])
-    assert ended.code == 143 and ended.errors == "" and status("out") == "stopped"
-
-
-@pytest.mark.parametrize("name", CODES)
-def test_a_signal_before_training_ends_with_its_code_and_leaves_no_folder(data: Path, capsys, name: str) -> None:
-    words = arguments(data, "--workers", 0, "--out", "out")
-    with pytest.MonkeyPatch.context() as patched:
-        At("byol_core.run.plan:make_plan", 1, name).arrange(patched.setattr)
-        assert command.main(words) == CODES[name]
-    assert capsys.readouterr().err == "" and not Path("out").exists()
+    assert ended.code == 143 and ended.errors == "" and summary("out")["status"] == "stopped"
 
 
 def swallow_a_signal() -> None:
@@ -136,11 +106,11 @@ def be_broken_off() -> None:
     raise ImportError("cannot import name 'x' from partially initialized module")
 
 
-@pytest.mark.parametrize("what", [swallow_a_signal, be_broken_off])
-def test_a_signal_that_something_swallows_before_training_is_answered_all_the_same(data: Path, capsys, what) -> None:
-    moment = At("byol_core.run.plan:make_plan", 1, f"tests.run.test_signal_delivery:{what.__name__}")
-    assert run(arguments(data, "--workers", 0), "out", moment) == 143
-    assert capsys.readouterr().err == "" and not Path("out/last.pt").exists()
+@pytest.mark.parametrize("what, code", [*CODES.items(), (f"{__name__}:swallow_a_signal", 143),
+                                        (f"{__name__}:be_broken_off", 143)])
+def test_a_signal_before_training_ends_with_its_code_and_leaves_no_folder(data: Path, capsys, what: str, code: int) -> None:
+    assert run(arguments(data, "--workers", 0), "out", At("byol_core.run.plan:make_plan", 1, what)) == code
+    assert capsys.readouterr().err == "" and not Path("out").exists()
 
 
 @pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143)])
@@ -158,16 +128,10 @@ def test_a_signal_while_the_command_itself_is_loaded_ends_it_without_a_word(modu
 
 def test_a_signal_while_a_failure_is_written_down_does_not_hide_it(data: Path, capsys) -> None:
     words = arguments(data, "--workers", 0)
-    failing = At("byol_core.run.run:Run.save", 1, "tests.run.test_signal_delivery:fail")
+    failing = At("byol_core.run.run:Run.save", 1, f"{__name__}:fail")
     assert run(words, "out", failing, At("byol_core.run.run:Run.write_end", 1, "SIGTERM")) == 1
-    assert capsys.readouterr().err.endswith("error: no luck\n") and status("out") == "failed"
+    assert capsys.readouterr().err.endswith("error: no luck\n") and summary("out")["status"] == "failed"
 
 
 def fail() -> None:
     raise RuntimeError("no luck")
-
-
-def test_the_command_ends_deaf_to_signals(data: Path) -> None:
-    """What it had to write is written, and an exception while Python itself ends would only be noise."""
-    assert run(arguments(data, "--workers", 0), "out") == 0
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN

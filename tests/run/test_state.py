@@ -19,17 +19,6 @@ def plan(**options: object) -> Plan:
     return make_plan(TrainConfig(batch_size=10, **options), Facts(100, 32))  # type: ignore[arg-type]
 
 
-def rates(chosen: Plan, steps: int, small_byol: BYOL) -> list[float]:
-    optimizer = build_optimizer(small_byol.online, dataclasses.replace(chosen, lr=1.0))
-    scheduler = build_scheduler(optimizer, chosen)
-    seen = []
-    for _ in range(steps):
-        seen.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-    return seen
-
-
 @pytest.mark.parametrize("name", list(KINDS))
 def test_every_online_parameter_is_trained_once_and_no_other(small_byol: BYOL, name: str) -> None:
     optimizer = build_optimizer(small_byol.online, plan(optimizer=name, weight_decay=0.3))
@@ -47,22 +36,23 @@ def test_the_predictor_has_its_own_rate(small_byol: BYOL) -> None:
         assert all(group["lr"] == (5.0 if id(p) in predictor else 0.5) for p in group["params"])
 
 
-def test_warm_up_cosine_by_step(small_byol: BYOL) -> None:
-    chosen = plan(epochs=2, warmup_epochs=0.4, scheduler="cosine", scheduler_interval="step")  # 20 steps, 4 of warm-up
-    seen = rates(chosen, 20, small_byol)
-    assert seen[:5] == pytest.approx([0, 0.25, 0.5, 0.75, 1.0]) and seen[12] == pytest.approx(0.5)
-
-
-def test_by_epoch_the_rate_is_that_of_the_epochs_middle(small_byol: BYOL) -> None:
-    chosen = plan(epochs=6, warmup_epochs=2, scheduler="cosine", scheduler_interval="epoch")
-    seen = rates(chosen, 6, small_byol)
-    # by hand: 0.5/2, 1.5/2, then (1 + cos(pi (e + 0.5 - 2) / 4)) / 2
-    assert seen == pytest.approx([0.25, 0.75, 0.961940, 0.691342, 0.308658, 0.038060], abs=1e-6)
-
-
-def test_constant_stays_after_its_warm_up(small_byol: BYOL) -> None:
-    chosen = plan(epochs=2, warmup_epochs=0.2, scheduler="constant")
-    assert rates(chosen, 6, small_byol) == pytest.approx([0, 0.5, 1, 1, 1, 1])
+@pytest.mark.parametrize("options, expected", [
+    # 10 steps an epoch
+    ({"epochs": 2, "warmup_epochs": 0.4, "scheduler": "cosine"}, {0: 0, 1: 0.25, 2: 0.5, 3: 0.75, 4: 1, 12: 0.5}),
+    ({"epochs": 2, "warmup_epochs": 0.2, "scheduler": "constant"}, {0: 0, 1: 0.5, 2: 1, 3: 1, 4: 1, 5: 1}),
+    # of an epoch's middle, by hand: 0.5/2, 1.5/2, then (1 + cos(pi (e + 0.5 - 2) / 4)) / 2
+    ({"epochs": 6, "warmup_epochs": 2, "scheduler": "cosine", "scheduler_interval": "epoch"},
+     {0: 0.25, 1: 0.75, 2: 0.961940, 3: 0.691342, 4: 0.308658, 5: 0.038060}),
+])
+def test_the_rate_follows_its_schedule(small_byol: BYOL, options: dict, expected: dict[int, float]) -> None:
+    chosen = plan(**options)
+    optimizer = build_optimizer(small_byol.online, dataclasses.replace(chosen, lr=1.0))
+    scheduler, seen = build_scheduler(optimizer, chosen), []
+    for _ in range(max(expected) + 1):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert {step: seen[step] for step in expected} == pytest.approx(expected, abs=1e-6)
 
 
 def test_plateau_halves_after_thirty_epochs_without_progress(small_byol: BYOL) -> None:

@@ -2,14 +2,14 @@
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 
-from byol_core.run.run import Run
 from byol_core.run.tensorboard import Board
+from tests.helpers import kills
+from tests.helpers.children import At
 from tests.helpers.forking import run_code
 from tests.helpers.pictures import Folder
 from tests.helpers.runs import SMALL, run
@@ -18,21 +18,12 @@ pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 
 
 @pytest.mark.slow
-def test_events_hold_every_record_and_picture_and_none_twice_after_a_resume(image_folder: Folder, monkeypatch) -> None:
+def test_events_hold_every_record_and_picture_and_none_twice_after_a_resume(image_folder: Folder) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    arguments = ["--data", image_folder(per_class=20), "--epochs", 4, "--out", "out", "--eval-every", 1, "--save-every", 2,
-                 "--tensorboard", *SMALL]
-    original = Run._after_step
-
-    def cut(self: Run, progress, step) -> None:
-        if progress.updates == 35:
-            raise RuntimeError("power cut")  # update 30 was recorded, the checkpoint is that of update 20
-        original(self, progress, step)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Run, "_after_step", cut)
-        assert run(*arguments) == 1
-    assert run(*arguments, "--resume") == 0
+    words = ["--data", str(image_folder(per_class=20)), "--epochs", "4", "--eval-every", "1", "--save-every", "2",
+             "--tensorboard", *SMALL]
+    assert kills.run(words, "out", At(kills.STEP, 35, "tests.helpers.kills:kill")) == 137  # the checkpoint is of update 20
+    assert kills.run(words, "out") == 0
     assert len(list(Path("out").glob("events.out.tfevents.*"))) == 2
     events = accumulator.EventAccumulator("out")
     events.Reload()
@@ -54,33 +45,13 @@ def test_without_the_package_it_is_one_line_and_code_2(image_folder: Folder, mon
     assert "pip install tensorboard, or leave --tensorboard out" in error and not Path("out").exists()
 
 
-class Full:
-    """A writer whose disk is full from its second record on."""
-
-    def __init__(self, folder: str, purge_step: int) -> None:
-        self.flushed = 0
-
-    def add_scalar(self, name: str, value: float, step: int) -> None:
-        pass
-
-    def add_image(self, name: str, image: object, step: int, dataformats: str) -> None:
-        pass
-
-    def flush(self) -> None:
-        self.flushed += 1
-        if self.flushed > 1:
-            raise OSError(28, "No space left on device")
-
-
-def refuse(folder: str, purge_step: int) -> None:
-    raise PermissionError(13, "Permission denied")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("writer, reason", [(Full, "No space left"), (refuse, "Permission denied")])
-def test_events_that_cannot_be_written_are_said_once_and_stop_nothing(image_folder: Folder, monkeypatch, capsys,
-                                                                      writer: Callable, reason: str) -> None:
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=writer))
+@pytest.mark.parametrize("fails, reason", [
+    ({"return_value.flush.side_effect": [None, OSError(28, "No space left")]}, "No space left"),  # at the second record
+    ({"side_effect": PermissionError(13, "Permission denied")}, "Permission denied")])
+def test_events_that_cannot_be_written_are_said_once_and_stop_nothing(image_folder: Folder, monkeypatch, capsys, fails: dict,
+                                                                      reason: str) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", mock.Mock(SummaryWriter=mock.Mock(**fails)))
     assert run("--data", image_folder(), "--epochs", 3, "--out", "out", "--no-eval", "--tensorboard", *SMALL) == 0
     printed = capsys.readouterr().out
     assert printed.count("nothing more is written for TensorBoard") == 1 and reason in printed
@@ -89,14 +60,13 @@ def test_events_that_cannot_be_written_are_said_once_and_stop_nothing(image_fold
 
 
 def test_texts_and_missing_pictures_are_left_out(monkeypatch, tmp_path: Path) -> None:
-    added: list[tuple] = []
-    writer = SimpleNamespace(add_scalar=lambda *what: added.append(what), flush=lambda: None)
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard",
-                        SimpleNamespace(SummaryWriter=lambda folder, purge_step: added.append((purge_step,)) or writer))
-    board = Board(tmp_path, 7, added.append)
+    package = mock.Mock()
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", package)
+    board = Board(tmp_path, 7, pytest.fail)
     board.scalars(8, {"loss": 0.5, "note": "text", "none": None})
     board.picture(8, tmp_path / "missing.png")
-    assert added == [(8,), ("loss", 0.5, 8)]
+    assert package.mock_calls == [mock.call.SummaryWriter(str(tmp_path), purge_step=8),
+                                  mock.call.SummaryWriter().add_scalar("loss", 0.5, 8), mock.call.SummaryWriter().flush()]
 
 
 @pytest.mark.slow

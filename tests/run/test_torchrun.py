@@ -1,7 +1,6 @@
 """The main job in several processes: one set of files, the same weights everywhere, stops, restarts and two machines."""
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -10,41 +9,35 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import torch
 
-import train
-from tests.helpers.torchrun import SMALL, Finished, summary, torchrun, trained
+from byol_core.system.files import save_checkpoint
+from tests.helpers.runs import assert_same_state, checkpoint, metrics, run, summary
+from tests.helpers.torchrun import SMALL, Finished, torchrun, trained
 
 pytestmark = pytest.mark.slow
 
 
-def weights(folder: Path, name: str = "out") -> dict[str, torch.Tensor]:
-    return torch.load(folder / name / "last.pt", weights_only=True)["model"]
-
-
 @pytest.mark.parametrize("processes", [2, 4])
 def test_ends_with_one_set_of_files(processes: int, image_folder: Callable[..., Path], tmp_path: Path) -> None:
-    batch = ("--batch-size", 12)  # in as many parts
-    done = torchrun(tmp_path, "--data", image_folder(), "--out", "out", "--epochs", 1, *SMALL, *batch, processes=processes,
-                    forked=processes > 2)
+    done = torchrun(tmp_path, "--data", image_folder(), "--out", "out", "--epochs", 1, *SMALL, "--batch-size", 12,
+                    processes=processes, forked=processes > 2)
     assert done.code == 0 and not done.orphans, done.err
-    result = summary(tmp_path)
+    result = summary(tmp_path / "out")
     assert result["status"] == "finished" and result["world_size"] == processes and result["updates"] == 1
     assert result["knn"] is not None and done.out.count("data: 16 images") == 1 and done.out.count("\ntrained: knn") == 1
-    lines = [json.loads(line)["update"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
-    assert lines == [1]
+    assert [record["update"] for record in metrics(tmp_path / "out")] == [1]
 
 
 def test_sigterm_to_one_process_stops_all_after_the_same_update(image_folder: Callable[..., Path], tmp_path: Path) -> None:
     images = image_folder(per_class=24)
     done = trained(tmp_path, images, fault="gets SIGTERM")
     assert "SIGTERM to rank 1: stopped at epoch 0, update 5" in done.out and not done.messages and not done.orphans
-    assert summary(tmp_path)["status"] == "stopped"
+    assert summary(tmp_path / "out")["status"] == "stopped" and checkpoint(tmp_path / "out")["world_size"] == 2
     assert "<pre>torchrun --nproc-per-node=2 train.py --data" in (tmp_path / "out" / "report.html").read_text()
     again = trained(tmp_path, images, "--resume")
     whole = torchrun(tmp_path, "--data", images, "--out", "whole", "--epochs", 2, "--no-eval", *SMALL)
     assert again.code == whole.code == 0
-    assert all(torch.equal(tensor, weights(tmp_path, "whole")[name]) for name, tensor in weights(tmp_path).items())
+    assert_same_state(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
@@ -54,7 +47,7 @@ def test_a_signal_to_torchrun_saves_once(name: str, image_folder: Callable[..., 
     done = trained(tmp_path, image_folder(per_class=24), "--epochs", 4000, fault=fault)
     assert done.code == 1 and done.out.count(": stopped at epoch") == 1 and f"\n{name}" in done.out
     assert (tmp_path / "out" / "last.pt").exists() and not done.messages and not done.orphans
-    assert summary(tmp_path)["status"] == "stopped"
+    assert summary(tmp_path / "out")["status"] == "stopped"
 
 
 def test_a_restart_by_torchrun_resumes_bit_for_bit(image_folder: Callable[..., Path], tmp_path: Path) -> None:
@@ -66,17 +59,18 @@ def test_a_restart_by_torchrun_resumes_bit_for_bit(image_folder: Callable[..., P
     assert whole.code == done.code == 0, done.err
     assert "resuming at epoch 1, update 4" in done.out
     assert len(done.messages) == 1 and done.messages[0].startswith("error: another process is gone (noticed by "), done.err
-    assert all(torch.equal(tensor, weights(tmp_path, "whole")[name]) for name, tensor in weights(tmp_path).items())
+    assert_same_state(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "out"))
 
 
 def test_one_process_goes_on_with_a_run_of_two_and_says_so(image_folder: Callable[..., Path], tmp_path: Path, capsys,
-                                                           monkeypatch: pytest.MonkeyPatch) -> None:
-    images = image_folder(per_class=16)
-    assert "SIGTERM to rank 1" in trained(tmp_path, images, fault="gets SIGTERM").out
-    monkeypatch.chdir(tmp_path)
-    assert train.main(["--data", str(images), "--out", "out", "--epochs", "2", "--no-eval", *SMALL, "--resume"]) == 0
+                                                           stopped_after: Callable[..., None]) -> None:
+    out = tmp_path / "out"
+    arguments = ["--data", image_folder(), "--out", out, "--epochs", 2, "--no-eval", *SMALL]
+    stopped_after(3, *arguments)
+    save_checkpoint(out, {**checkpoint(out), "world_size": 2})
+    assert run(*arguments, "--resume") == 0
     assert "note: 2 -> 1 processes: every update uses the same images" in capsys.readouterr().out
-    assert summary(tmp_path)["updates"] == 8 and summary(tmp_path)["world_size"] == 1
+    assert summary(out)["updates"] == 4 and summary(out)["world_size"] == 1
 
 
 def test_check_ends_although_data_workers_live(image_folder: Callable[..., Path], tmp_path: Path) -> None:
@@ -130,7 +124,7 @@ def on_two_nodes(folder: Path, images: Path, fault: str = "pass", timeout: int =
 def test_two_nodes_train_together(two_nodes: None, image_folder: Callable[..., Path], tmp_path: Path) -> None:
     first, second = on_two_nodes(tmp_path, image_folder())
     assert first.code == second.code == 0, first.err + second.err
-    assert summary(tmp_path / "node1")["world_size"] == 2 and not (tmp_path / "node2" / "out").exists()
+    assert summary(tmp_path / "node1" / "out")["world_size"] == 2 and not (tmp_path / "node2" / "out").exists()
     assert "report: out/report.html" in first.out and second.out == ""
 
 
@@ -141,4 +135,4 @@ def test_a_node_whose_power_fails_ends_the_run(two_nodes: None, image_folder: Ca
     assert second.code == -signal.SIGKILL
     assert first.code == 1 and len(first.messages) == 1, first.err
     assert first.messages[0].startswith("error: another process has not answered for 15 s (noticed by rank 0 of 2): ")
-    assert summary(tmp_path / "node1")["reason"] == first.messages[0].removeprefix("error: ")
+    assert summary(tmp_path / "node1" / "out")["reason"] == first.messages[0].removeprefix("error: ")

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -81,20 +82,10 @@ def check_with_batch_norm_two_processes_equal_two_micro_batches(processes: Proce
 
 
 def check_accumulation_exchanges_gradients_once_per_update(processes: Processes) -> None:
-    calls = 0
     no_sync = DistributedDataParallel.no_sync
-
-    def counting(self: DistributedDataParallel):  # type: ignore[no-untyped-def]
-        nonlocal calls
-        calls += 1
-        return no_sync(self)
-
-    DistributedDataParallel.no_sync = counting  # type: ignore[method-assign]
-    try:
+    with mock.patch.object(DistributedDataParallel, "no_sync", autospec=True, side_effect=no_sync) as accumulating:
         model = trained(network(batch_norm=False), Views(processes, accum_steps=3))
-    finally:
-        DistributedDataParallel.no_sync = no_sync  # type: ignore[method-assign]
-    assert calls == 2 * UPDATES * 2  # epochs x updates x all but the last micro-batch
+    assert accumulating.call_count == 2 * UPDATES * 2  # epochs x updates x all but the last micro-batch
     assert_same(model, trained(network(batch_norm=False), Views()))
 
 

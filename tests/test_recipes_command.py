@@ -23,12 +23,6 @@ def variant(text: str) -> Variant:
     return parse_variant(f"name: {text}")
 
 
-def test_a_variant_is_a_name_and_fields() -> None:
-    assert parse_variant("fast predictor: predictor_lr=10 arch=conv4") == Variant(
-        "fast predictor", {"predictor_lr": "10", "arch": "conv4"})
-    assert parse_variant("as it is:").fields == {}
-
-
 @pytest.mark.parametrize("text, said", [("x: speed=3", "no field speed"), (": lr=1", "has no name"), ("x: lr", "no value")])
 def test_what_is_no_variant_is_refused(text: str, said: str) -> None:
     with pytest.raises(ValueError, match=said):
@@ -73,17 +67,17 @@ def test_a_table_with_what_was_gained(image_folder: Callable[..., Path], tmp_pat
     image_folder("set/train", classes=2, per_class=12)
     image_folder("set/test", classes=2, per_class=6)
     small = "arch=conv6 image_size=16 batch_size=4 hidden_dim=16 projection_dim=8"
-    words = ["recipes", "--images", "set", "--updates", "3", "--seeds", "2", f"one: {small}", f"other: {small} lr=0.01"]
+    words = ["recipes", "--images", "set", "--updates", "3", "--seeds", "2", f"as it is: {small}", f"other: {small} lr=0.01"]
     monkeypatch.setattr(sys, "argv", [*words, "--json", "out.json"])
     recipes.main()
     lines = [json.loads(line) for line in Path("runs/recipes/set/results.jsonl").read_text().splitlines()]
-    assert [(line["name"], line["seed"]) for line in lines] == [("one", 0), ("one", 1), ("other", 0), ("other", 1)]
+    assert [(line["name"], line["seed"]) for line in lines] == [("as it is", 0), ("as it is", 1), ("other", 0), ("other", 1)]
     assert all(line[""]["updates"] == 3 and 0 <= line[""]["kNN 20"] <= 100 for line in lines)
     table = json.loads(Path("out.json").read_text())["section"]
     cells = {row.split("|")[1].strip(): row for row in table.splitlines() if row.startswith("|")}
-    assert {"one", "one, target", "other", "other, target", "raw pixels at 16", "untrained conv6 at 16, seed 0",
+    assert {"as it is", "as it is, target", "other", "other, target", "raw pixels at 16", "untrained conv6 at 16, seed 0",
             "untrained conv6 at 16, seed 1"} < cells.keys()
-    assert re.search(r"\d+\.\d ± \d+\.\d \([+-]\d+\.\d\)", cells["one"]) and "a fifth of train/" in table
+    assert re.search(r"\d+\.\d ± \d+\.\d \([+-]\d+\.\d\)", cells["as it is"]) and "a fifth of train/" in table
     before = {path: path.stat().st_mtime_ns for path in Path("runs").rglob("last.pt")}
     assert len(before) == 4
     monkeypatch.setattr(sys, "argv", [*words, "--final"])

@@ -3,6 +3,7 @@
     python -m tests.bench.checks --threads 1 --rounds 25
 """
 
+import argparse
 import contextlib
 import io
 import statistics
@@ -18,8 +19,7 @@ from torch.optim import Optimizer
 
 from byol_core.images.digits import write_digits
 from byol_core.images.image_set import scan
-from byol_core.run import log as metrics
-from byol_core.run.log import RunLog
+from byol_core.run import log
 from byol_core.run.options import TrainConfig
 from byol_core.run.plan import make_plan
 from byol_core.run.setup import new_model
@@ -28,7 +28,7 @@ from byol_core.runtime import Runtime
 from byol_core.training import train
 from byol_core.views.batches import DeviceBatches, Order
 from byol_core.views.pixels import Facts, load_images
-from tests.bench.table import arguments, environment, markdown, show
+from tests.bench.table import environment, markdown, parse, show, wait_for
 
 UPDATES = 10  # of one measurement: as many as there are between two records
 BAD_EVERY = 20  # one file in so many is bad
@@ -44,7 +44,7 @@ def step_unguarded(self: Runtime, optimizer: Optimizer, loss: Tensor) -> bool:
 HEALTH = {"spread": 1.0, "rank": 20.0, "alignment": 1.0, "uniformity": -3.0, "cosine": 0.0, "rank_limit": 63}
 GUARDS: dict[str, Callable[[], contextlib.AbstractContextManager[object]]] = {
     "the look for numbers that are not finite": lambda: mock.patch.object(Runtime, "step", step_unguarded),
-    "the measures of health": lambda: mock.patch.object(metrics, "measure", lambda *_: HEALTH),
+    "the measures of health": lambda: mock.patch.object(log, "measure", lambda *_: HEALTH),
     "stand-ins for bad files": lambda: mock.patch.object(DeviceBatches, "_readable", lambda self, epoch, indices: indices),
 }
 
@@ -60,7 +60,7 @@ def ten_updates(folder: Path, device: str, without: tuple[str, ...]) -> Callable
     optimizer = build_optimizer(model.online, plan)
     scheduler = build_scheduler(optimizer, plan)
     batches = DeviceBatches(data, plan.views, Order(UPDATES * plan.batch_size, plan.batch_size))
-    log = RunLog(Path(tempfile.mkdtemp(dir=folder)), 1, UPDATES, plan.batch_size)
+    records = log.RunLog(Path(tempfile.mkdtemp(dir=folder)), 1, UPDATES, plan.batch_size)
 
     def run() -> None:
         with contextlib.ExitStack() as stack:
@@ -69,25 +69,22 @@ def ten_updates(folder: Path, device: str, without: tuple[str, ...]) -> Callable
             for name in without:
                 stack.enter_context(GUARDS[name]())
             train(model, batches, 1, optimizer=optimizer, lr_scheduler=scheduler, runtime=runtime,
-                  after_step=lambda progress, step: log.step(progress, step, 0.0))
+                  after_step=lambda progress, step: records.step(progress, step, 0.0))
     return run
 
 
 def seconds(function: Callable[[], None], device: str) -> float:
     """Of processor time on a CPU, which other processes disturb less; of the clock on a GPU."""
-    if device == "cpu":
-        began = time.process_time()
-        function()
-        return time.process_time() - began
-    torch.cuda.synchronize()
-    began = time.perf_counter()
+    clock = time.process_time if device == "cpu" else time.perf_counter
+    wait_for(device)
+    began = clock()
     function()
-    torch.cuda.synchronize()
-    return time.perf_counter() - began
+    wait_for(device)
+    return clock() - began
 
 
 def main() -> None:
-    options = arguments(__doc__)
+    options = parse(argparse.ArgumentParser(description=__doc__))
     with tempfile.TemporaryDirectory() as place:
         leave_out = {"without any": tuple(GUARDS), "all guards": (), **{f"without {name}": (name,) for name in GUARDS}}
         functions = {name: ten_updates(Path(place), options.device, without) for name, without in leave_out.items()}

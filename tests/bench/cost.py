@@ -13,8 +13,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from unittest import mock
 
-import torch
-
 import train
 from byol_core import training
 from byol_core.networks import BYOL
@@ -23,7 +21,7 @@ from byol_core.run.log import RunLog
 from byol_core.run.results import Results
 from byol_core.run.run import Run
 from byol_core.runtime import Runtime
-from tests.bench.table import add_output, environment, markdown, show
+from tests.bench.table import DEVICE, add_output, environment, markdown, show, wait_for
 
 WHOLE = "the whole loop"
 PARTS = {"forward": (BYOL, "forward"), "backward": (Runtime, "backward"), "finite check and optimizer": (Runtime, "step"),
@@ -33,24 +31,18 @@ PARTS = {"forward": (BYOL, "forward"), "backward": (Runtime, "backward"), "finit
          "checkpoints, one per epoch": (Run, "save"), WHOLE: (run, "train")}
 
 
-def wait() -> None:
-    """For what a GPU has been given to do, which would else be counted where its result is asked for."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 @contextmanager
 def timed(owner: object, name: str, seconds: dict[str, float], part: str) -> Iterator[None]:
-    """Adds what calls of `owner.name` take on the clock to `seconds[part]`."""
+    """Adds what calls of `owner.name` take on the clock to `seconds[part]`, with what they give a GPU to do."""
     function: Callable = getattr(owner, name)
 
     def measured(*arguments: object, **options: object) -> object:
-        wait()
+        wait_for(DEVICE)
         began = time.perf_counter()
         try:
             return function(*arguments, **options)
         finally:
-            wait()
+            wait_for(DEVICE)
             seconds[part] += time.perf_counter() - began
 
     with mock.patch.object(owner, name, measured):

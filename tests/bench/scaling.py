@@ -71,7 +71,8 @@ def run_seconds(data: Path, out: Path, *options: str, processes: int = 1) -> flo
     """Seconds of training that a run of the main job says it took."""
     launcher = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     words = ["--data", str(data), "--out", str(out), *TINY, *options]
-    subprocess.run([sys.executable, *launcher, str(REPOSITORY / "train.py"), *words], check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    subprocess.run([sys.executable, *launcher, str(REPOSITORY / "train.py"), *words], check=True, capture_output=True,
+                   env={**os.environ, "OMP_NUM_THREADS": "1"})
     return float(json.loads((out / "summary.json").read_text())["seconds"])
 
 

@@ -28,6 +28,7 @@ import train
 from byol_core import embed
 from byol_core.evaluate import __main__ as evaluate_command
 from byol_core.images.decoding import MAX_PIXELS, BadImageError, decode
+from byol_core.run.options import build_parser
 from byol_core.runtime import peak_memory
 from byol_core.system.files import KEYS, CheckpointError, read_backbone, read_checkpoint, read_weights, save_checkpoint
 
@@ -183,7 +184,7 @@ class Commanding:
         for number in range(4):
             Image.new("RGB", (9, 9), (number * 60, 0, 0)).save(folder / "imgs" / f"{number}.png")
         (folder / "torn.pt").write_bytes(b"PK\x03\x04")
-        parsers = {train.main: train_parser(), evaluate_command.main: evaluate_command.build_parser(),
+        parsers = {train.main: build_parser(), evaluate_command.main: evaluate_command.build_parser(),
                    embed.main: embed.build_parser()}
         self.commands = [(main, [flag for action in parser._actions for flag in action.option_strings
                                  if flag not in ("-h", "--help")]) for main, parser in parsers.items()]
@@ -201,7 +202,7 @@ class Commanding:
         if main is train.main:  # what could be a right command must not train: its images are these four, in a batch of 256
             tokens += ["--data", rng.choice(("imgs", "gone", "")), "--batch-size", "256"]
         tokens = [token for token in tokens if token not in ("-h", "--help", "--debug")]
-        with captured() as (_, errors):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as errors:
             try:
                 code: object = main(tokens)
             except SystemExit as end:
@@ -210,17 +211,6 @@ class Commanding:
         expected = (1, 2) if "File name too long" in errors.getvalue() else (2,)  # what the system itself refuses is 1
         assert code in expected and len(said) == 1 and said[0].startswith("error: "), (tokens, code, errors.getvalue()[-2000:])
         self.outcomes[said[0].split()[1]] += 1
-
-
-def train_parser() -> argparse.ArgumentParser:
-    from byol_core.run.options import build_parser
-    return build_parser()
-
-
-@contextlib.contextmanager
-def captured() -> Iterator[tuple[io.StringIO, io.StringIO]]:
-    with contextlib.redirect_stdout(io.StringIO()) as output, contextlib.redirect_stderr(io.StringIO()) as errors:
-        yield output, errors
 
 
 TARGETS: dict[str, Callable[[Path], "Decoding | Loading | Commanding"]] = {

@@ -10,6 +10,7 @@ import pytest
 from torch import nn
 from torchvision.models import resnet18
 
+from byol_core.evaluate import probes
 from byol_core.run.options import TrainConfig
 from byol_core.run.plan import make_plan
 from byol_core.views.pixels import Facts
@@ -64,6 +65,7 @@ def test_networks_are_changed_before_training() -> None:
 def test_a_table_with_what_was_gained(image_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                       capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(probes, "DRAWS", 2)
     image_folder("set/train", classes=2, per_class=12)
     image_folder("set/test", classes=2, per_class=6)
     small = "arch=conv6 image_size=16 batch_size=4 hidden_dim=16 projection_dim=8"

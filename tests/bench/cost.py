@@ -8,8 +8,8 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from unittest import mock
 
@@ -31,11 +31,8 @@ PARTS = {"forward": (BYOL, "forward"), "backward": (Runtime, "backward"), "finit
          "checkpoints, one per epoch": (Run, "save"), WHOLE: (run, "train")}
 
 
-@contextmanager
-def timed(owner: object, name: str, seconds: dict[str, float], part: str) -> Iterator[None]:
-    """Adds what calls of `owner.name` take on the clock to `seconds[part]`, with what they give a GPU to do."""
-    function: Callable = getattr(owner, name)
-
+def timed(function: Callable, seconds: dict[str, float], part: str) -> Callable:
+    """The function, adding to `seconds[part]` what its calls take on the clock, with what they give a GPU to do."""
     def measured(*arguments: object, **options: object) -> object:
         wait_for(DEVICE)
         began = time.perf_counter()
@@ -45,8 +42,7 @@ def timed(owner: object, name: str, seconds: dict[str, float], part: str) -> Ite
             wait_for(DEVICE)
             seconds[part] += time.perf_counter() - began
 
-    with mock.patch.object(owner, name, measured):
-        yield
+    return measured
 
 
 def main() -> None:
@@ -56,7 +52,7 @@ def main() -> None:
     seconds = dict.fromkeys(PARTS, 0.0)
     with tempfile.TemporaryDirectory() as place, ExitStack() as stack:
         for part, (owner, name) in PARTS.items():
-            stack.enter_context(timed(owner, name, seconds, part))
+            stack.enter_context(mock.patch.object(owner, name, timed(getattr(owner, name), seconds, part)))
         code = train.main(["--out", f"{place}/run", *passed_on])
         summary = json.loads((Path(place) / "run" / "summary.json").read_text())
     assert code == 0

@@ -29,7 +29,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -121,57 +120,33 @@ def change_network(variant: Variant, network: nn.Module) -> None:
             nn.init.zeros_(last.weight)
 
 
-class Trial:
-    """One variant with one seed: trained, or gone on with, in a folder of its own."""
+def begun(variant: Variant, seed: int, options: argparse.Namespace, stack: contextlib.ExitStack) -> Run:
+    """A run of one variant with one seed in a folder of its own, which the stack closes: new, or to be gone on with."""
+    place = options.out / options.images.resolve().name / re.sub(r"\W+", "-", variant.name)
+    out = stack.enter_context(open_run_folder(place / f"seed-{seed}-{options.minutes or options.updates:g}", True))
+    config = config_of(variant, options.images / "train", out, seed)
+    files = scan(config.data)
+    facts = look_at(files)
+    kept = out.with_name(f"{out.name}-length.json")
+    planned = partial(plan_of, variant, config, facts)
 
-    def __init__(self, variant: Variant, seed: int, options: argparse.Namespace, stack: contextlib.ExitStack) -> None:
-        place = options.out / options.images.resolve().name / re.sub(r"\W+", "-", variant.name)
-        out = stack.enter_context(open_run_folder(place / f"seed-{seed}-{options.minutes or options.updates:g}", True))
-        self.variant = variant
-        self.config = config_of(variant, options.images / "train", out, seed)
-        files = scan(self.config.data)
-        facts = look_at(files)
-        kept = out.with_name(f"{out.name}-length.json")
-        planned = partial(plan_of, variant, self.config, facts)
+    def run_of(plan: Plan, loaded: Loaded | None) -> Run:
+        run = Run(config, plan, files, out, loaded=loaded)
+        change_network(variant, run.state.model)
+        return run
 
-        def run_of(plan: Plan, loaded: Loaded | None) -> Run:
-            run = Run(self.config, plan, files, out, loaded=loaded)
-            change_network(variant, run.state.model)
-            return run
-
-        if not kept.exists():
-            if options.minutes is None:
-                plan = planned(facts.images)
-                seen, network = options.updates * plan.batch_size, plan.network
-            else:
-                seen, network, _ = fit_into(options.minutes, planned, run_of)
-            kept.write_text(json.dumps([seen, asdict(network)]))
-        seen, network = json.loads(kept.read_text())
-        self.run = run_of(planned(seen, Choice(**network)), None)
-        if (out / "last.pt").exists():
-            self.run.resume()
-
-    @property
-    def network(self) -> str:
-        plan = self.run.setup.plan
-        views = f", views of {plan.view_size}" * (plan.view_size != plan.image_size)
-        return f"{plan.arch} at {plan.image_size}{views}" + ", small stem" * plan.small_stem
-
-    def untrained(self) -> nn.Module:
-        model = self.run.setup.new_model()
-        change_network(self.variant, model)
-        return model.online.backbone
-
-    def row(self, scorer: Scorer) -> Row:
-        """What it took and what both of its networks reached, once it is trained to the end."""
-        run = self.run
-        run.train()
-        log, progress, batch = run.log, run.progress, run.setup.plan.batch_size
-        took = {"minutes": log.seconds / 60, "updates": progress.updates,
-                "images/s": progress.updates * batch / max(log.seconds, 1e-9), "rank": log.last.get("rank"),
-                "spread": log.last.get("spread")}
-        return {"": took | accuracies(scorer, run.state.backbone),
-                ", target": accuracies(scorer, run.state.model.target.backbone)}
+    if not kept.exists():
+        if options.minutes is None:
+            plan = planned(facts.images)
+            seen, network = options.updates * plan.batch_size, plan.network
+        else:
+            seen, network, _ = fit_into(options.minutes, planned, run_of)
+        kept.write_text(json.dumps([seen, asdict(network)]))
+    seen, network = json.loads(kept.read_text())
+    run = run_of(planned(seen, Choice(**network)), None)
+    if (out / "last.pt").exists():
+        run.resume()
+    return run
 
 
 def accuracies(scorer: Scorer, backbone: nn.Module) -> dict[str, float | None]:
@@ -183,18 +158,31 @@ def accuracies(scorer: Scorer, backbone: nn.Module) -> dict[str, float | None]:
 
 def one(variant: Variant, seed: int, options: argparse.Namespace, baselines: dict[str, dict[str, float | None]]
         ) -> tuple[str, Row]:
-    """(network, row) of a variant with one seed; its untrained network and raw pixels are measured where they are not yet."""
+    """(network, row) of a variant with one seed; its untrained network and raw pixels are measured where they are not yet.
+
+    The row is what training took and what both networks reached.
+    """
     with contextlib.ExitStack() as stack:
-        trial = Trial(variant, seed, options, stack)
-        run, setup = trial.run, trial.run.setup
-        test = load(setup, scan(str(options.images / "test")), run.log.say)[0] if options.final else None
-        scorer = Scorer(run.images, test, setup.plan.plain, setup.runtime, setup.workers)
-        network = trial.network + (", zero_init" if variant.fields.get("zero_init") == "true" else "")
-        for name, backbone in ((f"untrained {network}, seed {seed}", trial.untrained),
-                               (f"raw pixels at {setup.plan.image_size}", nn.Flatten)):
+        run = begun(variant, seed, options, stack)
+        setup, plan, log = run.setup, run.setup.plan, run.log
+        test = load(setup, scan(str(options.images / "test")), log.say)[0] if options.final else None
+        scorer = Scorer(run.images, test, plan.plain, setup.runtime, setup.workers)
+        views = f", views of {plan.view_size}" * (plan.view_size != plan.image_size)
+        zero = ", zero_init" * (variant.fields.get("zero_init") == "true")
+        network = f"{plan.arch} at {plan.image_size}{views}{', small stem' * plan.small_stem}{zero}"
+        untrained = setup.new_model().online.backbone
+        change_network(variant, untrained)
+        for name, backbone in ((f"untrained {network}, seed {seed}", untrained),
+                               (f"raw pixels at {plan.image_size}", nn.Flatten())):
             if name not in baselines:
-                baselines[name] = accuracies(scorer, backbone())
-        return network, trial.row(scorer)
+                baselines[name] = accuracies(scorer, backbone)
+        run.train()
+        updates = run.progress.updates
+        took = {"minutes": log.seconds / 60, "updates": updates,
+                "images/s": updates * plan.batch_size / max(log.seconds, 1e-9), "rank": log.last.get("rank"),
+                "spread": log.last.get("spread")}
+        return network, {"": took | accuracies(scorer, run.state.backbone),
+                         ", target": accuracies(scorer, run.state.model.target.backbone)}
 
 
 def spread_of(values: Sequence[float | None], form: str, below: float | None = None) -> str:

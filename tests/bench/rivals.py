@@ -161,5 +161,4 @@ def machine_limits(device: str) -> str:
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
-    return timer.blocked_autorange(min_run_time=1.0).median
+    return Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads()).blocked_autorange().median

@@ -57,13 +57,13 @@ def images(largest: int) -> Table:
             began = time.perf_counter()
             files = scan(data)
             listed = time.perf_counter() - began
-            epoch = None
+            assert len(files) == count
+            trained = ("not run", "")
             if count <= TRAINED_AT_MOST:
                 epoch = run_seconds(data, Path(place) / "out", "--epochs", "1", "--batch-size", "250")
-            assert len(files) == count
+                trained = (f"{epoch:.1f}", f"{1e6 * epoch / count:.0f}")
             rows.append((f"{count:,}", f"{listed:.2f}", f"{1e6 * listed / count:.1f}", f"{len(files.names) / 1e6:.1f}",
-                         "not run" if epoch is None else f"{epoch:.1f}",
-                         "" if epoch is None else f"{1e6 * epoch / count:.0f}"))
+                         *trained))
     return ("images", "listing, s", "us per image", "names, MB", "training an epoch, s", "us per image"), rows
 
 

@@ -75,7 +75,8 @@ def main() -> None:
         for peer, theirs in rivals.present({THEIRS: partial(lightly, backbone, options.images, options.device)}):
             functions[peer] = theirs
             functions[OURS]()
-            assert np.allclose(np.load(out)["embeddings"], theirs()[0], atol=1e-3)  # the same work is done
+            found, wanted = np.load(out)["embeddings"], theirs()[0]  # of the same work, though it may be done in bf16
+            assert np.linalg.norm(found - wanted) < 0.02 * np.linalg.norm(wanted)
         clock = time.process_time if options.device == "cpu" else time.perf_counter  # which other processes disturb less
         times = side_by_side(functions, options.device, options.rounds, 0, clock)
     rows = [(f"resnet18, ImageNet stem: {name}", f"{value:.0f}", f"{1000 * count / value:.0f}", f"{value / times[OURS]:.2f}")

@@ -28,6 +28,7 @@ import train
 from byol_core import embed
 from byol_core.evaluate import __main__ as evaluate_command
 from byol_core.images.decoding import MAX_PIXELS, BadImageError, decode
+from byol_core.run.options import build_parser
 from byol_core.runtime import peak_memory
 from byol_core.system.files import KEYS, CheckpointError, read_backbone, read_checkpoint, read_weights, save_checkpoint
 
@@ -100,20 +101,19 @@ class Decoding:
     def __init__(self, folder: Path) -> None:
         self.path = folder / "image.png"
         self.files = small_images()
-        self.outcomes: Counter[str] = Counter()
 
-    def case(self, rng: random.Random) -> None:
+    def case(self, rng: random.Random) -> Iterator[str]:
         data = damage(rng.choice(self.files), rng, rng.choice(self.files))
         self.path.write_bytes(data)
         try:
             image = decode(self.path)
         except BadImageError as error:
             assert str(error)
-            self.outcomes["refused"] += 1
+            yield "refused"
             return
         assert image.mode == "RGB" and 0 < image.width * image.height <= MAX_PIXELS, (image.mode, image.size)
         assert len(image.crop((0, 0, 1, 1)).tobytes()) == 3
-        self.outcomes["decoded"] += 1
+        yield "decoded"
 
 
 class Loading:
@@ -129,22 +129,21 @@ class Loading:
         with zipfile.ZipFile(io.BytesIO(self.files[0])) as archive:
             self.members = {info.filename: archive.read(info) for info in archive.infolist()}
         self.hostile = [pickle.dumps(Payload(self.marker), protocol) for protocol in range(5)]
-        self.outcomes: Counter[str] = Counter()
 
     def _saved(self, value: object) -> bytes:
         file = io.BytesIO()
         torch.save(value, file)
         return file.getvalue()
 
-    def case(self, rng: random.Random) -> None:
+    def case(self, rng: random.Random) -> Iterator[str]:
         self.path.write_bytes(self._file(rng))
         for read in (read_checkpoint, read_weights, read_backbone):
             try:
                 read(self.path)
-                self.outcomes["read"] += 1
+                yield "read"
             except CheckpointError as error:
                 assert str(error) and "weights_only" not in str(error) and "\n" not in str(error), error
-                self.outcomes["refused"] += 1
+                yield "refused"
         assert not self.marker.exists(), "a pickle was executed"
 
     def _file(self, rng: random.Random) -> bytes:
@@ -183,16 +182,15 @@ class Commanding:
         for number in range(4):
             Image.new("RGB", (9, 9), (number * 60, 0, 0)).save(folder / "imgs" / f"{number}.png")
         (folder / "torn.pt").write_bytes(b"PK\x03\x04")
-        parsers = {train.main: train_parser(), evaluate_command.main: evaluate_command.build_parser(),
+        parsers = {train.main: build_parser(), evaluate_command.main: evaluate_command.build_parser(),
                    embed.main: embed.build_parser()}
         self.commands = [(main, [flag for action in parser._actions for flag in action.option_strings
                                  if flag not in ("-h", "--help")]) for main, parser in parsers.items()]
         self.values = ["", "0", "-1", "1e400", "nan", "auto", "imgs", "no/such/folder", "torn.pt", "digits/x", "\u2028", "'",
                        "--", "-", "\udcff", "9" * 30, "1.5", "None", "../" * 40, "x" * 5000, "a\nb", "cpu", "resnet18", "2",
                        "=", "sklearn.svm.LinearSVC", "imgs/0.png", "cuda:99", "\x00"]
-        self.outcomes: Counter[str] = Counter()
 
-    def case(self, rng: random.Random) -> None:
+    def case(self, rng: random.Random) -> Iterator[str]:
         main, flags = rng.choice(self.commands)
         tokens = []
         for _ in range(rng.randrange(1, 7)):
@@ -201,7 +199,7 @@ class Commanding:
         if main is train.main:  # what could be a right command must not train: its images are these four, in a batch of 256
             tokens += ["--data", rng.choice(("imgs", "gone", "")), "--batch-size", "256"]
         tokens = [token for token in tokens if token not in ("-h", "--help", "--debug")]
-        with captured() as (_, errors):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as errors:
             try:
                 code: object = main(tokens)
             except SystemExit as end:
@@ -209,18 +207,7 @@ class Commanding:
         said = errors.getvalue().splitlines()
         expected = (1, 2) if "File name too long" in errors.getvalue() else (2,)  # what the system itself refuses is 1
         assert code in expected and len(said) == 1 and said[0].startswith("error: "), (tokens, code, errors.getvalue()[-2000:])
-        self.outcomes[said[0].split()[1]] += 1
-
-
-def train_parser() -> argparse.ArgumentParser:
-    from byol_core.run.options import build_parser
-    return build_parser()
-
-
-@contextlib.contextmanager
-def captured() -> Iterator[tuple[io.StringIO, io.StringIO]]:
-    with contextlib.redirect_stdout(io.StringIO()) as output, contextlib.redirect_stderr(io.StringIO()) as errors:
-        yield output, errors
+        yield said[0].split()[1]
 
 
 TARGETS: dict[str, Callable[[Path], "Decoding | Loading | Commanding"]] = {
@@ -232,6 +219,7 @@ def fuzz(name: str, folder: Path, first: int = 0, cases: int | None = None, seco
     before = os.getcwd()
     os.chdir(folder)
     number, ends = first, time.monotonic() + seconds
+    outcomes: Counter[str] = Counter()  # a case may have several
     try:
         with silence_checked(folder):  # what writing the valid files says does not count
             target = TARGETS[name](folder)
@@ -240,7 +228,7 @@ def fuzz(name: str, folder: Path, first: int = 0, cases: int | None = None, seco
             while time.monotonic() < ends and (cases is None or number < first + cases):
                 faulthandler.dump_traceback_later(HANG, exit=True, file=sys.__stderr__)
                 try:
-                    target.case(random.Random(f"{name} {number}"))
+                    outcomes.update(target.case(random.Random(f"{name} {number}")))
                     check()
                     if name == "decode":
                         assert memory_peak() - peak < MEMORY, f"{memory_peak() - peak:.0f} MiB"
@@ -250,7 +238,7 @@ def fuzz(name: str, folder: Path, first: int = 0, cases: int | None = None, seco
     finally:
         faulthandler.cancel_dump_traceback_later()
         os.chdir(before)
-    return number - first, ", ".join(f"{count} {outcome}" for outcome, count in target.outcomes.most_common(8))
+    return number - first, ", ".join(f"{count} {outcome}" for outcome, count in outcomes.most_common(8))
 
 
 @contextlib.contextmanager

@@ -22,9 +22,11 @@ def test_a_result_is_made_once_but_a_failed_one_again(tmp_path: Path) -> None:
     assert accuracy.once(file, lambda: make({"linear, last": 0.7})) == first == made[1] and len(made) == 2
 
 
-def test_a_row_names_the_commits_of_training_and_of_measuring() -> None:
-    rows = [Result("seed 0", {}, begun=begun, measured="b2").cells() for begun in ("a1", "b2", "")]
-    assert [row[1] for row in rows] == ["a1, measured at b2", "b2", "b2"]
+@pytest.mark.parametrize("begun, commits, epochs, shown", [
+    ("a1", "a1, measured at b2", 10, "10"), ("b2", "b2", 3300, "3300"), ("", "b2", 0.81818, "0.81818"), ("", "b2", None, "-")])
+def test_a_row_names_the_commits_of_training_and_of_measuring_and_parts_of_an_epoch(
+        begun: str, commits: str, epochs: float | None, shown: str) -> None:
+    assert Result("seed 0", {}, epochs, begun=begun, measured="b2").cells()[1:3] == (commits, shown)
 
 
 def test_runs_on_other_images_are_other_runs(image_folder: Callable[..., Path], tmp_path: Path) -> None:
@@ -53,8 +55,3 @@ def test_a_mean_is_of_what_was_measured() -> None:
     row = dict(zip(("run", *accuracy.COLUMNS), accuracy.mean_row(results)))
     assert row["epochs"] == "11 ± 1" and row["linear, last"] == "60.00 ± 10.00"
     assert row["linear, best"] == row["1 label"] == "-"
-
-
-@pytest.mark.parametrize("epochs, shown", [(10, "10"), (3300, "3300"), (0.81818, "0.81818"), (None, "-")])
-def test_epochs_may_be_a_part_of_one(epochs: float | None, shown: str) -> None:
-    assert Result("seed 0", {}, epochs, measured="b2").cells()[2] == shown

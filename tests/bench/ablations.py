@@ -22,14 +22,13 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=25)
     parser.add_argument("--only", nargs="*", choices=list(VARIATIONS), default=list(VARIATIONS))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--data", type=Path, default=Path("runs", "data", "digits"))
     add_output(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rows = []
     for name in options.only:
         began = time.monotonic()
-        scores = [train_digits(options.data, seed, options.epochs, name) for seed in range(options.seeds)]
+        scores = [train_digits(Path("runs", "data", "digits"), seed, options.epochs, name) for seed in range(options.seeds)]
         row = [name]
         for column in COLUMNS:
             values = [(score[column] or 0.0) * (100 if column in COLUMNS[:3] else 1) for score in scores]

@@ -3,9 +3,9 @@
     python -m tests.bench.checks --threads 1 --rounds 25
 """
 
+import argparse
 import contextlib
 import io
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,8 +18,7 @@ from torch.optim import Optimizer
 
 from byol_core.images.digits import write_digits
 from byol_core.images.image_set import scan
-from byol_core.run import log as metrics
-from byol_core.run.log import RunLog
+from byol_core.run import log
 from byol_core.run.options import TrainConfig
 from byol_core.run.plan import make_plan
 from byol_core.run.setup import new_model
@@ -28,7 +27,7 @@ from byol_core.runtime import Runtime
 from byol_core.training import train
 from byol_core.views.batches import DeviceBatches, Order
 from byol_core.views.pixels import Facts, load_images
-from tests.bench.table import arguments, environment, markdown, show
+from tests.bench.table import environment, markdown, parse, show, side_by_side
 
 UPDATES = 10  # of one measurement: as many as there are between two records
 BAD_EVERY = 20  # one file in so many is bad
@@ -44,7 +43,7 @@ def step_unguarded(self: Runtime, optimizer: Optimizer, loss: Tensor) -> bool:
 HEALTH = {"spread": 1.0, "rank": 20.0, "alignment": 1.0, "uniformity": -3.0, "cosine": 0.0, "rank_limit": 63}
 GUARDS: dict[str, Callable[[], contextlib.AbstractContextManager[object]]] = {
     "the look for numbers that are not finite": lambda: mock.patch.object(Runtime, "step", step_unguarded),
-    "the measures of health": lambda: mock.patch.object(metrics, "measure", lambda *_: HEALTH),
+    "the measures of health": lambda: mock.patch.object(log, "measure", lambda *_: HEALTH),
     "stand-ins for bad files": lambda: mock.patch.object(DeviceBatches, "_readable", lambda self, epoch, indices: indices),
 }
 
@@ -60,7 +59,7 @@ def ten_updates(folder: Path, device: str, without: tuple[str, ...]) -> Callable
     optimizer = build_optimizer(model.online, plan)
     scheduler = build_scheduler(optimizer, plan)
     batches = DeviceBatches(data, plan.views, Order(UPDATES * plan.batch_size, plan.batch_size))
-    log = RunLog(Path(tempfile.mkdtemp(dir=folder)), 1, UPDATES, plan.batch_size)
+    records = log.RunLog(Path(tempfile.mkdtemp(dir=folder)), 1, UPDATES, plan.batch_size)
 
     def run() -> None:
         with contextlib.ExitStack() as stack:
@@ -69,35 +68,21 @@ def ten_updates(folder: Path, device: str, without: tuple[str, ...]) -> Callable
             for name in without:
                 stack.enter_context(GUARDS[name]())
             train(model, batches, 1, optimizer=optimizer, lr_scheduler=scheduler, runtime=runtime,
-                  after_step=lambda progress, step: log.step(progress, step, 0.0))
+                  after_step=lambda progress, step: records.step(progress, step, 0.0))
     return run
 
 
-def seconds(function: Callable[[], None], device: str) -> float:
-    """Of processor time on a CPU, which other processes disturb less; of the clock on a GPU."""
-    if device == "cpu":
-        began = time.process_time()
-        function()
-        return time.process_time() - began
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    function()
-    torch.cuda.synchronize()
-    return time.perf_counter() - began
-
-
 def main() -> None:
-    options = arguments(__doc__)
+    options = parse(argparse.ArgumentParser(description=__doc__))
+    leave_out = {"without any": tuple(GUARDS), "all guards": (), **{f"without {name}": (name,) for name in GUARDS}}
+    clock = time.process_time if options.device == "cpu" else time.perf_counter  # which other processes disturb less
     with tempfile.TemporaryDirectory() as place:
-        leave_out = {"without any": tuple(GUARDS), "all guards": (), **{f"without {name}": (name,) for name in GUARDS}}
         functions = {name: ten_updates(Path(place), options.device, without) for name, without in leave_out.items()}
-        rounds = [{name: seconds(function, options.device) for name, function in functions.items()}
-                  for _ in range(options.rounds + 2)][2:]  # two to warm up; in each round all of them run
-    rows = [(name, f"{1000 * statistics.median(times[name] for times in rounds) / UPDATES:.2f}",
-             f"{100 * (statistics.median(times[name] / times['without any'] for times in rounds) - 1):+.1f} %")
-            for name in functions]
+        times = side_by_side(functions, options.device, options.rounds, clock=clock)
+    rows = [(name, f"{value / UPDATES:.2f}", f"{100 * (value / times['without any'] - 1):+.1f} %")
+            for name, value in times.items()]
     show("What the guards cost, conv6 on the digits, batch 64", f"{environment(options.device)}\n\n" + markdown(
-        ("steps", "median ms per step", "median of the ratios of each round"), rows), options)
+        ("steps", "median ms per step", "ratio of the medians"), rows), options)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,10 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from unittest import mock
-
-import torch
 
 import train
 from byol_core import training
@@ -23,7 +21,7 @@ from byol_core.run.log import RunLog
 from byol_core.run.results import Results
 from byol_core.run.run import Run
 from byol_core.runtime import Runtime
-from tests.bench.table import add_output, environment, markdown, show
+from tests.bench.table import DEVICE, add_output, environment, markdown, show, wait_for
 
 WHOLE = "the whole loop"
 PARTS = {"forward": (BYOL, "forward"), "backward": (Runtime, "backward"), "finite check and optimizer": (Runtime, "step"),
@@ -33,28 +31,18 @@ PARTS = {"forward": (BYOL, "forward"), "backward": (Runtime, "backward"), "finit
          "checkpoints, one per epoch": (Run, "save"), WHOLE: (run, "train")}
 
 
-def wait() -> None:
-    """For what a GPU has been given to do, which would else be counted where its result is asked for."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-@contextmanager
-def timed(owner: object, name: str, seconds: dict[str, float], part: str) -> Iterator[None]:
-    """Adds what calls of `owner.name` take on the clock to `seconds[part]`."""
-    function: Callable = getattr(owner, name)
-
+def timed(function: Callable, seconds: dict[str, float], part: str) -> Callable:
+    """The function, adding to `seconds[part]` what its calls take on the clock, with what they give a GPU to do."""
     def measured(*arguments: object, **options: object) -> object:
-        wait()
+        wait_for(DEVICE)
         began = time.perf_counter()
         try:
             return function(*arguments, **options)
         finally:
-            wait()
+            wait_for(DEVICE)
             seconds[part] += time.perf_counter() - began
 
-    with mock.patch.object(owner, name, measured):
-        yield
+    return measured
 
 
 def main() -> None:
@@ -64,7 +52,7 @@ def main() -> None:
     seconds = dict.fromkeys(PARTS, 0.0)
     with tempfile.TemporaryDirectory() as place, ExitStack() as stack:
         for part, (owner, name) in PARTS.items():
-            stack.enter_context(timed(owner, name, seconds, part))
+            stack.enter_context(mock.patch.object(owner, name, timed(getattr(owner, name), seconds, part)))
         code = train.main(["--out", f"{place}/run", *passed_on])
         summary = json.loads((Path(place) / "run" / "summary.json").read_text())
     assert code == 0

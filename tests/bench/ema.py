@@ -1,12 +1,10 @@
 """Time ema_update beside other implementations, on a ResNet-50 with a BYOL projector: python -m tests.bench.ema"""
 
-import contextlib
+import argparse
 import copy
 import importlib
-import io
-import statistics
-import warnings
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torchvision
@@ -14,7 +12,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from byol_core.ema import ema_update
-from tests.bench.table import arguments, environment, markdown, milliseconds_on_gpu, show, side_by_side
+from tests.bench import rivals
+from tests.bench.table import environment, markdown, milliseconds_on_gpu, parse, show, side_by_side
 
 TAU = 0.996
 OURS, COPY = "**ema_update**", "flat copy (limit)"
@@ -74,41 +73,20 @@ def byol_pytorch(target: nn.Module, online: nn.Module) -> Callable[[], object]:
     return lambda: module.update_moving_average(module.EMA(TAU), averaged, online)
 
 
-def ratio_to_bare_lerp(target: nn.Module, online: nn.Module, device: str, rounds: int, blocks: int = 5) -> str:
-    """ema_update and the bare lerp strictly in turn: a few per cent drown in what other rows leave in the caches."""
-    functions = ours_and_limits(target, online)
-    pair = {name: functions[name] for name in ("bare fused lerp", OURS)}
-    ratios = []
-    for _ in range(blocks):
-        times = side_by_side(pair, device, rounds)
-        ratios.append(times[OURS] / times["bare fused lerp"])
-    return (f"In turn with the bare lerp alone, {blocks} times {rounds} rounds: ema_update takes "
-            f"{statistics.median(ratios):.3f} times as long (per block {min(ratios):.3f} to {max(ratios):.3f}).")
-
-
-PEERS = {"timm": ("timm ModelEmaV3", timm), "ema-pytorch": ("ema-pytorch, foreach", ema_pytorch),
-         "lightly": ("lightly update_momentum", lightly), "byol-pytorch": ("byol-pytorch", byol_pytorch)}
+PEERS = {"timm ModelEmaV3": ("timm", timm), "ema-pytorch, foreach": ("ema-pytorch", ema_pytorch),
+         "lightly update_momentum": ("lightly", lightly), "byol-pytorch": ("byol-pytorch", byol_pytorch)}
 
 
 def main() -> None:
-    options = arguments(__doc__)
+    options = parse(argparse.ArgumentParser(description=__doc__))
     target, online = network().to(options.device), network().to(options.device)
     count = sum(param.numel() for param in target.parameters())
     on_gpu = options.device.startswith("cuda")
     functions = ours_and_limits(target, online)
     functions["torch AveragedModel, EMA helper"] = torch_averaged_model(target, online)
-    present = []
-    for package, (name, make) in PEERS.items():
-        try:
-            with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-                warnings.simplefilter("ignore")
-                functions[name] = make(target, online)
-            present.append(package)
-        except ImportError as error:
-            print(f"{package} skipped: {error}")
-
+    peers = dict(rivals.present({name: partial(make, target, online) for name, (_, make) in PEERS.items()}))
+    functions |= peers
     with torch.no_grad():
-        ratio = ratio_to_bare_lerp(target, online, options.device, 10 * options.rounds)
         times = side_by_side(functions, options.device, options.rounds, seconds=options.seconds)
         alone = {name: milliseconds_on_gpu(functions[name], options.device) for name in times} if on_gpu else times
     rates = {name: 4 * count * (2 if name == COPY else 3) / value / 1e6  # bytes: read and written, and read twice and written
@@ -117,7 +95,8 @@ def main() -> None:
              f"{rates[name]:.1f}") for name, value in sorted(times.items(), key=lambda item: item[1])]
     columns = ("implementation", "median ms", *(["ms of the GPU alone"] if on_gpu else []), "times the bare lerp",
                "GB/s of 12 (copy: 8) bytes")
-    text = "\n\n".join((environment(options.device, *present), ratio, markdown(columns, rows)))
+    packages = (PEERS[name][0] for name in peers)
+    text = f"{environment(options.device, *packages)}\n\n{markdown(columns, rows)}"
     show(f"EMA, {count / 1e6:.1f} M parameters", text, options, milliseconds=times, milliseconds_of_the_device=alone,
          share_of_copy_bandwidth=rates[OURS] / rates[COPY])
 

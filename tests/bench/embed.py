@@ -1,48 +1,38 @@
 """Time `python -m byol_core.embed` beside lightly's embedding loop, from image files to features, names and labels:
 
-    python -m tests.bench.embed --threads 1 --rounds 5
     python -m tests.bench.embed --threads 1 --rounds 2 --images cifar10/train
 """
 
+import argparse
 import contextlib
 import importlib
 import io
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torchvision
-from PIL import Image
 
 from byol_core import embed
 from byol_core.pretrained import load_pretrained, untrained_backbone
 from byol_core.system.files import export_backbone
 from byol_core.views.recipes import IMAGENET_MEAN, IMAGENET_STD
-from tests.bench.table import arguments, environment, markdown, show, side_by_side
+from tests.bench import rivals
+from tests.bench.table import environment, markdown, parse, show, side_by_side
 
-IMAGES, SIZE, BATCH = 512, 32, 256  # what one core does in half a minute
-
-
-def write_images(folder: Path) -> Path:
-    """JPEGs of the size of CIFAR's, smooth as photographs are, in ten classes."""
-    generator = np.random.default_rng(0)
-    for number in range(IMAGES):
-        path = folder / f"class{number % 10}" / f"{number:05d}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        coarse = Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8))
-        coarse.resize((SIZE, SIZE), Image.Resampling.BICUBIC).save(path, quality=95)
-    return folder
+SIZE, BATCH = 32, 256
+OURS, THEIRS = "**byol_core.embed**", "lightly SelfSupervisedEmbedding.embed"
 
 
-def write_backbone(folder: Path, small_stem: bool) -> Path:
+def write_backbone(folder: Path) -> Path:
     folder.mkdir()
-    backbone = untrained_backbone("resnet18", small_stem, SIZE, seed=0)[0]
+    backbone = untrained_backbone("resnet18", False, SIZE, seed=0)[0]
     export_backbone(folder, backbone.state_dict(), {
-        "arch": "resnet18", "small_stem": small_stem, "image_size": SIZE, "mean": IMAGENET_MEAN, "std": IMAGENET_STD,
+        "arch": "resnet18", "small_stem": False, "image_size": SIZE, "mean": IMAGENET_MEAN, "std": IMAGENET_STD,
         "seed": 0, "whole_image": False, "interpolation": "bicubic", "network": "online"})
     return folder / "backbone.pt"
 
@@ -75,33 +65,25 @@ def lightly(backbone: Path, data: Path, device: str) -> Callable[[], tuple]:
 
 
 def main() -> None:
-    options = arguments(__doc__, images=f"folder of {SIZE}-pixel JPEGs (default: {IMAGES} drawn ones); then with the ImageNet "
-                        "stem alone, and without runs to warm up")
-    rows = []
-    with tempfile.TemporaryDirectory() as name, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        place = Path(name)
-        images = options.images or write_images(place / "images")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=Path, required=True, metavar="DIR", help=f"folder of {SIZE}-pixel JPEGs")
+    options = parse(parser)
+    count = sum(1 for path in options.images.rglob("*.jpg"))
+    with tempfile.TemporaryDirectory() as name:
+        backbone, out = write_backbone(Path(name) / "run"), Path(name) / "embeddings.npz"
+        functions: dict[str, Callable[[], object]] = {OURS: ours(backbone, options.images, out, options.device)}
+        for peer, theirs in rivals.present({THEIRS: partial(lightly, backbone, options.images, options.device)}):
+            functions[peer] = theirs
+            functions[OURS]()
+            found, wanted = np.load(out)["embeddings"], theirs()[0]  # of the same work, though it may be done in bf16
+            assert np.linalg.norm(found - wanted) < 0.02 * np.linalg.norm(wanted)
         clock = time.process_time if options.device == "cpu" else time.perf_counter  # which other processes disturb less
-        count = sum(1 for path in images.rglob("*.jpg"))
-        for stem, small_stem in (("ImageNet stem", False), ("small stem", True))[:1 if options.images else 2]:
-            backbone, out = write_backbone(place / stem, small_stem), place / "embeddings.npz"
-            functions: dict[str, Callable[[], object]] = {
-                "**byol_core.embed**": ours(backbone, images, out, options.device)}
-            try:
-                theirs = lightly(backbone, images, options.device)
-                functions["lightly SelfSupervisedEmbedding.embed"] = theirs
-                functions["**byol_core.embed**"]()
-                assert np.allclose(np.load(out)["embeddings"], theirs()[0], atol=1e-3)  # the same work is done
-            except ImportError as error:
-                print(f"lightly skipped: {error}")
-            times = side_by_side(functions, options.device, options.rounds, 0 if options.images else 2, clock)
-            for function, value in times.items():
-                ratio = value / times["**byol_core.embed**"]
-                rows.append((f"resnet18, {stem}: {function}", f"{value:.0f}", f"{1000 * count / value:.0f}", f"{ratio:.2f}"))
+        times = side_by_side(functions, options.device, options.rounds, 0, clock)
+    rows = [(f"resnet18, ImageNet stem: {name}", f"{value:.0f}", f"{1000 * count / value:.0f}", f"{value / times[OURS]:.2f}")
+            for name, value in times.items()]
     what = "median ms of the processor" if options.device == "cpu" else "median ms"
     table = markdown(("embedding", what, "images/s", "times ours"), rows)
-    packages = ["lightly"] if any("lightly" in row[0] for row in rows) else []
+    packages = ["lightly"] if THEIRS in times else []
     show(f"Embedding {count} JPEGs of {SIZE}x{SIZE} from files", f"{environment(options.device, *packages)}\n\n{table}",
          options)
 

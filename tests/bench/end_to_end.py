@@ -175,33 +175,28 @@ class Turns:
 
     def __call__(self) -> None:
         run, state, setup = self.run, self.run.state, self.run.setup
-        began = time.perf_counter()
-        waited = 0.0
-        updates = 0
-        first: list[float] = []  # when the first updates were made, and the seconds waited by then
+        first, waits = settling(len(run.batches)), list[float]()
+        began = under_way = time.perf_counter()
 
         def log(progress: Progress, done: Step) -> None:
-            nonlocal waited, updates
-            updates += 1
-            settled = updates == settling(len(run.batches))
-            if settled:
+            nonlocal under_way
+            if len(waits) + 1 == first:
                 wait_for(setup.runtime.device)
-            just_waited = run.batches.take_waited()
-            run.log.step(progress, done, just_waited)
-            waited += just_waited
-            if settled:
-                first.extend((time.perf_counter(), waited))
+            waits.append(run.batches.take_waited())
+            run.log.step(progress, done, waits[-1])
+            if len(waits) == first:
+                under_way = time.perf_counter()
 
         train(state.model, run.batches, run.progress.epoch + 1, optimizer=state.optimizer, lr_scheduler=state.scheduler,
               lr_scheduler_interval=setup.plan.scheduler_interval, tau_base=setup.plan.tau_base, runtime=setup.runtime,
               progress=run.progress, after_step=log)
         wait_for(setup.runtime.device)
         ended = time.perf_counter()
-        waited += run.batches.take_waited()
+        waits.append(run.batches.take_waited())
         self.seconds.append(ended - began)
-        self.waited.append(waited)
-        self.later_seconds.append(ended - first[0])
-        self.later_waited.append(waited - first[1])
+        self.waited.append(sum(waits))
+        self.later_seconds.append(ended - under_way)
+        self.later_waited.append(sum(waits[first:]))
 
     @property
     def ending(self) -> str:
@@ -228,8 +223,7 @@ def new_turns(folder: Path, case: str, options: argparse.Namespace, compile: boo
               cuda_graph: bool = False) -> Turns:
     size, small_stem, batch = CASES[case]
     config = TrainConfig(data=(str(folder / "images"),), epochs=options.rounds + 2, arch=options.arch, image_size=size,
-                         view_size=size,
-                         small_stem=small_stem, hidden_dim=rivals.HIDDEN, projection_dim=rivals.OUT,
+                         view_size=size, small_stem=small_stem, hidden_dim=rivals.HIDDEN, projection_dim=rivals.OUT,
                          batch_size=options.batch or batch, device=options.device, eval=False, workers=options.workers,
                          compile=compile, cuda_graph=cuda_graph)
     place = folder / f"run{'-compiled' * compile}{'-graph' * cuda_graph}"

@@ -29,6 +29,7 @@ import torch
 
 from byol_core.runtime import choose_precision
 from byol_core.system.command import usable_cpus
+from tests.bench import BEGAN
 from tests.bench.stages import FAILED, LATE, LEFT_OUT, PASSED, TO_END_S, Log, Result, Stage, run
 from tests.bench.table import commit, markdown
 
@@ -216,21 +217,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def age() -> float:
-    """Seconds since this process was started; loading torch takes some. 0 where that cannot be known."""
-    try:
-        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-    except (OSError, AttributeError):
-        return 0.0
-
-
-def main(arguments: Sequence[str] | None = None, first: Sequence[Stage] = (), gone: float = 0.0) -> int:
+def main(arguments: Sequence[str] | None = None, first: Sequence[Stage] = (), began: float | None = None) -> int:
     """Exit codes: 0 no stage failed or had to be ended, 1 some did, 2 wrong options.
 
-    first: stages before all others. gone: of --seconds, before this was called.
+    first: stages before all others. began: when, by time.monotonic; otherwise now.
     """
-    began = time.monotonic() - gone
+    began = time.monotonic() if began is None else began
     options = parse(arguments)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work:
         options.work = Path(work)
@@ -255,4 +247,4 @@ def main(arguments: Sequence[str] | None = None, first: Sequence[Stage] = (), go
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the stages are ended, too
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a stage that hangs is aborted, and its memory is of no use
-    sys.exit(main(gone=age()))
+    sys.exit(main(began=BEGAN))

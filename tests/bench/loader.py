@@ -10,6 +10,7 @@ turns, and a rate is the median over --rounds turns.
 
 import argparse
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,6 @@ from tests.bench import rivals
 from tests.bench.table import environment, markdown, parse, show, side_by_side
 
 BATCH = 32
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 
 
 def main() -> None:
@@ -77,16 +77,16 @@ def compare(paths: list[Path], size: int, options: argparse.Namespace) -> None:
         files = scan(listing)
     order = Order(count, BATCH)
     undecoded = load_images(files, "cpu", device, print)[0]
-    crops = CropBatches(undecoded, recipes, order, 0, device)
+    crops, reference = CropBatches(undecoded, recipes, order, 0, device), WorkerBatches(undecoded, recipes, order, 0)
     rows: dict[str, Callable[[], object]] = {
-        "**byol_core**: worker crops, finished on the device": lambda: consume(TimedBatches(crops, device).epoch(0)),
+        "**byol_core**: worker crops, finished on the device": lambda: deque(TimedBatches(crops, device).epoch(0), 0),
         "**byol_core**: worker crops, a worker's part alone": lambda: cropped(crops),
-        "byol_core: the reference, --views cpu": partial(reference, WorkerBatches(undecoded, recipes, order, 0), device),
+        "byol_core: the reference, --views cpu": lambda: copied(reference.epoch(0), device),
     }
     held = in_memory(files, device)
     if held is not None:
         resident = DeviceBatches(held, recipes, order)
-        rows["**byol_core**: decoded once, held on the device"] = lambda: consume(TimedBatches(resident, device).epoch(0))
+        rows["**byol_core**: decoded once, held on the device"] = lambda: deque(TimedBatches(resident, device).epoch(0), 0)
     pipeline = [torchvision_view(recipe) for recipe in recipes]
     makers: dict[str, Callable[[], Any]] = {
         "torchvision v2 on PIL, in a DataLoader": lambda: lambda image: [view(image) for view in pipeline],
@@ -110,20 +110,11 @@ def in_memory(files: ImageSet, device: torch.device) -> ImageData | None:
     return data if data.pixels is not None else None
 
 
-def consume(views: Iterable[Any]) -> None:
-    for _ in views:
-        pass
-
-
 def cropped(crops: CropBatches) -> None:
     """What a worker does and sends."""
     dataset: Any = crops.loader.dataset
     for indices in crops.order.epoch(0).tolist():
         crops.loader.collate_fn(dataset.__getitems__([(0, index) for index in indices]))
-
-
-def reference(batches: WorkerBatches, device: torch.device) -> None:
-    copied(batches.epoch(0), device)
 
 
 def copied(batches: Iterable[Any], device: torch.device) -> None:
@@ -132,11 +123,9 @@ def copied(batches: Iterable[Any], device: torch.device) -> None:
 
 
 def find(folder: Path, count: int) -> list[Path]:
-    """`count` images spread evenly over the folder."""
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    if not paths:
-        raise SystemExit(f"no images under {folder}: looked for {' '.join(sorted(SUFFIXES))}")
-    return paths[::max(1, len(paths) // count)][:count]
+    """`count` images spread evenly over the folder. Raises: ValueError where there are none."""
+    files = scan(folder)
+    return [files.path(index) for index in range(0, len(files), max(1, len(files) // count))][:count]
 
 
 def torchvision_view(recipe: ViewRecipe) -> Callable[[Image.Image], Tensor]:

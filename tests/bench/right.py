@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -26,9 +26,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules._functions import SyncBatchNorm
+from torch.utils._pytree import tree_leaves
 
 import train
-from byol_core.run import log as metrics
+from byol_core.run import log
 from byol_core.runtime import Runtime, allow_tf32, choose_precision, prefers_channels_last
 from byol_core.system import distributed as processes
 from tests.bench import rivals
@@ -125,7 +126,7 @@ def resume(options: argparse.Namespace) -> str:
 def torchrun(options: argparse.Namespace) -> str:
     """A process group of one, with DistributedDataParallel and batch norm over all processes, trains as one without."""
     words = [*short_run(options), "--amp", "off"]
-    metrics.RECORD_EVERY = 1
+    log.RECORD_EVERY = 1
     run_of(*words, "--out", "alone")
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", "-m",
                     "tests.bench.right", "member", *words, "--out", "group"], check=True,
@@ -142,7 +143,7 @@ def torchrun(options: argparse.Namespace) -> str:
 
 def member(words: Sequence[str]) -> int:
     """train.py as one of several processes, though it be the only one. Not a check; `torchrun` starts it."""
-    metrics.RECORD_EVERY = 1
+    log.RECORD_EVERY = 1
     backends: set[str] = set()
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(processes.Processes, "several", property(lambda self: True))
@@ -230,16 +231,8 @@ def losses_of(run: Path) -> list[float]:
 def state_of(run: Path) -> dict[str, Tensor]:
     """What training changes, as a checkpoint has it: all numbers of the networks, and all that the optimizer keeps."""
     state = torch.load(run / "last.pt", weights_only=True, map_location="cpu")
-    return {part: torch.cat([tensor.flatten().double() for tensor in _tensors(state[part])])
+    return {part: torch.cat([leaf.flatten().double() for leaf in tree_leaves(state[part]) if isinstance(leaf, Tensor)])
             for part in ("model", "optimizer")}
-
-
-def _tensors(values: object) -> Iterator[Tensor]:
-    if isinstance(values, Tensor):
-        yield values
-    elif isinstance(values, (dict, list)):
-        for value in values.values() if isinstance(values, dict) else values:
-            yield from _tensors(value)
 
 
 def furthest_apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:

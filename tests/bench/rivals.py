@@ -1,9 +1,10 @@
 """What the speed benchmarks share: training steps of other packages on our networks' shapes, bare steps, machine limits."""
 
+import contextlib
 import copy
 import importlib
-import statistics
-import time
+import io
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.benchmark import Timer
 from torch.utils.data import Dataset
 
 from byol_core.backbones import build_backbone
@@ -136,31 +138,27 @@ def present(makers: Mapping[str, Callable[[], Any]]) -> Iterator[tuple[str, Any]
     """What can be made here; what is not installed is named and left out."""
     for name, make in makers.items():
         try:
-            yield name, make()
+            with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+                warnings.simplefilter("ignore")
+                made = make()
         except ImportError as error:
             print(f"{name} left out ({error}): pip install 'byol_core[peers]'\n")
+        else:
+            yield name, made
 
 
 def machine_limits(device: str) -> str:
     """How fast this machine copies memory and multiplies matrices, in one line."""
     side = 8192 if device.startswith("cuda") else 512
     source = torch.zeros(2**28 if device.startswith("cuda") else 2**25, device=device)
-    copied = 2 * source.numel() * source.element_size() / _seconds(lambda: source.clone(), device) / 1e9
+    copied = 2 * source.numel() * source.element_size() / _seconds(source.clone) / 1e9
     rates = []
     for dtype in (torch.float32, torch.bfloat16):
         matrix = torch.randn(side, side, device=device).to(dtype)
-        rates.append(2 * side**3 / _seconds(lambda: matrix @ matrix, device) / 1e9)
+        rates.append(2 * side**3 / _seconds(lambda: matrix @ matrix) / 1e9)
     return (f"Limits of this machine: copies {copied:.3g} GB/s (read and written); multiplies matrices at {rates[0]:.3g} "
             f"GFLOP/s in float32, {rates[1]:.3g} in bfloat16")
 
 
-def _seconds(work: Callable[[], object], device: str) -> float:
-    """The median of five calls after two; of one after one where they are slow."""
-    times: list[float] = []
-    while len(times) < 2 or (len(times) < 7 and sum(times) < 1.0):
-        start = time.perf_counter()
-        work()
-        if device.startswith("cuda"):
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[2:] or times[1:])
+def _seconds(work: Callable[[], object]) -> float:
+    return Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads()).blocked_autorange().median

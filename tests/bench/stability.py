@@ -4,7 +4,6 @@
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -12,8 +11,8 @@ from pathlib import Path
 
 from byol_core.report.facts import read_run
 from tests.bench.table import DEVICE, add_output, environment, markdown, show
+from tests.helpers.forking import REPOSITORY
 
-ROOT = Path(__file__).parent.parent.parent
 AT_ONCE = 512  # images of a micro-batch at the most
 COLUMNS = ("images", "batch", "updates", "lr", "loss, first to last", "lowest spread", "rank, last", "kNN (untrained)",
            "verdict")
@@ -21,22 +20,20 @@ COLUMNS = ("images", "batch", "updates", "lr", "loss, first to last", "lowest sp
 
 def run_of(data: str, batch: int, epochs: int, options: list[str]) -> tuple[str, ...]:
     with tempfile.TemporaryDirectory() as place:
-        command = [sys.executable, str(ROOT / "train.py"), "--data", data, "--out", f"{place}/out", "--epochs", str(epochs),
-                   "--batch-size", str(batch), "--accum-steps", str(max(1, batch // AT_ONCE)), *options]
-        done = subprocess.run(command, capture_output=True, text=True)
+        words = ["--data", data, "--out", f"{place}/out", "--epochs", str(epochs), "--batch-size", str(batch),
+                 "--accum-steps", str(max(1, batch // AT_ONCE)), *options]
+        done = subprocess.run([sys.executable, str(REPOSITORY / "train.py"), *words], capture_output=True, text=True)
         if done.returncode != 0:  # diverged, or no such batch; what it said last says which
             reason = done.stderr.strip().splitlines()[-1].removeprefix("error: ").partition(" - ")[0]
             return Path(data).name, str(batch), *["-"] * 6, f"failed: {reason}"
-        summary = json.loads((Path(place) / "out" / "summary.json").read_text())
-        config = json.loads((Path(place) / "out" / "config.json").read_text())
-        records = [record for line in (Path(place) / "out" / "metrics.jsonl").read_text().splitlines()
-                   for record in (json.loads(line),) if "loss" in record]
+        facts = read_run(Path(place) / "out")
+        summary, records = facts.summary, [record for record in facts.records if "loss" in record]
         knn = "-" if summary["knn"] is None else f"{summary['knn']:.1%} ({summary['knn_untrained']:.1%})"
         return (f"{Path(data).name}: {summary['images']}", str(batch), str(summary["updates"]),
-                f"{config['plan']['lr']:.3g}", f"{records[0]['loss']:.2f} to {records[-1]['loss']:.2f}",
+                f"{facts.plan['lr']:.3g}", f"{records[0]['loss']:.2f} to {records[-1]['loss']:.2f}",
                 f"{min(record['spread'] for record in records):.2f}",
                 f"{records[-1]['rank']:.1f} of {records[-1]['rank_limit']:.0f}", knn,
-                read_run(Path(place) / "out").verdict.word)
+                facts.verdict.word)
 
 
 def main() -> None:

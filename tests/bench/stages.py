@@ -3,10 +3,10 @@
 import contextlib
 import json
 import os
-import selectors
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,9 +17,9 @@ from tests.helpers.forking import REPOSITORY
 
 TO_END_S = 5.0  # seconds kept for ending what is still running, and for the last words
 TO_TELL_S = 1.0  # for a process to write where it hangs, once it is told to
-AT_ONCE = 2**16  # bytes that are read at once; a longer line is broken
+LONGEST = 2**16  # bytes of a line; a longer one is broken
 LOGGED_BYTES = 10**6
-PIPED = 32  # parts, more than a pipe holds
+POLL_S = 0.05  # between looks at what has ended or is late
 MARK = "BYOL_STAGE"  # by this variable of their environment all processes of a stage are known
 PASSED, FAILED, LATE, LEFT_OUT, INTERRUPTED = "passed", "failed", "ended at its limit", "left out", "interrupted"
 Result = dict[str, Any]
@@ -48,35 +48,24 @@ class Stage:
 class Log:
     """What the stages print, line by line as it comes, each line with the name of its stage; of one LOGGED_BYTES at most.
 
-    rests: what was begun of a line. last: the last line that was not empty. written: bytes, by stage.
+    last: the last line that was not empty. written: bytes, by stage.
     """
 
     path: Path
-    rests: dict[str, bytes] = field(default_factory=dict)
     last: dict[str, str] = field(default_factory=dict)
     written: dict[str, int] = field(default_factory=dict)
 
-    def write(self, name: str, part: bytes) -> None:
-        *lines, rest = (self.rests.get(name, b"") + part).split(b"\n")
-        if len(rest) > AT_ONCE:
-            lines, rest = [*lines, rest], b""
-        self.rests[name] = rest
-        self._append(name, lines)
-
-    def end(self, name: str) -> None:
-        rest = self.rests.pop(name, b"")
-        self._append(name, [rest] if rest else [])
-
-    def _append(self, name: str, lines: list[bytes]) -> None:
+    def write(self, name: str, line: bytes) -> None:
         before = self.written.setdefault(name, 0)
-        if lines and before <= LOGGED_BYTES:
-            text = b"".join(f"[{name}] ".encode() + line + b"\n" for line in lines)
+        if before <= LOGGED_BYTES:
+            text = f"[{name}] ".encode() + line + b"\n"
             self.written[name] += len(text)
             if self.written[name] > LOGGED_BYTES:
                 text += f"[{name}] ... what else it prints is left out\n".encode()
-            with self.path.open("ab") as file:
+            with self.path.open("ab", buffering=0) as file:  # in one call, as stages that run side by side are read at once
                 file.write(text)
-        self.last |= {name: line.decode(errors="replace").strip() for line in lines if line.strip()}
+        if line.strip():
+            self.last[name] = line.decode(errors="replace").strip()
 
 
 class Running:
@@ -87,7 +76,7 @@ class Running:
         self.json = place / f"{stage.name}.jsonl"
         self.mark = f"{os.getpid()}-{stage.name}"
         words = [sys.executable, *map(str, stage.command(seconds)), "--json", str(self.json)]
-        log.write(stage.name, f"+ {' '.join(words[1:])}\n".encode())
+        log.write(stage.name, f"+ {' '.join(words[1:])}".encode())
         self.began = time.monotonic()
         self.stopped: float | None = None  # when, if it was
         self.last_line: str | None = None  # before it was stopped
@@ -96,18 +85,14 @@ class Running:
             start_new_session=True,
             env={**os.environ, **environment, **stage.environment, MARK: self.mark, "PYTHONFAULTHANDLER": "1",
                  "PYTHONUNBUFFERED": "1"})
-        assert self.process.stdout is not None
-        self.output = self.process.stdout.fileno()
-        os.set_blocking(self.output, False)
+        self.reader = threading.Thread(target=self._read, daemon=True)  # one that hangs may never close its output
+        self.reader.start()
 
-    def read(self) -> bool:
-        """Log some of what was printed; False at the end of it."""
-        try:
-            part = os.read(self.output, AT_ONCE)
-        except BlockingIOError:  # nothing for now
-            return True
-        self.log.write(self.stage.name, part)
-        return part != b""
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        with self.process.stdout as output:
+            while line := output.readline(LONGEST):
+                self.log.write(self.stage.name, line.removesuffix(b"\n"))
 
     @property
     def over(self) -> bool:
@@ -130,12 +115,7 @@ class Running:
             time.sleep(0.01)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(TO_TELL_S)
-        for _ in range(PIPED):  # what was still on its way; no more, as one that cannot be ended may go on
-            if not self.read():
-                break
-        self.log.end(self.stage.name)
-        os.close(self.output)
-        self.process.stdout = None
+        self.reader.join(TO_TELL_S)
         code = self.process.returncode
         status = why if self.stopped is not None else PASSED if code == 0 else FAILED
         return {"status": status, "seconds": round(seconds, 1), "limit": round(self.seconds, 1), "exit_code": code,
@@ -182,7 +162,6 @@ def run(todo: Sequence[Stage], keep: Callable[[Stage, Result], None], log: Log, 
     """
     until = time.monotonic() + seconds - TO_END_S
     waiting, running = list(todo), list[Running]()
-    selector = selectors.DefaultSelector()
     try:
         while waiting or running:
             while waiting and may_start(waiting[0], [some.stage for some in running], at_once):
@@ -193,16 +172,11 @@ def run(todo: Sequence[Stage], keep: Callable[[Stage, Result], None], log: Log, 
                     continue
                 limit = left if stage.limit is None else min(left, stage.limit)
                 running.append(Running(stage, limit, place, log, environment))
-                selector.register(running[-1].output, selectors.EVENT_READ, running[-1])
-            for key, _ in selector.select(timeout=0.1):
-                if not key.data.read():
-                    selector.unregister(key.fd)  # it has closed its output, and is about to end
+            time.sleep(POLL_S)
             for some in running:
                 if some.process.poll() is None and some.over:
                     some.stop()
             for some in [some for some in running if some.process.poll() is not None or some.stopped is not None]:
-                with contextlib.suppress(KeyError):
-                    selector.unregister(some.output)
                 result = some.end(LATE)
                 running.remove(some)
                 keep(some.stage, result)
@@ -210,7 +184,7 @@ def run(todo: Sequence[Stage], keep: Callable[[Stage, Result], None], log: Log, 
         for some in running:
             some.stop()
         for some in running:
-            with contextlib.suppress(OSError):  # it was being ended already
+            with contextlib.suppress(OSError):  # the disk may be full, and the others must be ended, too
                 keep(some.stage, some.end(INTERRUPTED))
 
 

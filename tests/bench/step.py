@@ -2,11 +2,10 @@
 
     python -m tests.bench.step                                  ResNet-18, 32 pixels, batch 128
     python -m tests.bench.step --size 64 --batch 64
-    python -m tests.bench.step --arch resnet50 --size 224 --batch 256 --device cuda --compile
+    python -m tests.bench.step --arch resnet50 --size 224 --batch 256 --device cuda
 """
 
 import argparse
-import time
 from collections.abc import Callable
 from functools import partial
 
@@ -21,7 +20,6 @@ from byol_core.views.pixels import Facts
 from tests.bench import rivals
 from tests.bench.table import environment, markdown, parse, show, side_by_side
 
-STEPS = 1  # per round
 NAMES = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -31,7 +29,6 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=32, help="edge of the views in pixels (default 32)")
     parser.add_argument("--batch", type=int, default=128, help="images (default 128)")
     parser.add_argument("--small-stem", action="store_true", help="the 3x3 stem for small images")
-    parser.add_argument("--compile", action="store_true", help="a row with --compile, too, and how long that takes to start")
     options = parse(parser, rounds=5)
     device, network = options.device, (options.arch, options.small_stem, options.size)
     amp_dtype = choose_precision("auto", torch.device(device), options.arch)[0]
@@ -46,46 +43,35 @@ def main() -> None:
             name = f"bare step, {NAMES[dtype]}{', channels_last' if channels_last else ''}"
             names[dtype, channels_last] = name
             rows[name] = partial(rivals.bare_loop(rivals.new_byol(*network, runtime), runtime),
-                                 rivals.random_views(STEPS, options.batch, options.size, runtime))
+                                 rivals.random_views(1, options.batch, options.size, runtime))
     limit = names[chosen.amp_dtype, chosen.channels_last]
-    rows["**byol_core's train**, as auto chooses"] = ours(network, options.batch, STEPS, chosen)
-    started = ""
-    if options.compile:
-        rows["byol_core's train, compiled"] = compiled = ours(network, options.batch, STEPS, chosen, compile=True)
-        began = time.perf_counter()
-        compiled()
-        started = f"; --compile takes {time.perf_counter() - began:.0f} s to start"
-    plain = Runtime(device)
-    views = rivals.random_views(STEPS, options.batch, options.size, plain)
+    rows["**byol_core's train**, as auto chooses"] = ours(network, options.batch, 1, chosen)
+    views = rivals.random_views(1, options.batch, options.size, Runtime(device))
     makers = {"the loop that lightly documents": partial(rivals.lightly_loop, *network, device),
               "byol-pytorch's trainer": partial(rivals.byol_pytorch_loop, *network, device)}
     for name, loop in rivals.present(makers):
         rows[name] = partial(loop, views)
 
     milliseconds = side_by_side(rows, device, options.rounds, warm_up=1, seconds=options.seconds)
-    rates = {name: 1000 * STEPS * options.batch / value for name, value in milliseconds.items()}
-    table = [(name, f"{milliseconds[name] / STEPS:.1f}", f"{rate:.1f}", f"{rate / rates[limit]:.2f}")
+    rates = {name: 1000 * options.batch / value for name, value in milliseconds.items()}
+    table = [(name, f"{milliseconds[name]:.1f}", f"{rate:.1f}", f"{rate / rates[limit]:.2f}")
              for name, rate in sorted(rates.items(), key=lambda item: -item[1])]
     fastest = max(filter(rates.__contains__, names.values()), key=rates.__getitem__)
     text = "\n\n".join((
         environment(device, "torchvision"), rivals.machine_limits(device),
         f"auto chooses: {limit.removeprefix('bare step, ')}; fastest here: {fastest.removeprefix('bare step, ')}, "
-        f"{rates[fastest] / rates[limit]:.2f} times as fast{started}",
+        f"{rates[fastest] / rates[limit]:.2f} times as fast",
         markdown(("step", "ms", "images/s", "share of the bare step as auto chooses"), table)))
     show(f"Step: {options.arch}{', small stem' if options.small_stem else ''}, {options.size} pixels, batch {options.batch}",
          text, options)
 
 
-def ours(network: tuple[str, bool, int], batch: int, steps: int, runtime: Runtime, compile: bool = False
-         ) -> Callable[[], object]:
+def ours(network: tuple[str, bool, int], batch: int, steps: int, runtime: Runtime) -> Callable[[], object]:
     """`train` on one epoch of so many batches, with the optimizer and schedule that the recipe chooses."""
     arch, small_stem, size = network
     config = TrainConfig(arch=arch, small_stem=small_stem, image_size=size, batch_size=batch)
     plan = make_plan(config, Facts(50_000, size))
     model, views = rivals.new_byol(*network, runtime), rivals.random_views(steps, batch, size, runtime)
-    if compile:
-        model.online.compile()
-        model.target.compile()
     optimizer = build_optimizer(model.online, plan)
     scheduler = build_scheduler(optimizer, plan)
     return lambda: train(model, views, 1, optimizer=optimizer, lr_scheduler=scheduler, lr_scheduler_interval="step",

@@ -22,16 +22,8 @@ RESULTS = Path(__file__).with_name("RESULTS.md")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # as a run chooses it
 
 
-def arguments(description: str | None, images: str | None = None) -> argparse.Namespace:
-    """The options of a benchmark. images: what --images is for, where there is such an option."""
-    parser = argparse.ArgumentParser(description=description)
-    if images is not None:
-        parser.add_argument("--images", type=Path, metavar="DIR", help=images)
-    return parse(parser)
-
-
 def parse(parser: argparse.ArgumentParser, rounds: int = 15, threads: int | None = None) -> argparse.Namespace:
-    """The options of a benchmark that has some of its own. rounds, threads: the defaults."""
+    """What is given for the options of `parser` and for those that the benchmarks share. rounds, threads: the defaults."""
     parser.add_argument("--device", default=DEVICE)
     parser.add_argument("--threads", type=int, default=threads or torch.get_num_threads(), help="CPU threads of torch")
     parser.add_argument("--rounds", type=int, default=rounds, help="times each row is measured; the median counts")

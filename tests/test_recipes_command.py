@@ -1,21 +1,25 @@
 """`python -m tests.bench.recipes`: that a variant changes what it names, and a run of it at small scale."""
 
+import contextlib
 import json
 import re
 import sys
+from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
-from torchvision.models import resnet18
 
 from byol_core.evaluate import probes
+from byol_core.networks import BYOL
 from byol_core.run.options import TrainConfig
 from byol_core.run.plan import make_plan
 from byol_core.views.pixels import Facts
 from tests.bench import recipes
-from tests.bench.recipes import Variant, change_network, config_of, parse_variant, plan_of, view_of
+from tests.bench.recipes import Trial, Variant, change_network, config_of, grown, parse_variant, plan_of, view_of
 
 FACTS = Facts(1000, 32)
 
@@ -51,7 +55,29 @@ def test_views_are_changed_together_or_each() -> None:
     assert view_of(variant(""), 1, views[1]) == views[1]
 
 
+def test_views_grow_evenly_to_the_recipes_own() -> None:
+    view = replace(make_plan(TrainConfig(), FACTS).views[0], size=24, crop_scale=(0.2, 1.0))
+    growing = variant("from_size=16 from_crop=0.6 from_colour=0")
+    assert [grown(growing, view, share).size for share in (0.0, 0.3, 0.5, 0.99, 1.0)] == [16, 20, 20, 24, 24]
+    assert grown(growing, view, 0.5).crop_scale == pytest.approx((0.4, 1.0))
+    assert grown(growing, view, 0.25).hue == pytest.approx(view.hue / 4) and grown(growing, view, 1.0) == view
+    assert grown(variant(""), view, 0.5) == view
+
+
+def test_an_epoch_has_the_views_of_its_place_in_the_run(image_folder: Callable[..., Path], tmp_path: Path) -> None:
+    image_folder("set/train", classes=2, per_class=12)
+    options = Namespace(images=tmp_path / "set", out=tmp_path / "out", minutes=None, updates=24)
+    changed = variant("arch=conv6 image_size=16 batch_size=6 hidden_dim=16 projection_dim=8 from_size=8")
+    with contextlib.ExitStack() as stack:
+        run = Trial(changed, 0, options, stack).run
+        sizes = [next(run.batches.epoch(epoch))[0].shape[-1] for epoch in (0, 3, 5)]  # of 6: 4 updates in each
+        run.batches.close()
+    assert sizes == [8, 12, 16]
+
+
 def test_networks_are_changed_before_training() -> None:
+    from torchvision.models import resnet18
+
     network = resnet18()
     change_network(variant("bn_momentum=0.03 zero_init=true"), network)
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
@@ -59,6 +85,22 @@ def test_networks_are_changed_before_training() -> None:
     zero = [name for name, module in network.named_modules() if isinstance(module, nn.BatchNorm2d)
             and not module.weight.any()]
     assert zero == [f"layer{layer}.{block}.bn2" for layer in (1, 2, 3, 4) for block in (0, 1)]
+
+
+def test_small_crops_are_predicted_as_the_view_they_are_of(small_byol: BYOL) -> None:
+    """Crops of a whole view are the view; smaller ones are seen by the online network alone."""
+    view1, view2 = torch.randn(2, 4, 3, 8, 8)
+    small_byol.eval()
+    plain = small_byol(view1, view2)
+    change_network(variant("small_crops=2 small_size=8"), small_byol)
+    crops = small_byol(view1, view2)
+    assert all(torch.equal(many, one.repeat(3, 1)) for many, one in zip(crops, plain))
+    small_byol.forward = type(small_byol).forward.__get__(small_byol)
+    seen: list[torch.Size] = []
+    small_byol.online.register_forward_hook(lambda module, views, out: seen.append(views[0].shape[-2:]))
+    change_network(variant("small_crops=1 small_size=6"), small_byol)
+    small_byol(view1, view2)
+    assert sorted(map(tuple, seen)) == [(6, 6), (6, 6), (8, 8), (8, 8)]
 
 
 @pytest.mark.slow

@@ -11,6 +11,9 @@ A variant is "name: field=value field=value ...", a line of the file or an argum
     colour: a factor on the strengths of its changes colour=0.5
     bn_momentum: of every batch norm                 bn_momentum=0.01
     zero_init=true: residual blocks begin as nothing (the last batch norm of each has weight 0)
+    from_size=16  from_crop=0.6  from_colour=0.2: pixels of a view, the smallest share of an image in it, and a factor on
+    colours, in the first epoch; from there they go evenly to the recipe's own, which hold in the last quarter of the run
+    small_crops=2  small_size=16: that many smaller crops of each view, of so many pixels, are predicted as it is
 
 --images is a folder with train/<class>/ and test/<class>/. Variants are compared on a fifth of train/ whose labels the probes
 do not see; with --final they are measured on test/, for numbers that are reported: do not choose by those. The table has the
@@ -23,22 +26,25 @@ import contextlib
 import json
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from byol_core.evaluate.scoring import Scorer
 from byol_core.images.image_set import scan
+from byol_core.networks import BYOL
 from byol_core.run.data import Loaded, load
 from byol_core.run.folder import open_run_folder
 from byol_core.run.options import TrainConfig, build_parser, parse_config
 from byol_core.run.plan import Choice, Plan, make_plan
 from byol_core.run.run import Run, fit_into
+from byol_core.views.batches import DeviceBatches, Views
 from byol_core.views.pixels import Facts, look_at
 from byol_core.views.recipes import ViewRecipe
 from tests.bench.table import add_output, environment, markdown, show
@@ -47,7 +53,9 @@ ACCURACIES = ("kNN 20", "linear", "1 label", "5 labels")
 COLUMNS = ("network", "minutes", "updates", "images/s", *ACCURACIES, "rank", "spread")
 COLOURS = ("brightness", "contrast", "saturation", "hue")
 Row = dict[str, dict[str, Any]]  # of the online network, and of the target
-OWN = ("colour", "bn_momentum", "zero_init")
+OWN = ("colour", "bn_momentum", "zero_init", "from_size", "from_crop", "from_colour", "small_crops", "small_size")
+FULL_FROM = 0.75  # of the run: what grows has grown by then
+EVEN = 4  # pixels by which views grow
 
 
 @dataclass(frozen=True)
@@ -94,8 +102,7 @@ def plan_of(variant: Variant, config: TrainConfig, facts: Facts, seen: int, netw
 
 def view_of(variant: Variant, number: int, view: ViewRecipe) -> ViewRecipe:
     """View 0 or 1 with the variant's numbers: "0.5" for both, "0.5/0.1" for each, "0.2..1" for a range."""
-    factor = float(variant.fields.get("colour", "1"))
-    changed: dict[str, Any] = {name: factor * getattr(view, name) for name in COLOURS}
+    changed: dict[str, Any] = colours_times(float(variant.fields.get("colour", "1")), view)
     for field in fields(ViewRecipe):
         if field.name not in variant.fields or field.name in ("size", "mean", "std"):
             continue
@@ -110,6 +117,39 @@ def view_of(variant: Variant, number: int, view: ViewRecipe) -> ViewRecipe:
     return replace(view, **changed)
 
 
+def colours_times(factor: float, view: ViewRecipe) -> dict[str, float]:
+    return {name: factor * getattr(view, name) for name in COLOURS}
+
+
+def grown(variant: Variant, view: ViewRecipe, share: float) -> ViewRecipe:
+    """The view of a moment of the run. share: of the way to the recipe's own, from 0 to 1."""
+    def between(name: str, whole: float) -> float:
+        first = float(variant.fields.get(name, whole))
+        return first + (whole - first) * share
+
+    changed: dict[str, Any] = colours_times(between("from_colour", 1.0), view)
+    if view.crop_scale is not None:
+        changed["crop_scale"] = (between("from_crop", view.crop_scale[0]), view.crop_scale[1])
+    size = between("from_size", view.size)
+    return replace(view, **changed, size=view.size if share >= 1 else round(size / EVEN) * EVEN)
+
+
+def let_grow(variant: Variant, run: Run) -> None:
+    """Every epoch has views of its own."""
+    batches = run.batches.batches
+    if not variant.fields.keys() & {"from_size", "from_crop", "from_colour"}:
+        return
+    assert isinstance(batches, DeviceBatches), "views grow where they are made of images in memory"
+    whole, made, last = batches.recipes, batches.epoch, FULL_FROM * run.setup.plan.epochs
+
+    def epoch(number: int, start: int = 0) -> Iterator[Views]:
+        share = min(number / last, 1.0)
+        batches.recipes = grown(variant, whole[0], share), grown(variant, whole[1], share)
+        return made(number, start)
+
+    batches.epoch = epoch  # type: ignore[method-assign, assignment]
+
+
 def change_network(variant: Variant, network: nn.Module) -> None:
     """What of the network a variant changes, before any training."""
     for module in network.modules():
@@ -118,6 +158,25 @@ def change_network(variant: Variant, network: nn.Module) -> None:
         last = getattr(module, "bn3", getattr(module, "bn2", None))
         if hasattr(module, "downsample") and last is not None and variant.fields.get("zero_init") == "true":
             nn.init.zeros_(last.weight)
+    if "small_crops" in variant.fields:
+        assert isinstance(network, BYOL)
+        predict_small_crops(network, int(variant.fields["small_crops"]), int(variant.fields.get("small_size", "16")))
+
+
+def predict_small_crops(model: BYOL, count: int, size: int) -> None:
+    """Of `count` squares of each view, too, the other view's target is predicted; they lie alike in a whole batch."""
+    forward = model.forward
+
+    def with_crops(view1: Tensor, view2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        prediction1, prediction2, projection1, projection2 = forward(view1, view2)
+        more: tuple[list[Tensor], list[Tensor]] = [prediction1], [prediction2]
+        for view, predictions in zip((view1, view2), more):
+            for _ in range(count):
+                top, left = torch.randint(view.shape[-1] - size + 1, (2,)).tolist()
+                predictions.append(model.online(view[..., top:top + size, left:left + size]))
+        return (torch.cat(more[0]), torch.cat(more[1]), projection1.repeat(count + 1, 1), projection2.repeat(count + 1, 1))
+
+    model.forward = with_crops  # type: ignore[method-assign]
 
 
 def begun(variant: Variant, seed: int, options: argparse.Namespace, stack: contextlib.ExitStack) -> Run:
@@ -133,6 +192,7 @@ def begun(variant: Variant, seed: int, options: argparse.Namespace, stack: conte
     def run_of(plan: Plan, loaded: Loaded | None) -> Run:
         run = Run(config, plan, files, out, loaded=loaded)
         change_network(variant, run.state.model)
+        let_grow(variant, run)
         return run
 
     if not kept.exists():

@@ -23,6 +23,7 @@ from byol_core.system.files import read_checkpoint
 from tests.helpers.forking import PATIENCE_S, Forked, call
 from tests.helpers.runs import SMALL
 
+pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 MPS, CUDA = torch.device("mps"), torch.device("cuda", 0)
 
 
@@ -39,25 +40,21 @@ def test_libraries_that_do_not_fit_are_named(image_folder: Callable[..., Path], 
                                              capsys) -> None:
     monkeypatch.delitem(sys.modules, "torchvision")
     monkeypatch.setattr(sys, "meta_path", [Mismatched(), *sys.meta_path])
-    data = image_folder()
-    monkeypatch.chdir(data.parent)
+    data = str(image_folder())
     if command == "train":
-        code = train.main(["--data", str(data), "--out", "out", *SMALL])
+        code = train.main(["--data", data, "--out", "out", *SMALL])
     else:
         main = evaluate_command.main if command == "evaluate" else embed.main
-        code = main(["--data", str(data), "--checkpoint", str(data)])
+        code = main(["--data", data, "--checkpoint", data])
     assert code == 2
     assert capsys.readouterr().err == (f"error: torch {torch.__version__} and torchvision {metadata.version('torchvision')} "
                                        "do not match - reinstall both together\n")
 
 
 @pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="has an accelerator")
-def test_a_run_without_an_accelerator_says_so(image_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch,
-                                              capsys) -> None:
-    data = image_folder()
-    monkeypatch.chdir(data.parent)
+def test_a_run_without_an_accelerator_says_so(image_folder: Callable[..., Path], capsys) -> None:
     options = [option for option in SMALL if option not in ("--device", "cpu")]
-    assert train.main(["--data", str(data), "--epochs", "0", "--out", "out", "--no-eval", *options]) == 0
+    assert train.main(["--data", str(image_folder()), "--epochs", "0", "--out", "out", "--no-eval", *options]) == 0
     assert "device: cpu (no CUDA found); precision: " in capsys.readouterr().out
 
 
@@ -138,10 +135,9 @@ def test_a_command_without_standard_streams_writes_whole_files(image_folder: Cal
     assert all(json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines())
 
 
-def test_a_console_that_cannot_show_a_name_stops_no_run(image_folder: Callable[..., Path], tmp_path: Path,
+def test_a_console_that_cannot_show_a_name_stops_no_run(image_folder: Callable[..., Path],
                                                         monkeypatch: pytest.MonkeyPatch) -> None:
     words, shown = small_run(image_folder("bär")), io.BytesIO()
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
     assert train.main(words) == 0
     sys.stdout.flush()

@@ -84,7 +84,7 @@ def test_a_checkpoint_from_a_gpu_loads_without_one(trained: Path, monkeypatch: p
                                                  ("fp16", "bf16", "float16 -> bfloat16")])
 def test_another_precision_is_noted_and_the_run_goes_on(image_folder: Folder, stopped_after: Callable[..., None], before: str,
                                                         after: str, note: str, capsys) -> None:
-    arguments = ["--data", image_folder(), "--epochs", 2, "--out", "out", "--no-eval", *SMALL]
+    arguments = ["--data", image_folder(), "--epochs", 2, "--out", "out", "--no-eval", *SMALL, "--image-size", 8]
     stopped_after(2, *arguments, "--amp", before)
     assert bool(checkpoint("out")["scaler"]) == (before == "fp16")  # its scale and growth
     assert run(*arguments, "--amp", after, "--resume") == 0

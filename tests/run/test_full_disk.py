@@ -86,8 +86,8 @@ def test_a_run_on_a_disk_with_too_little_room_is_warned_with_sizes(data: Path, m
         capsys.readouterr()
         monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(0, 0, int(3 * size * room)))
         assert run([*words, "--epochs", "0"], out) == 0
-        line = (f"warning: {int(3 * size * room / 1e6)} MB free in {out}, but the 3 checkpoints that may be there at once need "
-                f"{math.ceil(3 * size / 1e6)} MB - free some space, or choose another --out\n")
+        line = (f"warning: {int(3 * size * room / 1e6)} MB free in {out}, but the 3 checkpoints that may be there at once "
+                f"need {math.ceil(3 * size / 1e6)} MB - free some space, or choose another --out\n")
         assert (line in capsys.readouterr().out) == warned
 
 

@@ -101,13 +101,12 @@ def test_checkpoints_that_are_there_already_need_no_more_room(tmp_path: Path, mo
             "space, or choose another --out" if warned else None)
 
 
-@pytest.mark.parametrize("interruption", [KeyboardInterrupt(), Stopped(2)])
-def test_a_write_that_is_interrupted_leaves_nothing_behind(tmp_path: Path, interruption: BaseException) -> None:
+def test_a_write_that_is_interrupted_leaves_nothing_behind(tmp_path: Path) -> None:
     def interrupted(file) -> None:
         file.write(b"half")
-        raise interruption
+        raise Stopped(2)
 
-    with pytest.raises(type(interruption)):
+    with pytest.raises(Stopped):
         files.atomic_write(tmp_path / "file", interrupted)
     assert not list(tmp_path.iterdir())
 

@@ -212,8 +212,7 @@ def test_nothing_is_written_beside_the_images(image_folder: Folder) -> None:
 @pytest.mark.parametrize("views, size", [("device", (1, 1)), ("device", (1, 5000)), ("cpu", (1, 1)), ("cpu", (5000, 1))])
 def test_images_of_one_pixel_and_of_one_line_are_trained_on(image_folder: Folder, views: str, size: tuple[int, int]) -> None:
     data = image_folder(classes=2, per_class=5, size=size)
-    arguments = ["--data", data, "--epochs", 1, "--out", "out", "--views", views, *SMALL]
-    assert run(*arguments) == 0
+    assert run("--data", data, "--epochs", 1, "--out", "out", "--views", views, *SMALL) == 0
     result = summary("out")
     assert result["bad_files"] == 0 and 0 < result["loss"] < 8 and result["linear"] is not None
 

@@ -1,5 +1,6 @@
 """best.pt: the network that was best on the way, by kNN or else by separation, through stops and resumes; how to load it."""
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,6 @@ from byol_core.evaluate import __main__ as evaluate_command
 from byol_core.evaluate import separation
 from byol_core.evaluate.scoring import Scorer
 from byol_core.report.facts import read_run
-from byol_core.run.results import Results
 from byol_core.run.run import Run
 from tests.helpers.forking import run_code
 from tests.helpers.pictures import Folder
@@ -21,15 +21,11 @@ from tests.helpers.runs import SMALL, assert_equal, checkpoint, run, summary
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 
 
-def script_scores(monkeypatch: pytest.MonkeyPatch, knn: dict[int, float], last: float) -> None:
-    """Let kNN on the way and in the end be these, by epoch."""
-    def on_the_way(self: Results) -> None:
-        monkeypatch.setattr(Scorer, "quick", lambda scorer, backbone: knn[self.state.progress.epoch])
-        original(self)
-
-    original = Results.measure_on_the_way
-    monkeypatch.setattr(Results, "measure_on_the_way", on_the_way)
-    monkeypatch.setattr(Scorer, "measure", lambda scorer, backbone: {"knn": last, "linear": None})
+def script_scores(monkeypatch: pytest.MonkeyPatch, knn: list[float], last: float) -> None:
+    """Let kNN on the way be these, over and over, and in the end the last one."""
+    values = itertools.cycle(knn)
+    monkeypatch.setattr(Scorer, "quick", lambda *_: next(values))
+    monkeypatch.setattr(Scorer, "measure", lambda *_: {"knn": last, "linear": None})
 
 
 def best(out: str) -> tuple[dict, dict]:
@@ -54,7 +50,7 @@ def test_best_is_the_network_with_the_best_score_and_of_equals_the_later(image_f
         original(self, progress, step)
 
     monkeypatch.setattr(Run, "_after_step", remember)
-    script_scores(monkeypatch, dict(enumerate(values, 1)), last)
+    script_scores(monkeypatch, values, last)
     measured = iter([0.5, *values, last])  # before, after each epoch, and in the end
     monkeypatch.setattr(separation, "separation", lambda features: torch.tensor(next(measured)))
     data = image_folder(classes=2 * (score == "knn"), per_class=8)
@@ -77,7 +73,7 @@ def test_best_is_the_network_with_the_best_score_and_of_equals_the_later(image_f
 def test_a_resumed_run_knows_the_best_and_does_not_overwrite_it(image_folder: Folder, stopped_after: Callable[..., None],
                                                                 monkeypatch, save_every: int, stop_at: int) -> None:
     arguments = ["--data", image_folder(), "--epochs", 4, "--eval-every", 1, "--save-every", save_every, *SMALL]
-    script_scores(monkeypatch, {1: 0.5, 2: 0.75, 3: 0.25, 4: 0.5}, 0.5)
+    script_scores(monkeypatch, [0.5, 0.75, 0.25, 0.5], 0.5)
     assert run(*arguments, "--out", "whole") == 0
     stopped_after(stop_at, *arguments, "--out", "parts")
     assert checkpoint("parts")["best"] == {"knn": 0.75, "epoch": 2}
@@ -88,10 +84,11 @@ def test_a_resumed_run_knows_the_best_and_does_not_overwrite_it(image_folder: Fo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("before, after, epoch", [({2: 0.75, 4: 0.5}, {4: 0.5}, 2), ({2: 0.5, 4: 0.75}, {4: 0.25}, 4)],
+@pytest.mark.parametrize("before, after, epoch", [([0.75, 0.5], [0.5], 2), ([0.5, 0.75], [0.25], 4)],
                          ids=["that of the checkpoint", "a later one"])
 def test_a_best_in_another_folder_is_that_of_the_checkpoint_or_not_claimed(image_folder: Folder, monkeypatch,
-                                                                           before: dict, after: dict, epoch: int) -> None:
+                                                                           before: list[float], after: list[float],
+                                                                           epoch: int) -> None:
     arguments = ["--data", image_folder(), "--epochs", 4, "--eval-every", 2, *SMALL]
     script_scores(monkeypatch, before, 0.1)
     assert run(*arguments, "--out", "first") == 0

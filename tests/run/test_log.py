@@ -17,6 +17,7 @@ import torch
 from byol_core.evaluate.health import judge
 from byol_core.run.log import RunLog
 from byol_core.training import Progress, Step
+from tests.helpers.runs import metrics
 
 
 def step(loss: float = 1.0, spread: float = 1.0, applied: bool = True) -> Step:
@@ -39,16 +40,12 @@ def train_log(folder: Path, updates: int, losses: list[float]) -> RunLog:
     return log
 
 
-def records(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_records_come_every_ten_updates_and_at_the_end_of_an_epoch_with_means_since_the_last_one(tmp_path: Path) -> None:
     train_log(tmp_path, 50, [float(number) for number in range(50)])
-    assert [record["update"] for record in records(tmp_path)] == [10, 20, 25, 30, 40, 50]
-    assert [record["epoch"] for record in records(tmp_path)] == [0.4, 0.8, 1.0, 1.2, 1.6, 2.0]
-    assert [record["loss"] for record in records(tmp_path)] == [4.5, 14.5, 22.0, 27.0, 34.5, 44.5]
-    for record in records(tmp_path):
+    assert [record["update"] for record in metrics(tmp_path)] == [10, 20, 25, 30, 40, 50]
+    assert [record["epoch"] for record in metrics(tmp_path)] == [0.4, 0.8, 1.0, 1.2, 1.6, 2.0]
+    assert [record["loss"] for record in metrics(tmp_path)] == [4.5, 14.5, 22.0, 27.0, 34.5, 44.5]
+    for record in metrics(tmp_path):
         assert {"spread", "rank", "rank_limit", "alignment", "uniformity", "cosine"} <= record.keys()
         assert record["rank_limit"] == 8 and record["alignment"] == 0.0  # both views are the same rows
 
@@ -59,7 +56,7 @@ def test_resumed_log_drops_what_will_be_done_again_and_goes_on(tmp_path: Path) -
     assert state["loss_count"] == 3  # updates 21 to 23 wait for their record
     train = RunLog(tmp_path, 2, 25, 4)
     train.resume({**state, "loss_sum": 6.0}, Progress(epoch=0, batch=13, updates=13), tmp_path)
-    assert [record["update"] for record in records(tmp_path)] == [10]
+    assert [record["update"] for record in metrics(tmp_path)] == [10]
     assert train.loss_count == 3 and train.loss_sum == 6.0 and train.last["loss"] == 1.0
     assert state["resumed"] == [] and train.state_dict()["resumed"] == [13]
     again = RunLog(tmp_path, 2, 25, 4)
@@ -72,7 +69,7 @@ def test_lines_torn_by_a_power_cut_are_dropped(tmp_path: Path) -> None:
     with open(tmp_path / "metrics.jsonl", "ab") as file:
         file.write(bytes(4) + b"\n" + b'{"update": 1')
     RunLog(tmp_path, 2, 25, 4).resume(RunLog(tmp_path, 2, 25, 4).state_dict(), Progress(updates=20), tmp_path)
-    assert [record["update"] for record in records(tmp_path)] == [10]
+    assert [record["update"] for record in metrics(tmp_path)] == [10]
 
 
 def test_collapse_is_said_once_with_the_advice_of_the_end(tmp_path: Path, capsys) -> None:
@@ -80,7 +77,7 @@ def test_collapse_is_said_once_with_the_advice_of_the_end(tmp_path: Path, capsys
     log = RunLog(tmp_path, 2, 25, 4, plan=plan)
     for updates in (10, 20, 30):
         log.step(Progress(updates=updates, batch=10), step(spread=0.0), 0.0)
-    advice = judge(records(tmp_path), 2, plan=plan).advice
+    advice = judge(metrics(tmp_path), 2, plan=plan).advice
     said = capsys.readouterr().out
     assert said.count("features are collapsing: spread 0.000") == said.count(f" - {advice}\n") == 1
     assert "raise --tau-base from 0.5" in advice
@@ -106,7 +103,7 @@ def test_a_skipped_step_is_counted_and_not_measured(tmp_path: Path) -> None:
     skipped = step(float("nan"), applied=False)
     skipped.projection1.fill_(float("nan"))
     log.step(progress, skipped, 0.0)
-    record, = records(tmp_path)
+    record, = metrics(tmp_path)
     assert record["loss"] == 2.0 and record["spread"] > 0.5 and record["skipped"] == 1
 
 
@@ -116,7 +113,7 @@ def test_a_resumed_epoch_that_ends_with_a_skipped_step_waits_for_one_that_is_app
     log.step(Progress(epoch=1, updates=1), step(float("nan"), applied=False), 0.0)
     assert not (tmp_path / "metrics.jsonl").exists()
     log.step(Progress(epoch=2, updates=2), step(4.0), 0.0)
-    record, = records(tmp_path)
+    record, = metrics(tmp_path)
     assert record["loss"] == 3.0
 
 

@@ -1,5 +1,6 @@
 """Checkpoints and weights that are hostile, foreign or damaged, as every command that takes one sees them."""
 
+import functools
 import json
 import os
 import pickle
@@ -128,16 +129,12 @@ def test_a_damaged_file_is_not_replaced_by_a_run_that_is_refused(trained: Path, 
     assert "epochs 1 -> 7" in capsys.readouterr().err and Path("out/last.pt").read_bytes() == b"torn"
 
 
-def nested(depth: int) -> object:
-    value: object = ["x"]
-    for _ in range(depth):
-        value = [value, value]
-    return value
+NESTED = functools.reduce(lambda inner, _: [inner, inner], range(40), ["x"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("key", ["version", "device", "precision", "compiled", "best"])
-@pytest.mark.parametrize("value", [nested(40), "\x1b[31mred\nerror: a line of its own", 3], ids=["nested", "text", "number"])
+@pytest.mark.parametrize("value", [NESTED, "\x1b[31mred\nerror: a line of its own", 3], ids=["nested", "text", "number"])
 def test_what_a_hostile_file_says_of_itself_is_not_shown(trained: Path, key: str, value: object, capsys) -> None:
     """Nested lists of a few hundred bytes are longer than any memory when written out."""
     unknown = {"unknown": 1} if key == "version" else {}

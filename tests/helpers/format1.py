@@ -5,6 +5,7 @@ when the code changes: every later version must load it and go on from it.
 import signal
 import sys
 import tempfile
+from collections import OrderedDict
 from pathlib import Path
 from unittest import mock
 
@@ -24,12 +25,8 @@ OPTIONS = ["--epochs", "2", "--arch", "conv6", "--image-size", "16", "--batch-si
 
 def tiny_backbone(name: str, small_images: bool = False, image_size: int | None = None) -> tuple[nn.Module, int]:
     """In the place of conv6, to keep the file small."""
-    layers = {"conv1": nn.Conv2d(3, 8, 3, stride=2), "bn1": nn.BatchNorm2d(8), "relu1": nn.ReLU(),
-              "pool": nn.AdaptiveAvgPool2d(2), "flatten": nn.Flatten()}
-    backbone = nn.Sequential()
-    for name, layer in layers.items():
-        backbone.add_module(name, layer)
-    return backbone, 32
+    return nn.Sequential(OrderedDict(conv1=nn.Conv2d(3, 8, 3, stride=2), bn1=nn.BatchNorm2d(8), relu1=nn.ReLU(),
+                                     pool=nn.AdaptiveAvgPool2d(2), flatten=nn.Flatten())), 32
 
 
 def write_images(folder: Path) -> Path:

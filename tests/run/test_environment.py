@@ -20,9 +20,10 @@ from byol_core.evaluate import __main__ as evaluate_command
 from byol_core.images.image_set import scan
 from byol_core.runtime import Runtime, choose_device, choose_precision
 from byol_core.system.files import read_checkpoint
-from tests.helpers.forking import PATIENCE_S, Forked, call
+from tests.helpers.forking import PATIENCE_S, Forked
 from tests.helpers.runs import SMALL
 
+pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 MPS, CUDA = torch.device("mps"), torch.device("cuda", 0)
 
 
@@ -39,25 +40,21 @@ def test_libraries_that_do_not_fit_are_named(image_folder: Callable[..., Path], 
                                              capsys) -> None:
     monkeypatch.delitem(sys.modules, "torchvision")
     monkeypatch.setattr(sys, "meta_path", [Mismatched(), *sys.meta_path])
-    data = image_folder()
-    monkeypatch.chdir(data.parent)
+    data = str(image_folder())
     if command == "train":
-        code = train.main(["--data", str(data), "--out", "out", *SMALL])
+        code = train.main(["--data", data, "--out", "out", *SMALL])
     else:
         main = evaluate_command.main if command == "evaluate" else embed.main
-        code = main(["--data", str(data), "--checkpoint", str(data)])
+        code = main(["--data", data, "--checkpoint", data])
     assert code == 2
     assert capsys.readouterr().err == (f"error: torch {torch.__version__} and torchvision {metadata.version('torchvision')} "
                                        "do not match - reinstall both together\n")
 
 
 @pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="has an accelerator")
-def test_a_run_without_an_accelerator_says_so(image_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch,
-                                              capsys) -> None:
-    data = image_folder()
-    monkeypatch.chdir(data.parent)
+def test_a_run_without_an_accelerator_says_so(image_folder: Callable[..., Path], capsys) -> None:
     options = [option for option in SMALL if option not in ("--device", "cpu")]
-    assert train.main(["--data", str(data), "--epochs", "0", "--out", "out", "--no-eval", *options]) == 0
+    assert train.main(["--data", str(image_folder()), "--epochs", "0", "--out", "out", "--no-eval", *options]) == 0
     assert "device: cpu (no CUDA found); precision: " in capsys.readouterr().out
 
 
@@ -114,44 +111,33 @@ def small_run(images: Path) -> list[str]:
     return ["--data", str(images), "--out", "out", "--epochs", "1", "--no-eval", *SMALL]
 
 
-def without_streams(folder: str, words: list[str], closed: list[int]) -> int:
-    """The command where these of the standard streams are closed, as a Python that is started so finds them."""
-    os.chdir(folder)
-    for number in closed:
-        os.close(number)
-        setattr(sys, ("stdin", "stdout", "stderr")[number], None)
-    return train.main(words)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("closed", [[0, 1, 2], [1], [2]])
-def test_a_command_without_standard_streams_writes_whole_files(image_folder: Callable[..., Path], tmp_path: Path,
-                                                               closed: list[int]) -> None:
+def test_a_command_without_standard_streams_writes_whole_files(image_folder: Callable[..., Path]) -> None:
     """A file of the run that got a stream's number would take what is printed."""
-    words = small_run(image_folder())
-    if len(closed) == 3:
-        command = shlex.join([sys.executable, train.__file__, *words])
-        assert subprocess.run(["sh", "-c", f"exec {command} <&- >&- 2>&-"], cwd=tmp_path).returncode == 0
-    else:
-        call(f"{__name__}:without_streams", [str(tmp_path), words, closed], tmp_path / "printed")
-    assert read_checkpoint(tmp_path / "out" / "last.pt")
-    assert all(json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines())
+    command = shlex.join([sys.executable, train.__file__, *small_run(image_folder())])
+    assert subprocess.run(["sh", "-c", f"exec {command} <&- >&- 2>&-"]).returncode == 0
+    assert read_checkpoint(Path("out/last.pt"))
+    assert all(json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines())
 
 
-def test_a_console_that_cannot_show_a_name_stops_no_run(image_folder: Callable[..., Path], tmp_path: Path,
+def test_a_console_that_cannot_show_a_name_stops_no_run(image_folder: Callable[..., Path],
                                                         monkeypatch: pytest.MonkeyPatch) -> None:
     words, shown = small_run(image_folder("bär")), io.BytesIO()
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
     assert train.main(words) == 0
     sys.stdout.flush()
     assert b"b\\xe4r" in shown.getvalue()
 
 
+def train_in(folder: str, words: list[str]) -> int:
+    os.chdir(folder)
+    return train.main(words)
+
+
 @pytest.mark.slow
-def test_a_console_that_goes_away_stops_no_run(image_folder: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_console_that_goes_away_stops_no_run(image_folder: Callable[..., Path]) -> None:
     reading, writing = os.pipe()
     os.close(reading)
-    child = Forked(f"{__name__}:without_streams", [str(tmp_path), small_run(image_folder()), []], writing, writing)
+    child = Forked(f"{__name__}:train_in", [os.getcwd(), small_run(image_folder())], writing, writing)
     os.close(writing)
-    assert child.wait(PATIENCE_S) == 0 and (tmp_path / "out" / "backbone.pt").exists()
+    assert child.wait(PATIENCE_S) == 0 and Path("out/backbone.pt").exists()

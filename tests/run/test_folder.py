@@ -11,11 +11,14 @@ from byol_core.run.folder import open_run_folder
 from tests.helpers.children import At
 from tests.helpers.kills import STEP, arguments, run
 
+pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 
-def test_a_refused_folder_keeps_every_file_of_its_owner(tmp_path: Path) -> None:
+
+@pytest.mark.parametrize("may_be_used", [False, True])
+def test_a_refused_folder_keeps_every_file_of_its_owner(tmp_path: Path, may_be_used: bool) -> None:
     for name in (".important.tmp", ".train.log.12.tmp", "notes.txt"):
         (tmp_path / name).write_text("mine")
-    with pytest.raises(ValueError, match="is not empty"), open_run_folder(tmp_path, may_be_used=False):
+    with pytest.raises(ValueError, match="is not empty .it holds notes.txt"), open_run_folder(tmp_path, may_be_used):
         pass
     assert {entry.name for entry in tmp_path.iterdir()} == {".important.tmp", ".train.log.12.tmp", "notes.txt"}
 
@@ -32,8 +35,7 @@ def lose_the_folder() -> None:
     shutil.rmtree("out")
 
 
-def test_a_run_folder_that_is_deleted_on_the_way_ends_the_run_in_a_line(data: Path, monkeypatch, capsys) -> None:
-    monkeypatch.chdir(data.parent)
+def test_a_run_folder_that_is_deleted_on_the_way_ends_the_run_in_a_line(data: Path, capsys) -> None:
     assert run(arguments(data, "--workers", 0), "out", At(STEP, 2, "tests.run.test_folder:lose_the_folder")) == 1
     said = capsys.readouterr().err.splitlines()
     assert said[-1] == "error: out was removed or replaced while the run went on, so nothing is saved" and len(said) == 2
@@ -46,8 +48,7 @@ def replace_the_folder() -> None:
     Path("out/.lock").write_text("another run's")
 
 
-def test_a_run_writes_nothing_into_a_folder_that_has_taken_the_place_of_its_own(data: Path, monkeypatch, capsys) -> None:
-    monkeypatch.chdir(data.parent)
+def test_a_run_writes_nothing_into_a_folder_that_has_taken_the_place_of_its_own(data: Path, capsys) -> None:
     assert run(arguments(data, "--workers", 0), "out", At(STEP, 2, "tests.run.test_folder:replace_the_folder")) == 1
     assert "error: out was removed or replaced while the run went on" in capsys.readouterr().err
     assert {entry.name for entry in Path("out").iterdir()}.isdisjoint({"last.pt", "summary.json", "report.html"})
@@ -58,13 +59,12 @@ def test_a_run_goes_on_without_what_is_only_to_look_at(data: Path, monkeypatch, 
     def fail(*_: object) -> None:
         raise OSError("no room for pictures")
 
-    monkeypatch.chdir(data.parent)
     for place in ("describe.write_json", "results.write_json", "results.save_views", "results.save_neighbours",
                   "results.write_report"):
         monkeypatch.setattr(f"byol_core.run.{place}", fail)
     assert run([word for word in arguments(data, "--workers", 0) if word != "--no-eval"], "out") == 0
     assert capsys.readouterr().out.count("warning: no room for pictures - the run goes on\n") == 5
-    assert (data.parent / "out" / "backbone.pt").exists()
+    assert Path("out/backbone.pt").exists()
 
 
 @pytest.mark.parametrize("may_be_used", [False, True])

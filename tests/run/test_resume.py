@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,20 +12,36 @@ import pytest
 import torch
 from PIL import Image
 
-from byol_core.evaluate import scoring
 from byol_core.run import plan
 from byol_core.run.results import Results
 from byol_core.run.run import Run
+from byol_core.runtime import NonFiniteError
+from tests.helpers.pictures import write_images
 from tests.helpers.runs import SMALL, assert_same_state, checkpoint, metrics, run, summary
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
 
 
-@pytest.mark.parametrize("views, options, stop_at", [("device", [], 3), ("cpu", ["--optimizer", "lars"], 4), *(
-    pytest.param(*case, marks=pytest.mark.slow) for case in [
-        ("device", [], 1), ("device", [], 5), ("cpu", ["--optimizer", "lars"], 2), ("device", ["--recipe", "quadra"], 4),
-        ("device", ["--amp", "fp16"], 1),
-        ("device", ["--accum-steps", "2", "--optimizer", "adamw", "--scheduler", "constant"], 3)])])
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of two epochs of 4 updates, out/, and of its images, imgs/."""
+    place = tmp_path_factory.mktemp("finished")
+    data = write_images(place)
+    assert run("--data", data, "--epochs", 2, "--out", place / "out", "--no-eval", *SMALL) == 0
+    return place
+
+
+@pytest.fixture
+def again(finished: Path, in_a_folder_of_its_own: None) -> list[object]:
+    """The command of that run but for --out, where a test has a copy of its folder."""
+    shutil.copytree(finished, ".", dirs_exist_ok=True)
+    return ["--data", "imgs", "--epochs", 2, "--no-eval", *SMALL]
+
+
+@pytest.mark.parametrize("views, options, stop_at", [
+    ("device", [], 3), ("cpu", ["--optimizer", "lars"], 4),
+    pytest.param("device", ["--recipe", "quadra"], 4, marks=pytest.mark.slow),
+    pytest.param("device", ["--amp", "fp16", "--image-size", "8"], 1, marks=pytest.mark.slow)])
 def test_a_stopped_run_continues_to_the_same_result_bit_for_bit(image_folder: Callable[..., Path], monkeypatch, capsys,
                                                                 views: str, options: list[str], stop_at: int) -> None:
     data = image_folder(classes=2, per_class=6)
@@ -51,13 +68,10 @@ def test_a_stopped_run_continues_to_the_same_result_bit_for_bit(image_folder: Ca
         assert_same_state(checkpoint("whole"), stopped)  # the comparison can fail
 
 
-@pytest.mark.slow
-def test_resuming_a_finished_run_touches_nothing(image_folder: Callable[..., Path], capsys) -> None:
-    arguments = ["--data", image_folder(), "--epochs", 1, "--out", "out", *SMALL]
-    assert run(*arguments) == 0
+def test_resuming_a_finished_run_touches_nothing(again: list[object], capsys) -> None:
     before = {path: path.stat().st_mtime_ns for path in Path("out").iterdir() if path.name != ".lock"}
-    assert run(*arguments, "--resume") == 0
-    assert "already complete (1/1 epochs)" in capsys.readouterr().out
+    assert run(*again, "--out", "out", "--resume") == 0
+    assert "already complete (2/2 epochs)" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
@@ -77,85 +91,36 @@ def test_a_run_stopped_while_it_is_measured_is_finished_by_resuming(image_folder
     assert summary("out")["status"] == "stopped" and summary("out")["knn"] is None
     assert run(*arguments, "--resume") == 0
     assert summary("out")["status"] == "finished" and summary("out")["knn"] is not None
+    assert summary("out")["loss"] == metrics("out")[-1]["loss"]  # though no step was made after resuming
+    assert summary("out")["resumed"] == [5]
 
 
-@pytest.mark.slow
-def test_resuming_from_elsewhere_does_not_overwrite_another_run(image_folder: Callable[..., Path], capsys) -> None:
-    arguments = ["--data", image_folder(), "--epochs", 2, "--no-eval", *SMALL]
-    assert run(*arguments, "--out", "first") == 0
-    assert run(*arguments, "--out", "second", "--seed", 3) == 0
-    before = checkpoint("second")
-    assert run(*arguments, "--out", "second", "--resume", "first/previous.pt") == 2
-    assert "second already holds a run (epoch " in capsys.readouterr().err
-    assert_same_state(checkpoint("second"), before)
-    assert run(*arguments, "--out", "third", "--resume", "first/previous.pt") == 0
-    assert_same_state(checkpoint("third"), checkpoint("first"))
+def test_resuming_from_elsewhere_overwrites_no_other_run_and_takes_the_records_along(again: list[object], capsys) -> None:
+    shutil.copytree("out", "other")
+    before = {path: path.read_bytes() for path in Path("other").iterdir() if path.name != ".lock"}
+    assert run(*again, "--out", "other", "--resume", "out/previous.pt") == 2
+    assert "other already holds a run (epoch 2/2)" in capsys.readouterr().err
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert run(*again, "--out", "new", "--resume", "out/previous.pt") == 0
+    assert_same_state(checkpoint("new"), checkpoint("out"))
+    assert metrics("new") == metrics("out") and [record["update"] for record in metrics("out")] == [4, 8]
+    assert Path("new/views.png").exists()
 
 
-@pytest.mark.slow
-def test_a_run_that_failed_before_its_first_checkpoint_can_be_repeated(image_folder: Callable[..., Path], capsys) -> None:
-    arguments = ["--data", image_folder(classes=0, per_class=16), "--out", "out", "--no-eval", *SMALL, "--epochs", 2]
-    assert run(*arguments, "--lr", "1e6", "--optimizer", "sgd", "--weight-decay", "1e6") == 1
-    assert "nothing was saved yet" in capsys.readouterr().err
-    assert run(*arguments) == 0
-    assert [record["update"] for record in metrics("out")] == [4, 8]
-
-
-@pytest.mark.slow
-def test_metrics_torn_by_a_power_cut_do_not_keep_a_run_from_going_on(image_folder: Callable[..., Path]) -> None:
-    arguments = ["--data", image_folder(), "--epochs", 2, "--out", "out", "--no-eval", *SMALL]
-    assert run(*arguments) == 0
-    whole = metrics("out")
-    Path("out/summary.json").unlink()
-    with open("out/metrics.jsonl", "ab") as file:
-        file.write(bytes(4) + b"\n" + b'{"upd')
-    assert run(*arguments, "--resume") == 0
-    assert metrics("out") == whole
-    assert summary("out")["loss"] == whole[-1]["loss"]  # though no step was made after resuming
-    assert summary("out")["resumed"] == [whole[-1]["update"]]
-
-
-@pytest.mark.slow
-def test_resuming_before_the_first_checkpoint_starts_clean(image_folder: Callable[..., Path], monkeypatch) -> None:
+@pytest.mark.parametrize("more", [[], ["--resume"]])
+def test_a_run_that_failed_before_its_first_checkpoint_can_be_repeated(image_folder: Callable[..., Path], monkeypatch, capsys,
+                                                                       more: list[str]) -> None:
     arguments = ["--data", image_folder(), "--epochs", 2, "--out", "out", "--no-eval", *SMALL]
 
     def lost(self: Run) -> None:
-        raise RuntimeError("power cut")
+        raise NonFiniteError("a weight is not finite", late=True)
 
     with monkeypatch.context() as patched:
         patched.setattr(Run, "save", lost)
         assert run(*arguments) == 1
-    assert run(*arguments, "--resume") == 0
+    assert "nothing was saved yet - start again" in capsys.readouterr().err
+    assert run(*arguments, *more) == 0
     assert [record["update"] for record in metrics("out")] == [4, 8]
-
-
-@pytest.mark.slow
-def test_the_best_network_goes_along_into_another_folder(image_folder: Callable[..., Path], stopped_after: Callable[..., None],
-                                                         monkeypatch) -> None:
-    arguments = ["--data", image_folder(per_class=10), "--epochs", 3, "--eval-every", 1, *SMALL]
-    knn = iter([0.9, 0.2, 0.3])
-    monkeypatch.setattr(scoring.Scorer, "quick", lambda *_: next(knn))
-    monkeypatch.setattr(scoring.Scorer, "measure", lambda *_: {"knn": 0.1, "linear": 0.1})
-    stopped_after(5, *arguments, "--out", "one")  # at the end of epoch 1
-    assert run(*arguments, "--out", "other", "--resume", "one/last.pt") == 0
-    assert (summary("other")["best_knn"], summary("other")["best_epoch"]) == (0.9, 1)
-    assert Path("other/best.pt").read_bytes() == Path("one/best.pt").read_bytes()
-
-
-def test_a_run_resumed_into_another_folder_takes_its_records_along(image_folder: Callable[..., Path],
-                                                                   stopped_after: Callable[..., None]) -> None:
-    arguments = ["--data", image_folder(), "--epochs", 2, "--no-eval", *SMALL]
-    stopped_after(4, *arguments, "--out", "one")  # at the end of epoch 1
-    assert run(*arguments, "--out", "other", "--resume", "one/last.pt") == 0
-    assert [record["update"] for record in metrics("other")] == [4, 8]
-    assert [record["update"] for record in metrics("one")] == [4] and Path("other/views.png").exists()
-
-
-def test_resume_does_not_make_a_foreign_folder_a_run_folder(image_folder: Callable[..., Path], capsys) -> None:
-    Path("mine").mkdir()
-    Path("mine/thesis.txt").touch()
-    assert run("--data", image_folder(), "--epochs", 1, "--out", "mine", "--resume", "--no-eval", *SMALL) == 2
-    assert "mine is not empty (it holds thesis.txt)" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -168,38 +133,23 @@ def test_scores_of_another_test_set_are_measured_again_after_resuming(image_fold
     assert summary("out")["measured_on"].startswith("8 images of ") and summary("out")["knn_untrained"] * 8 % 1 == 0
 
 
-def test_a_used_run_folder_needs_resume(image_folder: Callable[..., Path], capsys) -> None:
-    arguments = ["--data", image_folder(), "--epochs", 1, "--no-eval", *SMALL]
-    assert run(*arguments, "--out", "out") == 0
-    assert run(*arguments, "--out", "out") == 2
-    assert "out already holds a run (epoch 1/1) - add --resume to go on, or choose another --out" in capsys.readouterr().err
-    Path("foreign").mkdir()
-    Path("foreign/thesis.tex").touch()
-    assert run(*arguments, "--out", "foreign") == 2
-    assert "foreign is not empty (it holds thesis.tex)" in capsys.readouterr().err
+def test_a_used_run_folder_needs_resume(again: list[object], capsys) -> None:
+    assert run(*again, "--out", "out") == 2
+    assert "out already holds a run (epoch 2/2) - add --resume to go on, or choose another --out" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("changed, named", [
     (["--epochs", "3"], "epochs 2 -> 3"), (["--batch-size", "8"], "batch_size 4 -> 8"), (["--seed", "1"], "seed 0 -> 1"),
     (["--arch", "resnet18"], "arch conv6 -> resnet18"), (["--views", "cpu"], "views made on the device -> on the cpu"),
 ])
-def test_resuming_with_other_options_is_refused_by_name(image_folder: Callable[..., Path], capsys, changed: list[str],
-                                                        named: str) -> None:
-    arguments = ["--data", image_folder(), "--epochs", 2, "--out", "out", "--no-eval", *SMALL]
-    assert run(*arguments) == 0
-    Path("out/summary.json").unlink()
-    assert run(*arguments, "--resume", *changed) == 2
+def test_resuming_with_other_options_is_refused_by_name(again: list[object], capsys, changed: list[str], named: str) -> None:
+    assert run(*again, "--out", "out", "--resume", *changed) == 2
     assert named in capsys.readouterr().err
 
 
-def test_resuming_with_other_images_is_refused(image_folder: Callable[..., Path], capsys) -> None:
-    data = image_folder()
-    arguments = ["--data", data, "--epochs", 1, "--out", "out", "--no-eval", *SMALL]
-    assert run(*arguments) == 0
-    Image.new("RGB", (16, 16)).save(data / "class0" / "new.png")
-    capsys.readouterr()
-    assert run(*arguments, "--resume") == 2
+def test_resuming_with_other_images_is_refused(again: list[object], capsys) -> None:
+    Image.new("RGB", (16, 16)).save("imgs/class0/new.png")
+    assert run(*again, "--out", "out", "--resume") == 2
     error = capsys.readouterr().err
     assert "images 16 -> 17; the names of the image files" in error and error.count("\n") == 1
 
@@ -216,30 +166,23 @@ def test_resume_from_a_folder_without_a_checkpoint_is_refused(image_folder: Call
     assert not Path("out").exists()
 
 
-def test_a_damaged_checkpoint_is_told_and_the_one_before_gone_on_from(image_folder: Callable[..., Path], capsys) -> None:
-    arguments = ["--data", image_folder(), "--epochs", 2, "--out", "out", "--no-eval", *SMALL]
-    assert run(*arguments) == 0
-    whole = checkpoint("out")
+def test_a_damaged_checkpoint_is_told_and_the_one_before_gone_on_from(again: list[object], finished: Path, capsys) -> None:
     Path("out/last.pt").write_bytes(Path("out/last.pt").read_bytes()[:-1])
-    assert run(*arguments, "--resume") == 0
+    assert run(*again, "--out", "out", "--resume") == 0
     assert ("warning: out/last.pt is damaged or not a checkpoint; using the checkpoint before it\n"
             in capsys.readouterr().out)
-    assert_same_state(checkpoint("out"), whole)
+    assert_same_state(checkpoint("out"), checkpoint(finished / "out"))
 
 
-def test_no_whole_checkpoint_is_wrong_input_and_never_a_fresh_start(image_folder: Callable[..., Path], capsys) -> None:
-    arguments = ["--data", image_folder(), "--epochs", 2, "--out", "out", "--no-eval", *SMALL]
-    assert run(*arguments) == 0
+def test_no_whole_checkpoint_is_wrong_input_and_never_a_fresh_start(again: list[object], capsys) -> None:
     for name in ("last.pt", "previous.pt"):
         Path("out", name).write_bytes(b"")
-    before = {path.name: path.read_bytes() for path in Path("out").iterdir() if path.suffix != ".log"}
-    capsys.readouterr()
-    assert run(*arguments, "--resume") == 2
+    before = {path: path.read_bytes() for path in Path("out").iterdir() if path.name not in ("train.log", ".lock")}
+    assert run(*again, "--out", "out", "--resume") == 2
     assert capsys.readouterr().err == (
         "error: out/last.pt is empty; out/previous.pt is empty - start a new run in another --out, or one from its network "
         "with --init-from out/backbone.pt\n")
-    before.pop(".lock")
-    assert all(Path("out", name).read_bytes() == content for name, content in before.items())
+    assert all(path.read_bytes() == content for path, content in before.items())
 
 
 def another_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,17 +219,15 @@ def test_a_run_goes_on_with_the_recipe_that_it_began_with(
     assert json.loads(Path("new/config.json").read_text())["plan"]["optimizer"] == "adamw"
 
 
-@pytest.mark.parametrize("asked, said", [
-    (["--lr", 0.5], "lr 0.009375 -> 0.015625"), (["--recipe", "paper"], "optimizer sgd -> lars"),
-    (["--image-size", 24], "image_size 16 -> 24"), (["--view-size", 12], "view_size 16 -> 12"),
-    (["--batch-size", 4], "batch_size 8 -> 4"),
-    (["--optimizer", "adamw"], "optimizer sgd -> adamw")])
 def test_what_is_asked_for_must_be_as_the_run_began(image_folder: Callable[..., Path], stopped_after: Callable[..., None],
-                                                    asked: list[object], said: str, capsys) -> None:
+                                                    capsys) -> None:
     always = ["--data", image_folder(), "--epochs", 3, "--no-eval", "--workers", 0, "--device", "cpu", "--out", "out"]
     stopped_after(2, *always, "--arch", "conv6", "--image-size", 16, "--projection-dim", 8, "--lr", 0.3)
-    assert run(*always, *asked, "--resume") == 2
-    assert said in capsys.readouterr().err
+    for asked, said in ((["--lr", 0.5], "lr 0.009375 -> 0.015625"), (["--recipe", "paper"], "optimizer sgd -> lars"),
+                        (["--image-size", 24], "image_size 16 -> 24"), (["--view-size", 12], "view_size 16 -> 12"),
+                        (["--batch-size", 4], "batch_size 8 -> 4"), (["--optimizer", "adamw"], "optimizer sgd -> adamw")):
+        assert run(*always, *asked, "--resume") == 2
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.slow

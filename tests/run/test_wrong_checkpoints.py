@@ -1,6 +1,6 @@
 """Checkpoints and weights that are hostile, foreign or damaged, as every command that takes one sees them."""
 
-import io
+import functools
 import json
 import os
 import pickle
@@ -13,7 +13,6 @@ import pytest
 import torch
 from PIL import Image
 
-import train
 from byol_core import __version__, embed
 from byol_core.backbones import build_backbone
 from byol_core.evaluate import __main__ as evaluate_command
@@ -30,7 +29,7 @@ def give(command: str, file: Path, trained: Path) -> int:
     """The exit code of a command that is given `file`."""
     data = ["--data", str(trained.parent / "imgs")]
     if command in ("resume", "init-from"):
-        return train.main([*data, "--epochs", "1", "--out", "out", *SMALL, f"--{command}", str(file)])
+        return run(*data, "--epochs", 1, "--out", "out", *SMALL, f"--{command}", file)
     if command == "embed":
         return embed.main([*data, "--checkpoint", str(file), "--workers", "0", "--device", "cpu"])
     source = ["--checkpoint", str(trained), "--baseline-weights", str(file)] if command.startswith("base") else [
@@ -47,12 +46,17 @@ def test_a_pipe_is_refused_and_not_waited_for(trained: Path, command: str, capsy
     assert said.count("\n") == 1 and "pipe.pt is not a checkpoint, but a pipe or a device" in said
 
 
+def go_on(trained: Path, epochs: int = 1) -> int:
+    """The exit code of --resume in out/."""
+    return run("--data", trained.parent / "imgs", "--epochs", epochs, "--out", "out", *SMALL, "--resume")
+
+
 def test_a_folder_in_the_place_of_the_checkpoint_is_named(trained: Path, capsys) -> None:
     shutil.copytree(trained, "out")
     Path("out/last.pt").rename("out/previous.pt")
     Path("out/last.pt").mkdir()
     Path("out/last.pt/mine").touch()
-    assert train.main(["--data", str(trained.parent / "imgs"), "--epochs", "1", "--out", "out", *SMALL, "--resume"]) == 2
+    assert go_on(trained) == 2
     assert "out/last.pt is not a checkpoint, but a folder" in capsys.readouterr().err
     assert Path("out/last.pt/mine").exists()
 
@@ -79,9 +83,8 @@ def test_what_is_no_checkpoint_is_said_to_be_none_by_every_command(trained: Path
     Image.new("RGB", (8, 8)).save("image.pt", "PNG")
     Path("page.pt").write_text("<html>404</html>")
     Path("empty.pt").touch()
-    archive = io.BytesIO()
-    np.savez(archive, a=np.zeros(3))
-    Path("numpy.pt").write_bytes(archive.getvalue())
+    np.savez("numpy", a=np.zeros(3))
+    Path("numpy.npz").rename("numpy.pt")
     for name in ("image.pt", "page.pt", "empty.pt", "numpy.pt"):
         assert give(command, Path(name), trained) == 2
         said = capsys.readouterr().err
@@ -114,7 +117,7 @@ def test_a_whole_file_that_cannot_be_used_is_not_taken_for_a_damaged_one(trained
     shutil.copy("out/last.pt", "out/previous.pt")
     torch.save({**read_checkpoint(trained / "last.pt"), **change}, "out/last.pt")
     before = Path("out/last.pt").read_bytes()
-    assert train.main(["--data", str(trained.parent / "imgs"), "--epochs", "1", "--out", "out", *SMALL, "--resume"]) == 2
+    assert go_on(trained) == 2
     assert capsys.readouterr().err.count("\n") == 1 and Path("out/last.pt").read_bytes() == before
 
 
@@ -122,20 +125,16 @@ def test_a_damaged_file_is_not_replaced_by_a_run_that_is_refused(trained: Path, 
     shutil.copytree(trained, "out")
     shutil.copy("out/last.pt", "out/previous.pt")
     Path("out/last.pt").write_bytes(b"torn")
-    assert train.main(["--data", str(trained.parent / "imgs"), "--epochs", "7", "--out", "out", *SMALL, "--resume"]) == 2
+    assert go_on(trained, epochs=7) == 2
     assert "epochs 1 -> 7" in capsys.readouterr().err and Path("out/last.pt").read_bytes() == b"torn"
 
 
-def nested(depth: int) -> object:
-    value: object = ["x"]
-    for _ in range(depth):
-        value = [value, value]
-    return value
+NESTED = functools.reduce(lambda inner, _: [inner, inner], range(40), ["x"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("key", ["version", "device", "precision", "compiled", "best"])
-@pytest.mark.parametrize("value", [nested(40), "\x1b[31mred\nerror: a line of its own", 3], ids=["nested", "text", "number"])
+@pytest.mark.parametrize("value", [NESTED, "\x1b[31mred\nerror: a line of its own", 3], ids=["nested", "text", "number"])
 def test_what_a_hostile_file_says_of_itself_is_not_shown(trained: Path, key: str, value: object, capsys) -> None:
     """Nested lists of a few hundred bytes are longer than any memory when written out."""
     unknown = {"unknown": 1} if key == "version" else {}
@@ -192,25 +191,22 @@ def test_numbers_that_no_run_has_are_not_computed_with(trained: Path, changed: o
     assert told.err.startswith("error: ") and told.err.count("\n") == 1 and "updates of" not in told.out
 
 
-@pytest.mark.parametrize("tensor", [torch.zeros(7), torch.zeros(1).expand(10**6, 10**6), torch.zeros(7, device="meta"), "text",
-                                    torch.zeros(2, 2).to_sparse(), "complex"],
-                         ids=["shape", "expanded", "meta", "text", "sparse", "complex"])
-@pytest.mark.parametrize("part", ["model", "optimizer"])
-def test_tensors_that_are_not_those_of_the_network_are_never_computed_with(trained: Path, part: str, tensor: object,
+OTHER_TENSORS = {
+    "shape": lambda own: torch.zeros(7), "expanded": lambda own: torch.zeros(1).expand(10**6, 10**6),
+    "meta": lambda own: torch.zeros(7, device="meta"), "sparse": lambda own: torch.zeros(2, 2).to_sparse(),
+    "complex": lambda own: own * 1j, "text": lambda own: "text"}
+
+
+@pytest.mark.parametrize("part, kind", [  # numbers and texts among an optimizer's state have no shape
+    *(("model", kind) for kind in OTHER_TENSORS), *(("optimizer", kind) for kind in OTHER_TENSORS if kind != "text")])
+def test_tensors_that_are_not_those_of_the_network_are_never_computed_with(trained: Path, part: str, kind: str,
                                                                            capsys) -> None:
     """A fused optimizer trusts the shape of its momentum, and would write beyond it."""
-    if part == "optimizer" and tensor == "text":
-        pytest.skip("numbers and texts among an optimizer's state have no shape")
     state: dict = read_checkpoint(trained / "last.pt")
-    if part == "model":
-        name = next(iter(state["model"]))
-        state["model"][name] = state["model"][name] * 1j if tensor == "complex" else tensor
-    elif tensor == "complex":
-        for values in state["optimizer"]["state"].values():
-            values["momentum_buffer"] = values["momentum_buffer"] * 1j
-    else:
-        for values in state["optimizer"]["state"].values():
-            values["momentum_buffer"] = tensor
+    places = [(state["model"], next(iter(state["model"])))] if part == "model" else [
+        (values, "momentum_buffer") for values in state["optimizer"]["state"].values()]
+    for values, name in places:
+        values[name] = OTHER_TENSORS[kind](values[name])
     torch.save(state, "odd.pt")
     assert give("resume", Path("odd.pt"), trained) == 2
     said = capsys.readouterr().err
@@ -229,9 +225,7 @@ def test_weights_of_another_network_are_refused_by_name(trained: Path, capsys) -
     torch.save(build_backbone("resnet18")[0].state_dict(), "resnet18.pt")
     assert give("init-from", Path("resnet18.pt"), trained) == 2
     said = capsys.readouterr().err
-    assert "--init-from resnet18.pt does not fit this network: 'bn2.bias' has shape (64,), the network's (32,)" in said or (
-        "--init-from resnet18.pt does not fit this network: '" in said)
-    assert said.count("\n") == 1
+    assert "--init-from resnet18.pt does not fit this network: '" in said and said.count("\n") == 1
 
 
 @pytest.mark.parametrize("target, cases", [("decode", 400), ("checkpoint", 150), ("command", 300)])

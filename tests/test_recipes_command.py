@@ -19,7 +19,7 @@ from byol_core.run.options import TrainConfig
 from byol_core.run.plan import make_plan
 from byol_core.views.pixels import Facts
 from tests.bench import recipes
-from tests.bench.recipes import Trial, Variant, change_network, config_of, grown, parse_variant, plan_of, view_of
+from tests.bench.recipes import Variant, begun, change_network, config_of, grown, parse_variant, plan_of, view_of
 
 FACTS = Facts(1000, 32)
 
@@ -69,7 +69,7 @@ def test_an_epoch_has_the_views_of_its_place_in_the_run(image_folder: Callable[.
     options = Namespace(images=tmp_path / "set", out=tmp_path / "out", minutes=None, updates=24)
     changed = variant("arch=conv6 image_size=16 batch_size=6 hidden_dim=16 projection_dim=8 from_size=8")
     with contextlib.ExitStack() as stack:
-        run = Trial(changed, 0, options, stack).run
+        run = begun(changed, 0, options, stack)
         sizes = [next(run.batches.epoch(epoch))[0].shape[-1] for epoch in (0, 3, 5)]  # of 6: 4 updates in each
         run.batches.close()
     assert sizes == [8, 12, 16]

@@ -20,7 +20,6 @@ from byol_core.views.recipes import ViewRecipe, inverse_normalise, paper_recipes
 from byol_core.views.sources import Batches, batches_of
 from tests.helpers.pictures import CPU, PLAIN, Folder, load
 
-
 PATHS = ["device", "cpu", "crops"]
 
 

@@ -148,6 +148,7 @@ def test_gradients_set_to_none_are_put_back_where_the_graph_adds_to_them() -> No
         weight.grad = left_there
         recorded(view, view)
         assert weight.grad is seen[0] and torch.equal(weight.grad, torch.full((3,), expected))
+    assert recorded(view.double(), view.double())[0].dtype == torch.float64  # the graph has views of another type
 
 
 # Before it is decided which views the graph is for, when it is, when they are recorded, later, and often.

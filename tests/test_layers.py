@@ -68,6 +68,17 @@ def test_the_table_goes_from_the_ground_up_and_has_no_stale_row() -> None:
         file for file in FILES if "/" not in file}
 
 
+def test_no_file_uses_one_that_uses_it() -> None:
+    modules = {file.removesuffix(".py").replace("/", "."): file for file in FILES}
+    uses = {file: {modules[name] for used in imports(PACKAGE / file) if (name := used.removeprefix("byol_core.")) in modules}
+            for file in FILES}
+    settled: set[str] = set()
+    while settled != set(FILES):
+        ready = {file for file, used in uses.items() if used <= settled} - settled
+        assert ready, f"a circle among {set(FILES) - settled}"
+        settled |= ready
+
+
 def test_some_files_need_nothing_else_installed() -> None:
     for file in STANDARD_LIBRARY_ONLY | TORCH_ONLY:
         foreign = {name.split(".")[0] for name in imports(PACKAGE / file)} - set(sys.stdlib_module_names) - {"byol_core"}

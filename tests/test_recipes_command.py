@@ -111,7 +111,8 @@ def test_a_table_with_what_was_gained(image_folder: Callable[..., Path], tmp_pat
     image_folder("set/train", classes=2, per_class=12)
     image_folder("set/test", classes=2, per_class=6)
     small = "arch=conv6 image_size=16 batch_size=4 hidden_dim=16 projection_dim=8"
-    words = ["recipes", "--images", "set", "--updates", "3", "--seeds", "2", f"as it is: {small}", f"other: {small} lr=0.01"]
+    words = ["recipes", "--images", "set", "--updates", "3", "--seeds", "2", f"as it is: {small}",
+             f"other: {small} lr=0.01 small_crops=1 small_size=8"]
     monkeypatch.setattr(sys, "argv", [*words, "--json", "out.json"])
     recipes.main()
     lines = [json.loads(line) for line in Path("runs/recipes/set/results.jsonl").read_text().splitlines()]

@@ -230,9 +230,9 @@ def one(variant: Variant, seed: int, options: argparse.Namespace, baselines: dic
         views = f", views of {plan.view_size}" * (plan.view_size != plan.image_size)
         zero = ", zero_init" * (variant.fields.get("zero_init") == "true")
         network = f"{plan.arch} at {plan.image_size}{views}{', small stem' * plan.small_stem}{zero}"
-        untrained = setup.new_model().online.backbone
+        untrained = setup.new_model()
         change_network(variant, untrained)
-        for name, backbone in ((f"untrained {network}, seed {seed}", untrained),
+        for name, backbone in ((f"untrained {network}, seed {seed}", untrained.online.backbone),
                                (f"raw pixels at {plan.image_size}", nn.Flatten())):
             if name not in baselines:
                 baselines[name] = accuracies(scorer, backbone)

@@ -27,7 +27,6 @@ from tests.helpers.forking import REPOSITORY
 
 PER_FOLDER, LINKS = 1000, 30_000  # files in a folder; names of one file, of which a file system allows some 65,000
 TRAINED_AT_MOST = 100_000  # images; more are only listed
-SENT = Path("/sys/class/net/lo/statistics/tx_bytes")  # over the loopback device, since the system started; Linux alone
 Table = tuple[tuple[str, ...], list[tuple[str, ...]]]  # columns and rows
 TINY = ("--arch", "conv6", "--hidden-dim", "256", "--projection-dim", "64", "--no-eval", "--device", "cpu",
         "--workers", "0")
@@ -102,15 +101,21 @@ def traffic(largest: int) -> Table:
         for count in (2, 4, 8):
             sent = []
             for epochs in (1, 2):
-                before = int(SENT.read_text())
+                before = sent_over_loopback()
                 run_seconds(data, Path(place) / f"out{count}-{epochs}", "--epochs", str(epochs), "--batch-size", "240",
                             processes=count)
-                sent.append(int(SENT.read_text()) - before)
+                sent.append(sent_over_loopback() - before)
             each, ring = (sent[1] - sent[0]) / (9_600 // 240) / count, 2 * (count - 1) / count * gradients
             rows.append((str(count), f"{each / 1e3:.1f}", f"{ring / 1e3:.1f}", f"{(each - ring) / 1e3:.1f}",
                          f"{16 * (count - 1)}"))
     rows.append(("1,000, by reckoning", "", f"{2 * 0.999 * gradients / 1e3:.1f}", "", f"{16 * 999}"))
     return ("processes", "kB sent by each", "gradients, by reckoning", "the rest", "bytes to agree on stopping"), rows
+
+
+def sent_over_loopback() -> int:
+    """Bytes since the system started; Linux alone."""
+    line = next(line for line in Path("/proc/net/dev").read_text().splitlines() if line.strip().startswith("lo:"))
+    return int(line.split()[9])
 
 
 def batch(largest: int) -> Table:

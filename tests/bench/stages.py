@@ -92,7 +92,8 @@ class Running:
         assert self.process.stdout is not None
         with self.process.stdout as output:
             while line := output.readline(LONGEST):
-                self.log.write(self.stage.name, line.removesuffix(b"\n"))
+                with contextlib.suppress(OSError):  # on a full disk; the results, which are written there too, will tell
+                    self.log.write(self.stage.name, line.removesuffix(b"\n"))
 
     @property
     def over(self) -> bool:

@@ -195,7 +195,8 @@ def test_what_to_do_fits_the_run() -> None:
 
 
 def test_records_without_what_is_judged_are_passed_over() -> None:
-    assert judge([{"update": 1, "epoch": 1.0, "loss": 1.0}, {"update": 2, "epoch": 2.0, "knn": 0.5}], 2).word == "starting"
+    assert judge([{"update": 1, "epoch": 1.0, "loss": 1.0}, {"update": 2, "epoch": 2.0, "knn": 0.5},
+                  {"update": 3, "epoch": 2.0, "loss": 1.0, "spread": 0.9}], 2).word == "starting"
     without_rank = [{key: value for key, value in entry.items() if key != "rank"} for entry in records()]
     assert judge(without_rank, 10, "finished").why.endswith("loss 4 to 2.1, spread 0.90")
 

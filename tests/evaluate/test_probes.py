@@ -49,6 +49,12 @@ def test_knn_accuracy_equals_its_definition(k: int, temperature: float) -> None:
     assert knn_accuracy(train.x, train.y, test.x, test.y, k, temperature) == pytest.approx(expected)
 
 
+def test_knn_weighs_a_near_neighbour_above_two_that_are_further_off() -> None:
+    height = 0.75 ** 0.5  # of two neighbours at 60 degrees: exp(1 / 0.1) is more than 2 exp(0.5 / 0.1)
+    fit = torch.tensor([[1.0, 0.0], [0.5, height], [0.5, -height]])
+    assert knn_accuracy(fit, torch.tensor([0, 1, 1]), torch.tensor([[2.0, 0.0]]), torch.tensor([0]), k=3) == 1.0
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_knn_takes_any_dtype_and_with_fewer_images_than_neighbours_uses_them_all(dtype: torch.dtype) -> None:
     train = clusters(per_class=2)

@@ -34,7 +34,9 @@ def test_weights_of_a_wrapped_network_are_accepted(trained: Path, wrap: Callable
     wrapped = wrap(backbone).state_dict()
     assert all(name.startswith(("module.", "_orig_mod.")) for name in wrapped)
     torch.save(wrapped, "wrapped.pt")
-    assert_equal(read_backbone(Path("wrapped.pt")), backbone.state_dict(), "")  # as --init-from reads it
+    assert_equal(read_backbone(Path("wrapped.pt")), backbone.state_dict(), "")
+    assert run("--data", trained.parent / "imgs", "--epochs", 0, "--out", "begun", "--no-eval", "--init-from", "wrapped.pt",
+               *SMALL) == 0
 
 
 @pytest.mark.parametrize("place", ["", "online.", "online.backbone."])

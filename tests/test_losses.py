@@ -172,8 +172,8 @@ def test_effective_rank_of_collapsed_features_is_zero(scale: float) -> None:
 
 
 def test_alignment_equals_values_worked_out_by_hand() -> None:
-    a, b = torch.tensor([[1.0, 0.0], [0.0, 2.0]], requires_grad=True), torch.tensor([[0.0, 3.0], [0.0, -1.0]])
-    assert alignment(a, b).item() == pytest.approx((2.0 + 4.0) / 2)
+    a, b = torch.tensor([[3.0, 4.0], [0.0, 2.0]], requires_grad=True), torch.tensor([[4.0, 3.0], [0.0, -1.0]])
+    assert alignment(a, b).item() == pytest.approx((2 - 48 / 25 + 4) / 2)
     assert alignment(a, 5 * a).item() == 0.0 and not alignment(a, b).requires_grad
 
 

@@ -75,6 +75,7 @@ def test_warmup_cosine_stays_between_zero_and_base(max_steps: int, part: float, 
     (warmup_cosine, (0, 10, 1, math.inf), "base must be finite"),
     (warmup_cosine, (0, 10, 1, 1.0, math.nan), "final must be finite"),
     (scaled_lr, (0.2, 0), "scaled_lr: batch_size must be positive, got 0"),
+    (scaled_lr, (0.2, -1), "scaled_lr: batch_size must be positive, got -1"),
     (scaled_lr, (math.nan, 256), "scaled_lr: base must be finite"),
     (due, (1, 0, 10), "every must be at least 1, got 0"),
 ])

@@ -55,6 +55,8 @@ def test_a_palettes_alpha_is_mixed_with_white(tmp_path: Path) -> None:
     found = decoded(tmp_path, png((3, 1), 8, 3, bytes([0, 0, 1, 2]), chunk(b"PLTE", palette), chunk(b"tRNS", alpha)))
     assert found[0] == WHITE and found[2] == [7, 8, 9]
     assert np.abs(np.array(found[1]) - [204, 224, 244]).max() <= 1
+    one = png((3, 1), 8, 3, bytes([0, 0, 1, 2]), chunk(b"PLTE", palette), chunk(b"tRNS", bytes([0])))  # a colour, to Pillow
+    assert decoded(tmp_path, one) == [WHITE, [0, 100, 200], [7, 8, 9]]
 
 
 def test_deep_alpha_lies_on_white(tmp_path: Path) -> None:
@@ -62,6 +64,8 @@ def test_deep_alpha_lies_on_white(tmp_path: Path) -> None:
     assert decoded(tmp_path, png((2, 1), 16, 4, b"\0" + grey)) == [[0x40] * 3, WHITE]
     rgba = struct.pack(">8H", 0x1010, 0x2020, 0x3030, 0xffff, 0x1010, 0x2020, 0x3030, 0)
     assert decoded(tmp_path, png((2, 1), 16, 6, b"\0" + rgba)) == [[16, 32, 48], WHITE]
+    rgb = struct.pack(">6H", 0, 0x8000, 0xffff, 257, 514, 771)
+    assert decoded(tmp_path, png((2, 1), 16, 2, b"\0" + rgb)) == [[0, 128, 255], [1, 2, 3]]
 
 
 @pytest.mark.parametrize("kind", ["TIFF", "JPEG"])

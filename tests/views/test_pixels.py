@@ -1,5 +1,6 @@
 """Order, replacement of bad files, and what the three interchangeable sources of views have in common."""
 
+import multiprocessing
 import pickle
 from dataclasses import replace
 from multiprocessing.reduction import ForkingPickler
@@ -19,6 +20,7 @@ from byol_core.views.pixels import BadFiles, TooManyBadFilesError, decode_all, l
 from byol_core.views.recipes import ViewRecipe, inverse_normalise, paper_recipes
 from byol_core.views.sources import Batches, batches_of
 from tests.helpers.pictures import CPU, PLAIN, Folder, load
+from tests.helpers.shards import names
 
 PATHS = ["device", "cpu", "crops"]
 
@@ -147,6 +149,8 @@ def test_worker_processes_decode_the_same_and_report_bad_files_in_the_same_order
                      for seen, workers in zip(bad, (0, 2)))
     assert alone is not None and shared is not None and torch.equal(alone, shared)
     assert bad[0] == bad[1] and [index for index, _ in bad[0]] == [3, 31, 32, 97]
+    image_folder(classes=0, per_class=1, size=(8, 8))  # another size, in place of the first: they stop
+    assert decode_all(files, lambda index, reason: None, 2) is None and not multiprocessing.active_children()
 
 
 def test_names_are_sent_to_a_worker_as_shared_memory(tmp_path: Path) -> None:
@@ -154,6 +158,7 @@ def test_names_are_sent_to_a_worker_as_shared_memory(tmp_path: Path) -> None:
     lines = "".join(f"some/folder/of/a/large/set/of/images/{number:07d}.jpg\n" for number in range(20_000))
     (tmp_path / "list.txt").write_text(lines)
     files = scan(tmp_path / "list.txt")
+    assert len(names(files)) == 20_000  # and none of them is kept as it is asked for
     assert len(ForkingPickler.dumps(files)) < 5_000 and files.name(12_345).endswith("/0012345.jpg")
     assert sum(part.numel() * part.element_size() for part in (files.names, files.ends)) * 50 < 60e6  # for a million
 
@@ -173,8 +178,11 @@ def test_each_bad_file_is_reported_once_and_too_many_stop(image_folder: Folder) 
 def test_sets_of_one_size_are_held_in_memory_up_to_the_budget_and_others_are_not(image_folder: Folder, monkeypatch) -> None:
     same, mixed = image_folder("same"), image_folder("mixed")
     image_folder("mixed", classes=1, per_class=1, size=(20, 10))
+    made: list[torch.Tensor] = []
+    monkeypatch.setattr(pixels_module, "decode_all", lambda *given: made.append(decode_all(*given)) or made[-1])
     data, reason = load_images(scan(same), "auto", CPU, print)
-    assert data.pixels is not None and data.pixels.shape == (16, 3, 16, 16) and "16 images of 16x16 in memory" in reason
+    assert data.pixels is not None and data.pixels.data_ptr() == made[0].data_ptr()  # held once
+    assert data.pixels.shape == (16, 3, 16, 16) and "16 images of 16x16 in memory" in reason
     assert DeviceBatches(data, (PLAIN, PLAIN), Order(16, 16)).pixels is data.pixels  # held once
     assert data.pixels.untyped_storage().nbytes() == data.pixels.numel()
     for where in ("auto", "device"):

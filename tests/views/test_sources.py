@@ -29,9 +29,10 @@ def test_views_are_those_of_the_command(kind: type, size: tuple[int, int] | None
         return run
 
     monkeypatch.setattr(command, "prepare", prepare)
-    assert command.main(["--data", str(data), "--out", str(data.parent / "out"), *SMALL, "--batch-size", "4", "--epochs", "0",
+    folders = [str(data / "class0"), str(data / "class1")]
+    assert command.main(["--data", *folders, "--out", str(data.parent / "out"), *SMALL, "--batch-size", "4", "--epochs", "0",
                          "--seed", "3", "--recipe", "paper", "--image-size", "16", "--no-eval", "--device", "cpu"]) == 0
-    batches = byol_core.open_batches(data, 4, 16, seed=3)
+    batches = byol_core.open_batches(folders, 4, 16, seed=3)
     assert isinstance(batches, kind) and len(batches) == len(seen) == 4
     for ours, theirs in zip(batches.epoch(1), seen, strict=True):
         assert all(map(torch.equal, ours, theirs)) and ours[0].shape == (4, 3, 16, 16) and ours[0].dtype == torch.float32

@@ -14,7 +14,8 @@ import pytest
 if TYPE_CHECKING:
     from byol_core.networks import BYOL
 
-HANDLED = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
+HANDLED = {number: signal.getsignal(number) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
+           if (number := getattr(signal, name, None)) is not None}  # before any run, also of a fixture, has set others
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -29,11 +30,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def signal_handlers_restored() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in HANDLED}
+    restore_signal_handlers()
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever the tests were started under, such as nohup
     yield
-    for number, handler in before.items():
+    restore_signal_handlers()
+
+
+def restore_signal_handlers() -> None:
+    for number, handler in HANDLED.items():
         signal.signal(number, handler)
 
 

@@ -29,7 +29,7 @@ def assert_stopped(ended: Ended, code: int, updates: int, out: str = "out") -> N
 @pytest.mark.slow
 @pytest.mark.parametrize("what, workers, start_method", [
     ("SIGTERM", 0, "fork"), ("SIGTERM", 2, "fork"), ("group SIGINT", 2, "fork"), ("group SIGUSR1", 2, "fork"),
-    ("group SIGINT", 1, "spawn")])
+    ("group SIGUSR1", 1, "spawn")])
 def test_a_signal_is_answered_within_a_step(data: Path, what: str, workers: int, start_method: str) -> None:
     words = arguments(data, "--views", "cpu", "--workers", workers, "--out", "out")
     assert_stopped(run_child(words, [At(STEP, 2, what)], start_method), CODES[what.split()[-1]], updates=2)

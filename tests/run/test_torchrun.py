@@ -26,6 +26,7 @@ def test_ends_with_one_set_of_files(processes: int, image_folder: Callable[..., 
     assert result["status"] == "finished" and result["world_size"] == processes and result["updates"] == 1
     assert result["knn"] is not None and done.out.count("data: 16 images") == 1 and done.out.count("\ntrained: knn") == 1
     assert [record["update"] for record in metrics(tmp_path / "out")] == [1]
+    assert f"processes: {processes}, each with {12 // processes} images at a time" in done.out
 
 
 def test_sigterm_to_one_process_stops_all_after_the_same_update(image_folder: Callable[..., Path], tmp_path: Path) -> None:
@@ -35,6 +36,7 @@ def test_sigterm_to_one_process_stops_all_after_the_same_update(image_folder: Ca
     assert summary(tmp_path / "out")["status"] == "stopped" and checkpoint(tmp_path / "out")["world_size"] == 2
     assert "<pre>torchrun --nproc-per-node=2 train.py --data" in (tmp_path / "out" / "report.html").read_text()
     again = trained(tmp_path, images, "--resume")
+    assert "processes: 2, each with 4 images at a time" in again.out
     whole = torchrun(tmp_path, "--data", images, "--out", "whole", "--epochs", 2, "--no-eval", *SMALL)
     assert again.code == whole.code == 0
     assert_same_state(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "out"))

@@ -69,6 +69,7 @@ def test_wrong_input_is_one_line_and_code_2_before_any_training(image_folder: Ca
 @pytest.mark.parametrize("arguments, message", [
     (["--lr", "nan"], "argument --lr: must be a finite number above 0, got nan"),
     (["--lr", "0"], "got 0"),
+    (["--lr", "-1"], "got -1"),
     (["--epochs", "-1"], "argument --epochs: must be a whole number from 0 to 1000000000, got -1"),
     (["--epochs", "9" * 401], "argument --epochs: must be a whole number from 0 to 1000000000, got 9999"),
     (["--workers", "1000000"], "argument --workers: must be auto or a whole number from 0 to 256, got 1000000"),

@@ -1,12 +1,13 @@
 """`python -m byol_core`: what train.py does, where the package is installed."""
 
-from byol_core.system.signals import end_at_once
+if __name__ == "__main__":
+    from byol_core.system.signals import end_at_once
 
-end_at_once()  # before anything that takes time to load
+    end_at_once()  # before anything that takes time to load
 
-import sys  # noqa: E402
+import sys
 
-from byol_core.run.command import main  # noqa: E402
+from byol_core.run.command import main
 
 if __name__ == "__main__":
     sys.exit(main())

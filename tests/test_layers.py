@@ -43,7 +43,11 @@ def imports(path: Path) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names = {alias.name for alias in node.names}
+            assert "byol_core" not in names, f"{path}: import byol_core, which does not say what is used"
+            found |= names
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            found |= {word.value for word in node.args if isinstance(word, ast.Constant)}
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{path}: a relative import"
             found |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
@@ -97,8 +101,10 @@ def test_importing_the_package_loads_neither_torch_nor_torchvision_nor_sklearn()
 
 
 def test_help_of_a_command_does_not_load_torch() -> None:
-    assert loaded_after("import contextlib\nfrom byol_core import embed, export\nfrom byol_core.evaluate import __main__\n"
-                        "for command in embed, export, __main__:\n"
+    assert loaded_after("import contextlib, train\nfrom byol_core import embed, export\n"
+                        "from byol_core.evaluate import __main__\n"
+                        "from byol_core.report import __main__ as report\n"
+                        "for command in train, embed, export, __main__, report:\n"
                         "    with contextlib.suppress(SystemExit):\n        command.main(['--help'])") == set()
 
 

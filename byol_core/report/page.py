@@ -234,8 +234,10 @@ def _choices(run: RunFacts) -> str:
         value = plain(choice.get("shown", choice["value"]))  # runs of earlier versions have the bare value
         rows.append([html.escape(str(choice["name"])), named(html.escape(value), html.escape(str(choice["reason"])))])
     asked = run.config["config"]
-    rows += [[name, named(html.escape(str(run.plan[name])), "per update" if name == "batch_size" else "as asked")]
-             for name in ("epochs", "batch_size") if name in run.plan]
+    length = f"what fits into {plain(asked['minutes'])} minutes" if asked.get("minutes") else "in all"
+    for name, why in (("epochs", length), ("batch_size", "per update")):
+        if name in run.plan:
+            rows.append([name, named(html.escape(str(run.plan[name])), html.escape(why))])
     if "seed" in asked:
         rows.append(["seed", named(html.escape(str(asked["seed"])), "of everything random")])
     return table(rows, ["", "value, and why"]) if rows else ""

@@ -1,6 +1,7 @@
 """What a run has reached, and the files that show it: scores, the best network, pictures, summary, report."""
 
 import contextlib
+import json
 import math
 import time
 from dataclasses import replace
@@ -49,13 +50,14 @@ class Results:
         self.ranks: dict[str, float | None] = {"rank_features": None, "rank_features_untrained": None}
         self.report_due, self.report_failed = 0.0, False
         # What scores depend on beside the network: those of another classifier or test set are not to be compared.
-        self.how_measured = f"{setup.config.classifier}; {measuring.measured_on}"
+        self.how_measured = json.dumps([setup.config.classifier, setup.config.eval_data, isinstance(measuring.scorer, Scorer)])
 
     def state_dict(self) -> State:
         return {"scores": self.scores, "best": self.best, "measured": self.how_measured}
 
     def load_state_dict(self, state: State) -> None:
-        if state["measured"] == self.how_measured:
+        before = f"{self.setup.config.classifier}; {self.measuring.measured_on}"  # as earlier versions saved it
+        if state["measured"] in (self.how_measured, before):
             self.scores = cast(dict[str, Scores], state["scores"])
             untrained = self.scores.get("untrained", {})
             if "separation" in untrained and "retrieval" not in untrained:  # of a run from before there was that score

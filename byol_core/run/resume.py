@@ -77,7 +77,7 @@ def begun_as(config: TrainConfig, folder: Path) -> dict[str, object] | None:
     try:
         state = newest_checkpoint(asked)[0] if asked.is_dir() else read_checkpoint(asked)
         return None if state is None else _identity(state)
-    except (CheckpointError, *MALFORMED):  # which `restore` will meet again, and tell
+    except (CheckpointError, *MALFORMED):  # which `Saveable` will meet again, and tell
         return None
 
 
@@ -91,7 +91,7 @@ def go_on(begun: dict[str, Any], config: TrainConfig, facts: Facts, world_size: 
     """The plan for these options where they ask for something, and else that of the run that is gone on with.
 
     So a run keeps the recipe that it began with, whatever today's would be. Of a run that is not like this one it is the plan
-    for these options alone, and `restore` says what differs. Raises: ValueError as `make_plan` does.
+    for these options alone, and `Saveable` says what differs. Raises: ValueError as `make_plan` does.
     """
     seen = None
     try:
@@ -132,7 +132,7 @@ class Saveable:
     results: Results
     log: RunLog
 
-    def snapshot(self) -> State:
+    def state_dict(self) -> State:
         setup = self.setup
         return {
             "identity": json.dumps(identity(setup, self.images)), "version": __version__, "torch": str(torch.__version__),
@@ -140,7 +140,7 @@ class Saveable:
             "device": setup.runtime.device.type, "compiled": setup.config.compile,
             "world_size": setup.processes.world_size, "bad_files": self.images.bad.reasons, **self.results.state_dict()}
 
-    def restore(self, saved: State) -> None:
+    def load_state_dict(self, saved: State) -> None:
         """Make of a run that has just been built the one that `saved` was taken of.
 
         Raises: CheckpointError for a state that is of no such run, ValueError when it is of a different one; nothing has

@@ -72,7 +72,7 @@ class Run:
         saved, damaged = self.processes.from_first(lambda: find_saved(self.setup, self.log.say))
         if saved is None:
             return
-        self.saveable.restore(saved)
+        self.saveable.load_state_dict(saved)
         if damaged:
             self.processes.on_first(lambda: replace_damaged(self.setup.folder))
         self.saved_updates = self.progress.updates
@@ -164,7 +164,7 @@ class Run:
     def save(self) -> None:
         self.setup.runtime.confirm()
         self._refuse_what_is_not_finite()
-        saved = self.saveable.snapshot()
+        saved = self.saveable.state_dict()
         self.processes.on_first(lambda: self._write(saved))
         self.saved_updates = self.progress.updates
 

@@ -42,10 +42,9 @@ class Processes:
     store: what torchrun's processes share. patient: a process group whose exchanges may take any time; None: the default one.
     """
 
-    def __init__(self, rank: int = 0, world_size: int = 1, local_rank: int = 0, local_world_size: int = 1,
+    def __init__(self, rank: int = 0, world_size: int = 1, local_world_size: int = 1,
                  store: dist.Store | None = None, patient: dist.ProcessGroup | None = None) -> None:
-        self.rank, self.world_size = rank, world_size
-        self.local_rank, self.local_world_size = local_rank, local_world_size
+        self.rank, self.world_size, self.local_world_size = rank, world_size, local_world_size
         self._store, self._patient, self._launcher = store, patient, os.getppid()
         self._opinions: tuple[dist.Work | None, Tensor] | None = None  # those of the call before
 
@@ -207,7 +206,7 @@ def join_group(device: str, world_size: int) -> Processes:
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", store=dist.PrefixStore("torch", store), rank=rank,
                             world_size=world_size, timeout=timeout)
     patient = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=NO_LIMIT))
-    return Processes(rank, world_size, local_rank, local_world_size, store, patient)
+    return Processes(rank, world_size, local_world_size, store, patient)
 
 
 def _timeout() -> timedelta:

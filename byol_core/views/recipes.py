@@ -1,15 +1,18 @@
 """View recipes (the numbers of an augmentation) and the reference pipeline that applies them image by image."""
-from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-if TYPE_CHECKING:
-    from PIL import Image
-    from torch import Tensor
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional as F
+
+from byol_core.views import image_ops
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -142,9 +145,6 @@ def cpu_view(recipe: ViewRecipe) -> Callable[[Image.Image], Tensor]:
 
     Returns: a picklable function from a PIL image in mode RGB to a (3, size, size) float32 tensor.
     """
-    import torch
-    from torchvision.transforms import InterpolationMode, v2
-
     steps: list[Callable[..., Tensor]] = [v2.PILToTensor()]
     if recipe.elastic > 0:
         steps.append(partial(_warp, recipe=recipe))  # torchvision would have to resample twice
@@ -197,18 +197,12 @@ def inverse_normalise(images: Tensor, recipe: ViewRecipe) -> Tensor:
 
 def _channel_constants(images: Tensor, recipe: ViewRecipe) -> Tensor:
     """Mean and std as a (2, 3, 1, 1) tensor beside the images, sent without waiting for the device."""
-    import torch
-
     constants = torch.tensor((recipe.mean, recipe.std), dtype=images.dtype).view(2, 3, 1, 1)
     return constants.to(images.device, non_blocking=images.is_cuda)
 
 
 def _warp(image: Tensor, recipe: ViewRecipe) -> Tensor:
     """Rotate, zoom, shear, shift and bend a (3, H, W) uint8 image in one resampling; float32 in [0, 1]."""
-    import torch
-
-    from byol_core.views import image_ops
-
     angle, shear = (math.radians(limit) * torch.empty(1).uniform_(-1, 1) for limit in (recipe.rotate, recipe.shear))
     sides = torch.tensor([image.shape[-1], image.shape[-2]])
     shift = (torch.empty(1, 2).uniform_(-recipe.shift, recipe.shift) * sides).round()
@@ -218,16 +212,10 @@ def _warp(image: Tensor, recipe: ViewRecipe) -> Tensor:
 
 
 def _add_noise(image: Tensor, std: float) -> Tensor:
-    import torch
-
     return (image + std * torch.randn_like(image)).clamp_(0, 1)
 
 
 def _plain_view(image: Image.Image, recipe: ViewRecipe) -> Tensor:
-    import torch
-    from torchvision.transforms import InterpolationMode
-    from torchvision.transforms.v2 import functional as F
-
     size, interpolation = recipe.size, InterpolationMode(recipe.interpolation)
     if image.size != (size, size):
         if recipe.crop_scale is None:

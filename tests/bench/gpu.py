@@ -77,7 +77,6 @@ def stages(options: argparse.Namespace) -> list[Stage]:
     cifar = [*images, *small, *workers, *(["--batch", 512, "--updates", 50] if full else ["--batch", 8, "--updates", 2])]
     large = [*photos, *workers, *(["--case", "224", "--arch", "resnet50", "--batch", 128, "--updates", 24] if full else
                                   [*network, "--case", "32", "--batch", 8, "--updates", 2])]
-
     no_bf16 = "" if full or choose_precision("auto", torch.device("cpu"))[0] else "bf16 is slow on this CPU"
 
     def right(name: str, check: str, *words: object, missing: str = "") -> Stage:

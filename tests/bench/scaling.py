@@ -49,7 +49,7 @@ def folder_of(images: int, place: Path) -> Path:
 def images(largest: int) -> Table:
     """Seconds to list and to train one epoch; per image both should be flat."""
     counts = [count for count in (1_000, 10_000, 100_000, 1_000_000) if count <= largest]
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for count in counts:
         with tempfile.TemporaryDirectory() as place:
             data = folder_of(count, Path(place) / "imgs")
@@ -77,7 +77,7 @@ def run_seconds(data: Path, out: Path, *options: str, processes: int = 1) -> flo
 
 def processes(largest: int) -> Table:
     """Images per second of 1 to 4 processes of one thread each; more than there are cores cannot help."""
-    rows, rates = [], []
+    rows, rates = list[tuple[str, ...]](), list[float]()
     with tempfile.TemporaryDirectory() as place:
         data = folder_of(4_800, Path(place) / "imgs")
         for count in (1, 2, 3, 4):
@@ -120,7 +120,7 @@ def sent_over_loopback() -> int:
 
 def batch(largest: int) -> Table:
     """Images per second of batches of 32 to 4096, in micro-batches of at most 256: accumulation should cost nothing."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     with tempfile.TemporaryDirectory() as place:
         data = folder_of(8_192, Path(place) / "imgs")
         for size in (32, 64, 128, 256, 512, 1024, 2048, 4096):
@@ -133,7 +133,7 @@ def batch(largest: int) -> Table:
 
 def network(largest: int) -> Table:
     """Seconds of a step of 32 images of 64 pixels, and the memory it takes."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name in ("resnet18", "resnet34", "resnet50", "resnet101"):
         script = f"from tests.bench.scaling import step_of; print(*step_of({name!r}))"
         printed = subprocess.check_output([sys.executable, "-c", script], cwd=REPOSITORY, text=True)

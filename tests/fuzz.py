@@ -32,7 +32,7 @@ from byol_core.run.options import build_parser
 from byol_core.runtime import peak_memory
 from byol_core.system.files import KEYS, CheckpointError, read_backbone, read_checkpoint, read_weights, save_checkpoint
 
-HANG = 60  # seconds after which a case is taken to hang
+HANG = 600  # seconds after which a case is taken to hang
 MEMORY = 1500  # MiB by which decoding may raise the peak of the process: an image just under the limit, composed on white
 MARKER = "executed"  # the file that hostile pickles try to make
 

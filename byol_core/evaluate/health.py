@@ -128,7 +128,9 @@ def judge(records: Sequence[Record], epochs: int, status: str = "running", score
         return Verdict("collapsed", collapse.why, collapse.advice) if status == "finished" else collapse
     verdict = _unmoved(records, epochs) or _remembering(records, epochs)
     if verdict is None:
-        verdict = _finished(records, scores or {}, plan or {}) if status == "finished" else _learning(records)
+        early = len(records) < RECENT
+        learning = Verdict("starting", "too early to tell") if early else Verdict("learning", _state(records))
+        verdict = _finished(records, scores or {}, plan or {}) if status == "finished" else learning
     if verdict.word in ("flat", *POOR) and (plan or {}).get("tau_schedule") == "constant":
         return replace(verdict, advice="; ".join([*_raise_tau(plan or {}), verdict.advice]))
     return verdict
@@ -251,12 +253,6 @@ def _more(records: Sequence[Record], scores: Mapping[str, object], plan: Mapping
     other = "--no-small-stem " if arch in OWN_NETWORKS or plan.get("small_stem") else ""
     other = f"--arch resnet18 {other}" if arch in OWN_NETWORKS else other
     return [*advice, f"or begin with weights that exist: {other}--init-from a file of torchvision's for that network"]
-
-
-def _learning(records: Sequence[Record]) -> Verdict:
-    if len(records) < RECENT:
-        return Verdict("starting", "too early to tell")
-    return Verdict("learning", _state(records))
 
 
 def _state(records: Sequence[Record]) -> str:

@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             request.ignore()  # such as the one that torchrun sends when another process fails
             if isinstance(error, Exception) and request.signal is None:
                 code = 2 if isinstance(error, ValueError) else 1
-                complain(config, processes, error, None if code == 2 else in_plain_words(error, config.device))
+                complain(config, processes, error, "" if code == 2 else in_plain_words(error, config.device))
             else:  # a library whose loading a signal broke off may fail in any way
                 stopped = error if isinstance(error, Stopped) else Stopped(request.signal or signal.SIGTERM)
                 code = stopped.code
@@ -116,12 +116,12 @@ def carry_out(run: "Run") -> int:
         return 0
     except Stopped as stopped:
         run.stop.ignore()
-        run.processes.fail(stopped)  # or those that lose their connection to this one would take it for dead
+        reason, _, is_stop = run.processes.fail(stopped)  # or those that lose this one would take it for dead
         with contextlib.suppress(OSError):  # on a full disk
-            run.write_end("stopped", str(stopped))
-        run.log.say(f"{stopped}: the check was broken off" if run.setup.config.check else
-                    f"{stopped}: stopped at epoch {run.progress.epoch}, update {run.progress.updates}; {run.what_is_saved()}; "
-                    "the same command with --resume goes on")
+            if is_stop:
+                end_as_stopped(run, str(stopped))
+            else:  # it is the signal by which torchrun answers the failure of another process
+                run.write_end("failed", reason)
         return stopped.code
     except Exception as error:  # a mistake of the program's own is told in a line too; train.log has the rest
         run.stop.ignore()
@@ -130,9 +130,12 @@ def carry_out(run: "Run") -> int:
                               run.setup.runtime.amp_dtype is not None)
         if line != str(error):
             line += f"; {run.what_is_saved()}"
-        reason = complain(run.setup.config, run.processes, error, line)
+        reason, is_stop = complain(run.setup.config, run.processes, error, line)
         with contextlib.suppress(Exception):  # on a full disk, or of what made it fail
-            run.write_end("failed", reason, error)
+            if is_stop:  # another process was asked, outside of a step, and so this one has lost it
+                end_as_stopped(run, reason)
+            else:
+                run.write_end("failed", reason, error)
         return 1
     finally:
         run.stop.ignore()  # all is written
@@ -155,12 +158,19 @@ def work(run: "Run") -> None:
     run.processes.leave()
 
 
-def complain(config: TrainConfig, processes: "Processes | None", error: Exception, line: str | None = None) -> str:
-    """Say in one line, and in one process, why the run fails; that reason. line: instead of the error's own words."""
+def end_as_stopped(run: "Run", why: str) -> None:
+    run.log.say(f"{why}: the check was broken off" if run.setup.config.check else
+                f"{why}: stopped at epoch {run.progress.epoch}, update {run.progress.updates}; {run.what_is_saved()}; "
+                "the same command with --resume goes on")
+    run.write_end("stopped", why)
+
+
+def complain(config: TrainConfig, processes: "Processes | None", error: Exception, line: str = "") -> tuple[str, bool]:
+    """Say in one line, and in one process, why the run fails: (that reason, whether it is a stop). line: in other words."""
     if config.debug:
         traceback.print_exc()
-    line = one_line(str(error) if line is None else line)
-    reason, ours = (line, True) if processes is None else processes.fail(error, line)
+    line = one_line(line or str(error))
+    reason, ours, is_stop = (line, True, False) if processes is None else processes.fail(error, line)
     if ours:
         show(sys.stderr, f"error: {reason}\n")
-    return reason
+    return reason, is_stop

@@ -100,7 +100,8 @@ class RunLog:
 
     def record(self, progress: Progress, **values: Value) -> None:
         """One line of metrics.jsonl."""
-        line = {"update": progress.updates, "epoch": round(self._epochs_done(progress), 6), **values}
+        within = min(progress.updates / max(self.updates_per_epoch, 1), progress.epoch + 1.0)
+        line = {"update": progress.updates, "epoch": round(within if progress.batch else float(progress.epoch), 6), **values}
         self._append("metrics.jsonl", json.dumps(line, allow_nan=False) + "\n")
         if self._board is not None:
             self._board.scalars(progress.updates, values)
@@ -182,10 +183,6 @@ class RunLog:
         elif self.processes.first:
             show(sys.stderr, line + "\n")
         self.note(line)
-
-    def _epochs_done(self, progress: Progress) -> float:
-        within = progress.updates / max(self.updates_per_epoch, 1)
-        return float(progress.epoch) if progress.batch == 0 else min(within, progress.epoch + 1.0)
 
     def close(self) -> None:
         if self._bar is not None:

@@ -245,7 +245,8 @@ def _auto(facts: Facts, epochs: int, total: int, batch_size: int) -> list[Choice
         hidden_dim = Choice("hidden_dim", 4096, "the paper's")
         predictor = []
     return [optimizer, *_rates(str(optimizer.value), epochs, batch_size), *predictor, *_cosine_step(),
-            *_by_length(epochs, total), hidden_dim, Choice("projection_dim", 256, "the paper's")]
+            Choice("warmup_epochs", min(10.0, epochs / 10), "a tenth of the run, at most 10 epochs"),
+            _tau_by_length(total), hidden_dim, Choice("projection_dim", 256, "the paper's")]
 
 
 def _rates(optimizer: str, epochs: int, batch_size: int) -> list[Choice]:
@@ -282,11 +283,6 @@ def _quadra(facts: Facts, epochs: int, total: int, batch_size: int) -> list[Choi
             Choice("scheduler_interval", "epoch", reason), Choice("tau_base", 0.9995, reason),
             Choice("tau_schedule", "cosine", reason), Choice("hidden_dim", 4096, reason),
             Choice("projection_dim", 256, reason)]
-
-
-def _by_length(epochs: int, total: int) -> list[Choice]:
-    return [Choice("warmup_epochs", min(10.0, epochs / 10), "a tenth of the run, at most 10 epochs"),
-            _tau_by_length(total)]
 
 
 def _tau_by_length(total: int) -> Choice:

@@ -102,8 +102,7 @@ class Run:
 
         Raises: Stopped after a signal, NonFiniteError with where it happened; the last good state is saved.
         """
-        if self.processes.first:
-            self.results.report_under_way()
+        self.processes.on_first(self.results.report_under_way)
         self.log.start(self.progress)
         try:
             self.stop.waits_for_a_step = True
@@ -146,12 +145,13 @@ class Run:
             self.processes.on_first(self.results.measure_on_the_way)
         asked = self.processes.agree_on_stop(self.stop.signal, now=ended_epoch)
         if asked is not None:
+            self._share_bad_files()
             self.save()
             raise Stopped(*asked)
         if ended_epoch and (progress.epoch % config.save_every == 0 or progress.epoch == epochs):
             self.save()
-        if ended_epoch and self.processes.first:
-            self.results.report_under_way()
+        if ended_epoch:
+            self.processes.on_first(self.results.report_under_way)
 
     def _share_bad_files(self) -> None:
         """Every process knows of the bad files that the others met."""

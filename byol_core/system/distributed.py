@@ -16,12 +16,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
+from byol_core.system.signals import Stopped
+
 MEETING_S = 120.0  # seconds in which all processes must have come
 TIMEOUT_S = 600  # seconds that an exchange may take, unless BYOL_TIMEOUT_S says otherwise
 NO_LIMIT = timedelta(days=30)  # of the wait for the first process, which may evaluate for hours
 GRACE_S = 3.0  # seconds for a process that failed to say why, before others say that it is gone
 POLL_S = 0.02, 0.5  # seconds between looks at what another process has done: at first, and at most
-FAILED = "failed"  # the store's key for "RANK why the run fails": the first process to write it is the one that says so
+FAILED = "failed"  # the store's key for "RANK KIND why the run ends": the first process to write it is the one that says so
 # How torch says that the other end of a connection is no longer there, or does not answer; it has no type of its own for that.
 LOST = re.compile("connection (closed|reset|refused|timed out)|no route to host|network is unreachable|broken pipe|"
                   "remote process exit|communicator was aborted", re.IGNORECASE)
@@ -126,14 +128,14 @@ class Processes:
                 return int(opinions.max()), whom
         return None
 
-    def fail(self, error: BaseException, line: str | None = None) -> tuple[str, bool]:
-        """Tell the others why this process fails. Returns: (the reason that all give, whether this process prints it).
+    def fail(self, error: BaseException, line: str | None = None) -> tuple[str, bool, bool]:
+        """Tell the others, which lose their connection to it, why this process ends; the first one gives the reason for all.
 
-        The others lose their connection to it, and end with the same reason. line: instead of the error's own words.
+        Returns: (that reason, whether this process prints it, whether the run was asked to stop). line: not the error's words.
         """
         text, here = str(error) if line is None else line, f"rank {self.rank} of {self.world_size}"
         if self._store is None:
-            return text, True
+            return text, True, isinstance(error, Stopped)
         of_torch = type(error) is RuntimeError or isinstance(error, dist.DistError)
         if of_torch and LOST.search(str(error)):
             with contextlib.suppress(RuntimeError):
@@ -145,7 +147,7 @@ class Processes:
                     "or its machine is cut off; BYOL_TIMEOUT_S sets these seconds")
         else:
             text = f"{here}: {text}"
-        mine = f"{self.rank} {text}"
+        mine = f"{self.rank} {'stopped' if isinstance(error, Stopped) else 'failed'} {text}"
         try:
             agreed = self._store.compare_set(FAILED, "", mine).decode()
         except RuntimeError:  # the store is gone, with the launcher or the first machine
@@ -153,7 +155,8 @@ class Processes:
         if agreed == mine and "TORCHELASTIC_ERROR_FILE" in os.environ:
             with contextlib.suppress(OSError):  # on a full disk
                 get_error_handler().record_exception(RuntimeError(text))  # for torchrun's table of failures
-        return agreed.partition(" ")[2], agreed == mine
+        _, kind, text = agreed.split(" ", 2)
+        return text, agreed == mine, kind == "stopped"
 
     def leave(self) -> None:
         """The end of a run that went well in every process."""

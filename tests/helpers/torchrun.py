@@ -66,7 +66,7 @@ def torchrun(folder: Path, *arguments: object, processes: int = 2, fault: str = 
     driver.write_text(DRIVER.format(repository=str(REPOSITORY), update=update, rank=rank, fault=FAULTS.get(fault, fault),
                                     setup=setup, started_by=STARTED_BY))
     words = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), *options, str(driver), *map(str, arguments)]
-    environment = {"OMP_NUM_THREADS": "1", **(env or {})}
+    environment = {"OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(int(PATIENCE_S)), **(env or {})}
     with open(folder / "stdout", "w") as out, open(folder / "stderr", "w") as err:
         process: Forked | subprocess.Popen
         if forked:
@@ -80,7 +80,7 @@ def torchrun(folder: Path, *arguments: object, processes: int = 2, fault: str = 
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
             code = -1
-    until = time.monotonic() + 60
+    until = time.monotonic() + PATIENCE_S
     while (orphans := _that_write_to(folder / "stderr")) and time.monotonic() < until:
         time.sleep(0.1)
     for pid in orphans:

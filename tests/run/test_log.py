@@ -17,6 +17,7 @@ import torch
 from byol_core.evaluate.health import judge
 from byol_core.run.log import RunLog
 from byol_core.training import Progress, Step
+from tests.helpers.forking import PATIENCE_S
 from tests.helpers.runs import metrics
 
 
@@ -152,6 +153,6 @@ def test_progress_is_shown_on_a_terminal_whether_or_not_it_tells_its_width(colum
         train_log(tmp_path, 50, [1.0])
         shown = b""
         while b"loss 1.0" not in shown:
-            assert select.select([leader], [], [], 10)[0], f"the terminal shows {shown!r} and no more"
+            assert select.select([leader], [], [], PATIENCE_S)[0], f"the terminal shows {shown!r} and no more"
             shown += os.read(leader, 65536)
     os.close(leader)

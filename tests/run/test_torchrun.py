@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from byol_core.images.image_set import scan
+from byol_core.system import distributed
 from byol_core.system.files import save_checkpoint
+from byol_core.views.batches import Order
 from tests.helpers.runs import assert_same_state, checkpoint, metrics, run, summary
 from tests.helpers.torchrun import SMALL, Finished, torchrun, trained
 
@@ -40,6 +43,28 @@ def test_sigterm_to_one_process_stops_all_after_the_same_update(image_folder: Ca
     whole = torchrun(tmp_path, "--data", images, "--out", "whole", "--epochs", 2, "--no-eval", *SMALL)
     assert again.code == whole.code == 0
     assert_same_state(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "out"))
+
+
+def test_a_process_that_stalls_is_waited_for(image_folder: Callable[..., Path], tmp_path: Path) -> None:
+    """Longer than a process that is gone would be given to say why."""
+    assert trained(tmp_path, image_folder(), "--out", "whole").code == 0
+    done = trained(tmp_path, image_folder(), fault=f"time.sleep({distributed.GRACE_S + 2})")
+    assert done.code == 0 and not done.messages, done.err
+    assert_same_state(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("fault", ["pass", "gets SIGTERM"])
+def test_a_bad_file_that_one_process_meets_is_known_to_all(fault: str, image_folder: Callable[..., Path],
+                                                           tmp_path: Path) -> None:
+    """At the end of the epoch, or where the run is stopped before it."""
+    images = image_folder(per_class=24)
+    index = int(Order(48, 8, rank=1, world_size=2).epoch(0)[0, 0])  # in the first update, of the process that writes nothing
+    name = scan(images).name(index)
+    (images / name).write_bytes(b"torn")
+    done = trained(tmp_path, images, "--views", "cpu", "--epochs", 1, fault=fault)
+    assert done.code == (0 if fault == "pass" else 1), done.err
+    assert name in (tmp_path / "out" / "bad_files.txt").read_text() and summary(tmp_path / "out")["bad_files"] == 1
+    assert list(checkpoint(tmp_path / "out")["bad_files"]) == [index]
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])

@@ -69,6 +69,27 @@ def test_a_signal_to_another_process_while_the_first_one_is_busy_at_the_end_is_a
     assert done.out.count("SIGTERM: stopped at epoch 1") == 1 and summary(tmp_path / "out")["status"] == "stopped"
 
 
+FAILS_LATER = """
+finish = Run.finish
+def failing(run):
+    if os.environ["RANK"] == "0":
+        return finish(run)
+    while not os.path.exists("busy"):
+        time.sleep(0.05)
+    raise RuntimeError("the dog ate it")
+Run.finish = failing
+"""
+
+
+def test_a_process_that_fails_while_the_first_one_is_busy_is_why_the_run_failed(image_folder: Callable[..., Path],
+                                                                                tmp_path: Path) -> None:
+    """The first one has only the signal by which torchrun answers it."""
+    done = torchrun(tmp_path, "--data", image_folder(), "--out", "out", "--epochs", 1, *SMALL, setup=BUSY + FAILS_LATER)
+    assert done.code == 1 and done.messages == ["error: rank 1 of 2: the dog ate it"] and not done.orphans, done.err
+    found = summary(tmp_path / "out")
+    assert found["status"] == "failed" and found["reason"] == "rank 1 of 2: the dog ate it"
+
+
 def test_processes_with_different_images_are_refused(image_folder: Callable[..., Path], tmp_path: Path) -> None:
     image_folder("rank0")
     (image_folder("rank1") / "class0" / "000.png").unlink()

@@ -17,6 +17,7 @@ import torch
 from byol_core.system.files import (CheckpointError, atomic_write, newest_checkpoint, read_checkpoint, read_weights,
                                     remove_leftovers, save_checkpoint, write_json)
 from tests.fuzz import Payload
+from tests.helpers.forking import PATIENCE_S
 from tests.helpers.modules import save
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -66,7 +67,7 @@ def test_a_hundred_kills_during_saves_leave_a_hundred_good_files(tmp_path: Path)
         saved = processes.Event()
         child = processes.Process(target=save_for_ever, args=(tmp_path, saved))
         child.start()
-        assert saved.wait(30)
+        assert saved.wait(PATIENCE_S)
         time.sleep(generator.uniform(0.0, 0.02))
         child.kill()
         child.join()

@@ -22,6 +22,7 @@ from byol_core.views.batches import Order, WorkerBatches
 from byol_core.views.pixels import choose_workers, plain_batches
 from byol_core.views.workers import WorkerError, batches_from, new_loader
 from tests.helpers.children import At
+from tests.helpers.forking import PATIENCE_S
 from tests.helpers.kills import STEP, arguments, assert_same_run, run
 from tests.helpers.pictures import PLAIN, load
 from tests.helpers.runs import checkpoint
@@ -84,8 +85,9 @@ def sleep() -> None:
 
 @pytest.mark.parametrize("error", [EOFError(), ConnectionResetError(104, "Connection reset by peer"),
                                    RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")])
-def test_a_worker_that_dies_while_a_batch_is_fetched_from_it_is_named(error: Exception) -> None:
+def test_a_worker_that_dies_while_a_batch_is_fetched_from_it_is_named(error: Exception, monkeypatch) -> None:
     """The system tells of its death only after its connection is gone."""
+    monkeypatch.setattr(workers, "SPARE_S", PATIENCE_S)  # it ends with the worker
     worker = multiprocessing.get_context("fork").Process(target=sleep)
     worker.start()
     with pytest.raises(WorkerError, match=re.escape("a data worker died (SIGKILL, often for lack of memory)")):
@@ -130,7 +132,6 @@ def little_shared_memory(worker: int) -> None:
 
 def test_too_little_shared_memory_is_an_error_and_not_an_endless_wait(data: Path, monkeypatch) -> None:
     monkeypatch.setattr(workers, "ignore_signals", little_shared_memory)
-    monkeypatch.setattr(workers, "NO_BATCH_S", 5.0)
     source = new_batches(data)
     for _ in range(2):  # and again, with new workers
         with pytest.raises(WorkerError, match="shared memory .* is full - use --workers 0"):
@@ -275,7 +276,7 @@ def test_a_worker_that_outlives_a_killed_run_does_not_keep_its_folder_locked(tmp
         (tmp_path / "out" / "train.log").touch()  # or the folder would be cleared away
         worker = processes.Process(target=linger, args=(started, done), daemon=True)
         worker.start()
-        assert started.wait(60)
+        assert started.wait(PATIENCE_S)
     with open_run_folder(tmp_path / "out", may_be_used=False):  # the worker is still there
         assert worker.is_alive()
     done.set()

@@ -114,7 +114,8 @@ def test_gaussian_blur_matches_torchvision(kernel: int, height: int, width: int)
 
 def test_solarize_matches_torchvision() -> None:
     images = awkward_images()
-    torch.testing.assert_close(image_ops.solarize(images, 0.5), F.solarize(images, 0.5), atol=0, rtol=0)
+    for threshold in (0.5, images.median().item()):  # the latter is a value of a pixel
+        torch.testing.assert_close(image_ops.solarize(images, threshold), F.solarize(images, threshold), atol=0, rtol=0)
 
 
 def inverse_affine(angle: float, shear: float, zoom: float, x: float, y: float) -> list[list[float]]:

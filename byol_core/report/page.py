@@ -234,7 +234,7 @@ def _choices(run: RunFacts) -> str:
         value = plain(choice.get("shown", choice["value"]))  # runs of earlier versions have the bare value
         rows.append([html.escape(str(choice["name"])), named(html.escape(value), html.escape(str(choice["reason"])))])
     asked = run.config["config"]
-    length = f"what fits into {plain(asked['minutes'])} minutes" if asked.get("minutes") else "in all"
+    length = f"what fits into --minutes {plain(asked['minutes'])}" if asked.get("minutes") else "in all"
     for name, why in (("epochs", length), ("batch_size", "per update")):
         if name in run.plan:
             rows.append([name, named(html.escape(str(run.plan[name])), html.escape(why))])

@@ -166,7 +166,7 @@ def end_as_stopped(run: "Run", why: str) -> None:
 
 
 def complain(config: TrainConfig, processes: "Processes | None", error: Exception, line: str = "") -> tuple[str, bool]:
-    """Say in one line, and in one process, why the run fails: (that reason, whether it is a stop). line: in other words."""
+    """Say in one line, and in one process, why the run fails: (that reason, whether it is a stop). line: that, if given."""
     if config.debug:
         traceback.print_exc()
     line = one_line(line or str(error))

@@ -131,7 +131,7 @@ class Processes:
     def fail(self, error: BaseException, line: str | None = None) -> tuple[str, bool, bool]:
         """Tell the others, which lose their connection to it, why this process ends; the first one gives the reason for all.
 
-        Returns: (that reason, whether this process prints it, whether the run was asked to stop). line: not the error's words.
+        Returns: (that reason, whether this process prints it, whether the run was asked to stop). line: said for the error.
         """
         text, here = str(error) if line is None else line, f"rank {self.rank} of {self.world_size}"
         if self._store is None:

@@ -83,7 +83,7 @@ def stopped_after(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     from byol_core.run import command
     from byol_core.run.run import Run
 
-    original = Run._after_step
+    original = Run.after_step
 
     def start(updates: int, *arguments: object) -> None:
         def stop(self: Run, progress, step) -> None:
@@ -91,7 +91,7 @@ def stopped_after(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             original(self, progress, step)
 
         with monkeypatch.context() as patched:
-            patched.setattr(Run, "_after_step", stop)
+            patched.setattr(Run, "after_step", stop)
             assert command.main([str(argument) for argument in arguments]) == 143
 
     return start

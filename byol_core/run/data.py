@@ -14,7 +14,7 @@ from byol_core.run.setup import Setup
 from byol_core.system.files import write_text
 from byol_core.views.batches import Order, TimedBatches
 from byol_core.views.pixels import BAD_LIMIT, ImageData, TooManyBadFilesError, load_images
-from byol_core.views.sources import batches_of
+from byol_core.views.sources import Batches, batches_of
 
 Say = Callable[[str], None]
 Loaded = tuple[ImageData, str]  # and where views are made, and why there
@@ -22,10 +22,12 @@ Loaded = tuple[ImageData, str]  # and where views are made, and why there
 
 @dataclass(frozen=True)
 class Data:
-    """The images of a run, where their views are made and why, the batches of them, and what measures features on them."""
+    """The images of a run, where their views are made and why, those views, their batches as the loop takes them, and what
+    measures features on them."""
 
     images: ImageData
     views_reason: str
+    views: Batches
     batches: TimedBatches
     measuring: "Measuring"
 
@@ -39,7 +41,8 @@ def open_data(setup: Setup, files: ImageSet, say: Say, loaded: Loaded | None = N
     views_of = partial(batches_of, images, plan.views, workers=setup.workers, device=setup.runtime.device,
                        on_cpu=setup.config.views == "cpu")
     measuring = Measuring(setup, images, say, lambda: SeparationScorer(views_of, order, setup.runtime))
-    return Data(images, reason, TimedBatches(views_of(order), setup.runtime.device), measuring)
+    views = views_of(order)
+    return Data(images, reason, views, TimedBatches(views, setup.runtime.device), measuring)
 
 
 def load(setup: Setup, files: ImageSet, say: Say, views: str = "auto") -> Loaded:

@@ -187,7 +187,7 @@ class Saveable:
         if before != now:
             say(f"note: {before} -> {now} processes: every update uses the same images and views as before, but sums and "
                 "batch statistics are taken over other parts, so this is not an exact resume")
-        self.images.bad.reasons.update(saved.get("bad_files", {}))  # type: ignore[call-overload]
+        self.images.bad.restore(saved.get("bad_files", {}))  # type: ignore[arg-type]
         asked = Path(setup.config.resume or setup.folder)
         source = asked if asked.is_dir() else asked.parent
         _take_along(source, setup, saved)

@@ -92,7 +92,7 @@ class Run:
             write_config(self.setup, self.images.files)
         with self.log.warn_only():
             if self.setup.plan.epochs and self.progress.updates == 0:
-                self.results.picture_views(self.batches.batches)
+                self.results.picture_views(self.data.views)
 
     def measure_untrained(self) -> None:
         self.processes.on_first(self.results.measure_untrained)
@@ -104,25 +104,24 @@ class Run:
         """
         self.processes.on_first(self.results.report_under_way)
         self.log.start(self.progress)
-        try:
-            self.stop.waits_for_a_step = True
-            self._train(self.progress, self._after_step)
-        except NonFiniteError as error:
-            amp_dtype = self.setup.runtime.amp_dtype
-            raise NonFiniteError(
-                f"{error} at epoch {self.progress.epoch + 1}, update {self.progress.updates + (not error.late)} (lr "
-                f"{self.state.optimizer.param_groups[0]['lr']:.3g}, precision {amp_dtype or torch.float32}); "
-                f"{self.what_is_saved()} - start again with a lower --lr{' or --amp off' if amp_dtype else ''} "
-                "and another --out") from error
-        except WorkerError as error:
-            self._save_between_updates()
-            if self.stop.signal is not None and not self.processes.several:  # they may have died of the same signal
-                raise Stopped(self.stop.signal) from error
-            raise WorkerError(f"{error}; {self.what_is_saved()}") from error
-        finally:
-            self.log.close()
-            self.batches.close()
-        self.stop.waits_for_a_step = False  # a failure is not to be taken for the signal by which torchrun answers it
+        with self.stop.during_steps():
+            try:
+                self._train(self.progress, self.after_step)
+            except NonFiniteError as error:
+                amp_dtype = self.setup.runtime.amp_dtype
+                raise NonFiniteError(
+                    f"{error} at epoch {self.progress.epoch + 1}, update {self.progress.updates + (not error.late)} (lr "
+                    f"{self.state.optimizer.param_groups[0]['lr']:.3g}, precision {amp_dtype or torch.float32}); "
+                    f"{self.what_is_saved()} - start again with a lower --lr{' or --amp off' if amp_dtype else ''} "
+                    "and another --out") from error
+            except WorkerError as error:
+                self._save_between_updates()
+                if self.stop.signal is not None and not self.processes.several:  # they may have died of the same signal
+                    raise Stopped(self.stop.signal) from error
+                raise WorkerError(f"{error}; {self.what_is_saved()}") from error
+            finally:
+                self.log.close()
+                self.batches.close()
         if self.stop.signal is not None:  # it came after the last update
             raise Stopped(self.stop.signal)
         if not self.processes.from_first(lambda: (self.setup.folder / LAST).exists()):  # no update was left to be made here
@@ -135,7 +134,7 @@ class Run:
               accum_steps=plan.accum_steps, seed=self.setup.config.seed, runtime=self.setup.runtime, progress=progress,
               after_step=after_step)
 
-    def _after_step(self, progress: Progress, step: Step) -> None:
+    def after_step(self, progress: Progress, step: Step) -> None:
         config, epochs = self.setup.config, self.setup.plan.epochs
         self.log.step(progress, step, self.batches.take_waited())
         ended_epoch = progress.batch == 0

@@ -1,7 +1,9 @@
 """Ctrl-C, SIGTERM, SIGUSR1 and a closed terminal as a request that a run answers when its state is whole."""
 
+import contextlib
 import os
 import signal
+from collections.abc import Iterator
 from types import FrameType
 
 SIGNALS = [name for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
@@ -32,19 +34,26 @@ class StopRequest:
     """Remembers a signal for whoever asks between two steps; outside of steps, or asked twice, it raises Stopped at once.
 
     patient: asked twice, it waits all the same: a launcher passes on to its processes what a terminal has sent them already.
-    signal: the number of the signal that came, or None. waits_for_a_step: whether somebody will ask.
+    signal: the number of the signal that came, or None.
     """
 
     def __init__(self, patient: bool = False) -> None:
         self.patient = patient
         self.signal: int | None = None
-        self.waits_for_a_step = False
+        self._somebody_will_ask = False
 
     def listen(self) -> None:
         """Handle the signals of this process from now on; for the entry point alone."""
         for name in SIGNALS:
             if name != "SIGHUP" or signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup wants it to change nothing
                 signal.signal(getattr(signal, name), self._handle)
+
+    @contextlib.contextmanager
+    def during_steps(self) -> Iterator[None]:
+        """Signals wait to be asked for; after an error they go on to wait, as there may be something to save."""
+        self._somebody_will_ask = True
+        yield
+        self._somebody_will_ask = False  # a failure is not to be taken for the signal by which torchrun answers it
 
     def ignore(self) -> None:
         """The process is about to end; a further signal changes nothing."""
@@ -53,5 +62,5 @@ class StopRequest:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         first, self.signal = self.signal is None, number  # kept even if what it interrupts swallows the exception
-        if not self.waits_for_a_step or not first and not self.patient:
+        if not self._somebody_will_ask or not first and not self.patient:
             raise Stopped(number)

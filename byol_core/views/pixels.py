@@ -53,6 +53,10 @@ class BadFiles:
         if len(self.reasons) > self.limit * len(self.files):
             self.give_up(len(self.files))
 
+    def restore(self, reasons: dict[int, str]) -> None:
+        """Those that were reported before the run was stopped."""
+        self.reasons.update(reasons)
+
     def enforce_limit(self, tried: int, bad: int) -> None:
         """Allow no more than a run does, from now on. Raises: TooManyBadFilesError if so many of those tried are bad."""
         self.limit = BAD_LIMIT

@@ -136,7 +136,7 @@ def grown(variant: Variant, view: ViewRecipe, share: float) -> ViewRecipe:
 
 def let_grow(variant: Variant, run: Run) -> None:
     """Every epoch has views of its own."""
-    batches = run.batches.batches
+    batches = run.data.views
     if not variant.fields.keys() & {"from_size", "from_crop", "from_colour"}:
         return
     assert isinstance(batches, DeviceBatches), "views grow where they are made of images in memory"

@@ -112,7 +112,7 @@ def resume(options: argparse.Namespace) -> str:
     run_of(*words, "--out", "whole")
     run_of(*words, "--out", "again")
     with pytest.MonkeyPatch.context() as patched:
-        At("byol_core.run.run:Run._after_step", STOPPED_AFTER, "SIGTERM").arrange(patched.setattr)
+        At("byol_core.run.run:Run.after_step", STOPPED_AFTER, "SIGTERM").arrange(patched.setattr)
         run_of(*words, "--out", "parts", code=128 + signal.SIGTERM)
     run_of(*words, "--out", "parts", "--resume")
     whole, again, parts = (state_of(Path(name)) for name in ("whole", "again", "parts"))

@@ -41,7 +41,7 @@ def write_images(folder: Path) -> Path:
 
 
 def main() -> int:
-    after_step = Run._after_step
+    after_step = Run.after_step
 
     def stop(self: Run, progress, step) -> None:  # type: ignore[no-untyped-def]
         if progress.updates == STOPPED_AT:
@@ -49,7 +49,7 @@ def main() -> int:
         after_step(self, progress, step)
 
     with tempfile.TemporaryDirectory() as place, mock.patch.object(setup, "build_backbone", tiny_backbone), \
-            mock.patch.object(Run, "_after_step", stop):
+            mock.patch.object(Run, "after_step", stop):
         data, out = write_images(Path(place) / "imgs"), Path(place) / "out"
         if train.main(["--data", str(data), "--out", str(out), *OPTIONS]) != 143:
             return 1

@@ -9,7 +9,7 @@ from byol_core.run import command, log
 from tests.helpers.children import SMALL, At
 from tests.helpers.runs import assert_same_state, checkpoint, metrics
 
-STEP = "byol_core.run.run:Run._after_step"  # 12 images in batches of 4: 3 updates per epoch, 6 in all
+STEP = "byol_core.run.run:Run.after_step"  # 12 images in batches of 4: 3 updates per epoch, 6 in all
 
 
 class Killed(BaseException):

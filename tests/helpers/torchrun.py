@@ -30,12 +30,12 @@ from byol_core.run.run import Run
 {setup}
 rank, attempt = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 starter = int(os.environ.get({started_by!r}, os.getppid()))
-after_step = Run._after_step
+after_step = Run.after_step
 def faulty(run, progress, step):
     after_step(run, progress, step)
     if progress.updates == {update} and rank == {rank} and attempt == 0:
         {fault}
-Run._after_step = faulty
+Run.after_step = faulty
 sys.exit(train.main(sys.argv[1:]))
 """
 

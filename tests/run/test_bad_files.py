@@ -178,13 +178,13 @@ def test_a_folder_that_is_locked_is_told(image_folder: Folder, monkeypatch: pyte
 
 @pytest.mark.slow
 def test_a_file_that_goes_during_training_is_passed_over(image_folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    data, original = image_folder(classes=0, per_class=12), Run._after_step
+    data, original = image_folder(classes=0, per_class=12), Run.after_step
 
     def remove(self: Run, progress, step) -> None:
         (data / "007.png").unlink(missing_ok=True)
         original(self, progress, step)
 
-    monkeypatch.setattr(Run, "_after_step", remove)
+    monkeypatch.setattr(Run, "after_step", remove)
     assert run("--data", data, "--epochs", 3, "--out", "out", "--views", "cpu", "--no-eval", *SMALL) == 0
     assert (Path("out") / "bad_files.txt").read_text().startswith("007.png\tFileNotFoundError")
 

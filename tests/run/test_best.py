@@ -41,7 +41,7 @@ def test_best_is_the_network_with_the_best_score_and_of_equals_the_later(image_f
                                                                          values: list[float], last: float, epoch: int) -> None:
     """By kNN with labels, by separation without them."""
     kept: dict[int, dict] = {}  # the backbone's weights after every epoch
-    original = Run._after_step
+    original = Run.after_step
 
     def remember(self: Run, progress, step) -> None:
         if progress.batch == 0:
@@ -49,7 +49,7 @@ def test_best_is_the_network_with_the_best_score_and_of_equals_the_later(image_f
             kept[progress.epoch] = {name: tensor.clone() for name, tensor in weights.items()}
         original(self, progress, step)
 
-    monkeypatch.setattr(Run, "_after_step", remember)
+    monkeypatch.setattr(Run, "after_step", remember)
     script_scores(monkeypatch, values, last)
     measured = iter([0.5, *values, last])  # before, after each epoch, and in the end
     monkeypatch.setattr(separation, "separation", lambda features: torch.tensor(next(measured)))

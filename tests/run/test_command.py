@@ -77,7 +77,7 @@ def test_a_cuda_graph_that_cannot_be_is_said_to_be_left_out(trained: Path) -> No
 
 def test_a_run_under_way_says_so_in_its_summary(image_folder: Callable[..., Path], monkeypatch) -> None:
     seen = []
-    original = Run._after_step
+    original = Run.after_step
 
     def look(self: Run, progress, step) -> None:
         seen.append(summary("out"))
@@ -85,7 +85,7 @@ def test_a_run_under_way_says_so_in_its_summary(image_folder: Callable[..., Path
         assert report.main(["out"]) == 0
         original(self, progress, step)
 
-    monkeypatch.setattr(Run, "_after_step", look)
+    monkeypatch.setattr(Run, "after_step", look)
     data = image_folder(per_class=12)
     (data / "class0" / "005.png").write_bytes(b"not an image")
     assert run("--data", data, "--epochs", 1, "--out", "out", *SMALL) == 0
@@ -135,17 +135,17 @@ def test_worker_count_does_not_change_the_result(image_folder: Callable[..., Pat
 
 def test_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_file(image_folder: Callable[..., Path], monkeypatch,
                                                                            capsys) -> None:
-    original = Run._after_step
+    original = Run.after_step
 
     def poison(self: Run, progress, step) -> None:
         original(self, progress, step)
         if progress.updates == 5:
             self.images.pixels = None
-            self.batches.batches.recipes = tuple(
+            self.data.views.recipes = tuple(
                 replace(recipe, mean=(3e38,) * 3, std=(1e-30,) * 3)
-                for recipe in self.batches.batches.recipes)
+                for recipe in self.data.views.recipes)
 
-    monkeypatch.setattr(Run, "_after_step", poison)
+    monkeypatch.setattr(Run, "after_step", poison)
     assert run("--data", image_folder(classes=0, per_class=16), "--epochs", 3, "--out", "out", "--no-eval", *SMALL) == 1
     assert "not finite at epoch 2, update" in capsys.readouterr().err
     state = checkpoint("out")
@@ -165,14 +165,14 @@ def test_weights_or_statistics_that_are_not_finite_are_never_saved(image_folder:
 
 
 def test_a_network_that_is_not_finite_is_not_saved(image_folder: Callable[..., Path], monkeypatch, capsys) -> None:
-    original = Run._after_step
+    original = Run.after_step
 
     def poison(self: Run, progress, step) -> None:
         if progress.updates == 4:
             self.state.model.online.predictor[1].running_var[0] = float("inf")
         original(self, progress, step)
 
-    monkeypatch.setattr(Run, "_after_step", poison)
+    monkeypatch.setattr(Run, "after_step", poison)
     assert run("--data", image_folder(classes=0, per_class=16), "--epochs", 3, "--out", "out", "--no-eval", *SMALL) == 1
     assert "error: a weight or a statistic of batch norm is not finite at epoch" in capsys.readouterr().err
     assert not Path("out/last.pt").exists() or checkpoint("out")["progress"]["updates"] < 4

@@ -22,6 +22,7 @@ from tests.helpers.pictures import Folder
 from tests.helpers.runs import SMALL, assert_equal, assert_same_state, checkpoint, metrics, run, summary
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
+OLD_RUN = Path(__file__).parents[1] / "data" / "run_from_0.1.0"
 WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "DataParallel": nn.DataParallel, "compile": functools.partial(torch.compile, backend="eager"),
     "both": lambda module: nn.DataParallel(torch.compile(module, backend="eager"))}
@@ -115,6 +116,29 @@ def test_harmless_options_may_change_and_change_nothing(image_folder: Folder, st
     assert_same_state(checkpoint("whole"), checkpoint("parts"))
     said = [line for line in capsys.readouterr().out.splitlines() if "changed, without effect on the result: " in line]
     assert len(said) == 1 and "eval_every 0 -> 1, save_every 1 -> 2" in said[0] and "workers 0 -> 1" in said[0]
+
+
+def test_a_run_folder_of_version_0_1_goes_on_as_it_would_have_there(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """tests/data/run_from_0.1.0: four of six updates by the package before it had folders; ended/: that one's other two."""
+    monkeypatch.setattr(setup, "build_backbone", format1.tiny_backbone)
+    shutil.copytree(OLD_RUN, "out")
+    ended = Path("out/ended").rename("ended")
+    format1.write_images(Path("imgs"))
+    assert run("--data", "imgs", "--out", "out", *format1.OPTIONS, "--eval-every", 1, "--resume") == 0
+    said = capsys.readouterr().out
+    assert "resuming at epoch 1, update 4" in said and "without effect" not in said and "untrained: " not in said
+    expected, found = metrics(ended), metrics("out")
+    assert found[:2] == expected[:2]  # of before it was stopped
+    measured_here = ("images_per_second", "wait")
+    for record in (*expected, *found):
+        for name in measured_here:
+            record.pop(name, None)
+    assert [record.keys() for record in found] == [record.keys() for record in expected]
+    for name in expected[2]:
+        assert found[2][name] == pytest.approx(expected[2][name], rel=1e-3), name
+    torch.testing.assert_close(read_weights(Path("out/backbone.pt")), read_weights(ended / "backbone.pt"), rtol=1e-3, atol=1e-4)
+    facts = summary("out")
+    assert facts["status"] == "finished" and facts["linear_1_untrained"] == 0.4 and facts["best_epoch"] == 2
 
 
 def test_a_renamed_image_is_another_set_of_images(trained: Path, capsys) -> None:

@@ -48,14 +48,14 @@ def test_a_stopped_run_continues_to_the_same_result_bit_for_bit(image_folder: Ca
     arguments = ["--data", data, "--epochs", 2, "--views", views, "--no-eval", *SMALL, *options]
     assert run(*arguments, "--out", "whole") == 0
 
-    original = Run._after_step
+    original = Run.after_step
 
     def terminate_at(self: Run, progress, step) -> None:
         if progress.updates == stop_at and self.setup.config.resume is None and step.applied:
             os.kill(os.getpid(), signal.SIGTERM)
         original(self, progress, step)
 
-    monkeypatch.setattr(Run, "_after_step", terminate_at)
+    monkeypatch.setattr(Run, "after_step", terminate_at)
     assert run(*arguments, "--out", "parts") == 143
     stopped = checkpoint("parts")
     said = f"update {stop_at}; parts/last.pt has the weights of update {stop_at}; the same command with --resume goes on\n"

@@ -71,7 +71,7 @@ def test_an_epoch_has_the_views_of_its_place_in_the_run(image_folder: Callable[.
     with contextlib.ExitStack() as stack:
         run = begun(changed, 0, options, stack)
         sizes = [next(run.batches.epoch(epoch))[0].shape[-1] for epoch in (0, 3, 5)]  # of 6: 4 updates in each
-        run.batches.close()
+        run.data.views.close()
     assert sizes == [8, 12, 16]
 
 

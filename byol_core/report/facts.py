@@ -82,8 +82,7 @@ def read_run(folder: Path, under_way: bool = False) -> RunFacts:
     config = parse_object(read_text(folder / "config.json"))
     sections = {name: config[name] if isinstance(config.get(name), dict) else {} for name in SECTIONS}
     listed = config["choices"] if isinstance(config.get("choices"), list) else []
-    choices = [{"asked": choice["reason"] == "as asked", **choice}  # which runs of earlier versions did not keep
-               for choice in listed if isinstance(choice, dict) and choice.keys() >= {"name", "value", "reason"}]
+    choices = [choice for choice in listed if isinstance(choice, dict) and choice.keys() >= {"name", "value", "reason"}]
     records = [numbers for numbers in map(_numbers, read_text(folder / "metrics.jsonl").splitlines())
                if numbers.keys() >= {"update", "epoch"}]  # else the line that a killed run was writing
     per_epoch = sections["plan"].get("updates_per_epoch") or 1

@@ -126,8 +126,8 @@ def carry_out(run: "Run") -> int:
     except Exception as error:  # a mistake of the program's own is told in a line too; train.log has the rest
         run.stop.ignore()
         run.log.note(traceback.format_exc())
-        line = in_plain_words(error, str(run.setup.runtime.device), run.setup.plan.batch_size, run.setup.plan.accum_steps,
-                              run.setup.runtime.amp_dtype is not None)
+        plan, runtime = run.setup.plan, run.setup.runtime
+        line = in_plain_words(error, str(runtime.device), plan.batch_size, plan.accum_steps, runtime.amp_dtype is not None)
         if line != str(error):
             line += f"; {run.what_is_saved()}"
         reason, is_stop = complain(run.setup.config, run.processes, error, line)
@@ -139,7 +139,7 @@ def carry_out(run: "Run") -> int:
         return 1
     finally:
         run.stop.ignore()  # all is written
-        run.batches.close()  # workers left over would be waited for at the exit, and never end
+        run.data.views.close()  # workers left over would be waited for at the exit, and never end
 
 
 def work(run: "Run") -> None:

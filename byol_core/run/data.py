@@ -22,8 +22,7 @@ Loaded = tuple[ImageData, str]  # and where views are made, and why there
 
 @dataclass(frozen=True)
 class Data:
-    """The images of a run, where their views are made and why, those views, their batches as the loop takes them, and what
-    measures features on them."""
+    """The images of a run, where their views are made and why, the views, the batches of them, what measures features."""
 
     images: ImageData
     views_reason: str

@@ -121,7 +121,7 @@ class Run:
                 raise WorkerError(f"{error}; {self.what_is_saved()}") from error
             finally:
                 self.log.close()
-                self.batches.close()
+                self.data.views.close()
         if self.stop.signal is not None:  # it came after the last update
             raise Stopped(self.stop.signal)
         if not self.processes.from_first(lambda: (self.setup.folder / LAST).exists()):  # no update was left to be made here
@@ -246,19 +246,13 @@ class Run:
         """
         times: list[float] = []  # at the end of each update
         first = WARM_UP if self.setup.runtime.cuda_graph else 0  # from here on they are as they will be
-        wanted = first + CHECK_STEPS
-
-        def per_update() -> float:
-            return (times[-1] - times[first]) / (len(times) - 1 - first)
 
         def stop_early(progress: Progress, step: Step) -> None:
-            nonlocal wanted
             self.setup.runtime.confirm()  # waits for the device
             times.append(time.monotonic())
-            if at_least and len(times) == first + CHECK_STEPS + 1:
-                wanted = first + max(CHECK_STEPS, self.processes.from_first(
-                    lambda: min(math.ceil(at_least / max(per_update(), 1e-6)), MOST_TIMED)))
-            if len(times) > wanted:
+            timed = len(times) - 1 - first
+            if timed >= CHECK_STEPS and self.processes.from_first(
+                    lambda: timed >= MOST_TIMED or times[-1] - times[first] >= at_least):
                 raise _EnoughMeasured
 
         with contextlib.suppress(_EnoughMeasured):
@@ -283,7 +277,7 @@ def fit_into(minutes: float, plan_of: Callable[[int, Choice | None], Plan],
             trial.log.say(f"measuring how many updates fit into {minutes:g} minutes")
         seen = trial.images_in(minutes)
         before, plan = plan, plan_of(seen, None if attempt == 0 else plan.network)
-        trial.batches.close()
+        trial.data.views.close()
         loaded = trial.images, trial.data.views_reason
         del trial  # before the next one takes memory
         if (plan.arch, plan.batch_size) == (before.arch, before.batch_size):

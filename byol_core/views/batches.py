@@ -275,9 +275,6 @@ class TimedBatches:
             seconds += came - asked if self.aside is None else asked.elapsed_time(came) / 1000
         return seconds
 
-    def close(self) -> None:
-        self.batches.close()
-
     def _now(self) -> "float | torch.cuda.Event":
         if self.aside is None:
             return time.monotonic()

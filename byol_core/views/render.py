@@ -44,15 +44,11 @@ def render_all(images: Sequence[Tensor], params: Sequence[ViewParams], recipes: 
     On an accelerator all are rendered at once, as small images cost the number of operations there and not their size;
     but only where the recipes differ in nothing but how often things happen, as those of the BYOL paper do.
     """
-    alike = all(_as_often(recipe, recipes[0]) == recipes[0] for recipe in recipes)
+    chances = {name: getattr(recipes[0], name) for name in ("flip", "jitter", "grey", "blur", "solarize")}  # for draw alone
+    alike = all(replace(recipe, **chances) == recipes[0] for recipe in recipes)
     if images[0].device.type == "cpu" or not alike:
         return [render(*one) for one in zip(images, params, recipes)]
     return list(_render_at_once(images, params, recipes[0]))
-
-
-def _as_often(recipe: ViewRecipe, other: ViewRecipe) -> ViewRecipe:
-    """The recipe with the chances of the other one, which only `draw` looks at."""
-    return replace(recipe, flip=other.flip, jitter=other.jitter, grey=other.grey, blur=other.blur, solarize=other.solarize)
 
 
 def _render_at_once(images: Sequence[Tensor], params: Sequence[ViewParams], recipe: ViewRecipe) -> tuple[Tensor, ...]:

@@ -78,7 +78,7 @@ def compare(case: str, options: argparse.Namespace, limits: str) -> None:
         link(paths, folder / "images")
         turns = {name: new_turns(folder, case, options, **chosen) for name, chosen in variants(options).items()}
         for some in turns.values():
-            stack.callback(some.run.batches.close)
+            stack.callback(some.run.data.views.close)
         rows: dict[str, Callable[[], object]] = {**turns}
         rows |= others(paths, (options.arch, small_stem, size), batch, turns[OURS].run.setup.runtime, options)
         milliseconds = side_by_side(rows, options.device, options.rounds, 1, seconds=options.seconds, memory=memory)

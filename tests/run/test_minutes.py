@@ -47,7 +47,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, graph: bool = False, at_least: flo
              first_says: int | None = None) -> tuple[float, int]:
     """(seconds of an update as a run measures them, how many it makes for that).
 
-    first_says: how many another process says, if that is the first one.
+    first_says: after how many that count another process says that they are enough, if that is the first one.
     """
     made: list[int] = []
 
@@ -59,7 +59,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, graph: bool = False, at_least: flo
     monkeypatch.setattr(time, "monotonic", lambda: sum(made))
     run: Any = SimpleNamespace(
         setup=SimpleNamespace(runtime=SimpleNamespace(cuda_graph=graph, confirm=lambda: None)), _train=train,
-        processes=SimpleNamespace(from_first=lambda make: first_says or make()))
+        processes=SimpleNamespace(from_first=lambda make: len(made) > first_says if first_says else make()))
     return Run.seconds_per_update(run, at_least), len(made)
 
 
@@ -71,8 +71,8 @@ def test_a_check_times_updates_once_they_are_as_they_will_be(
 
 
 @pytest.mark.parametrize("first_says, updates", [(9, 9), (None, 100)])
-def test_the_first_process_says_how_many_updates_are_timed(first_says: int | None, updates: int,
-                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_process_says_when_enough_updates_are_timed(first_says: int | None, updates: int,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
     """Each by its own clock, processes would stop at different updates, and wait for one another for ever."""
     assert measured(monkeypatch, at_least=1e6, first_says=first_says)[1] == 1 + updates  # the first one is not timed
 

@@ -136,7 +136,8 @@ def test_a_run_folder_of_version_0_1_goes_on_as_it_would_have_there(monkeypatch:
     assert [record.keys() for record in found] == [record.keys() for record in expected]
     for name in expected[2]:
         assert found[2][name] == pytest.approx(expected[2][name], rel=1e-3), name
-    torch.testing.assert_close(read_weights(Path("out/backbone.pt")), read_weights(ended / "backbone.pt"), rtol=1e-3, atol=1e-4)
+    weights = read_weights(Path("out/backbone.pt"))
+    torch.testing.assert_close(weights, read_weights(ended / "backbone.pt"), rtol=1e-3, atol=1e-4)
     facts = summary("out")
     assert facts["status"] == "finished" and facts["linear_1_untrained"] == 0.4 and facts["best_epoch"] == 2
 

@@ -72,7 +72,7 @@ def test_a_check_times_updates_once_they_are_as_they_will_be(
 
 @pytest.mark.parametrize("first_says, updates", [(9, 9), (None, 100)])
 def test_the_first_process_says_when_enough_updates_are_timed(first_says: int | None, updates: int,
-                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
     """Each by its own clock, processes would stop at different updates, and wait for one another for ever."""
     assert measured(monkeypatch, at_least=1e6, first_says=first_says)[1] == 1 + updates  # the first one is not timed
 

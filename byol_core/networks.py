@@ -67,6 +67,7 @@ class BYOL(nn.Module):
 
     def __init__(self, backbone: nn.Module, feature_dim: int, hidden_dim: int = 4096, out_dim: int = 256) -> None:
         super().__init__()
+        self.feature_dim = feature_dim
         projector = mlp_head(feature_dim, hidden_dim, out_dim)
         self.target = TargetNetwork(copy.deepcopy(backbone), copy.deepcopy(projector))
         self.online = OnlineNetwork(backbone, projector, mlp_head(out_dim, hidden_dim, out_dim))

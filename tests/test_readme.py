@@ -10,12 +10,14 @@ from PIL import Image
 from byol_core import embed, export
 from byol_core.evaluate import __main__ as evaluate_command
 from byol_core.images.digits import write_digits
+from byol_core.report import __main__ as report_command
 from byol_core.run.options import build_parser
 from tests.helpers.forking import run_code
 from tests.helpers.runs import FILES
 
 PARSERS = {"train.py": build_parser(), "byol_core.evaluate": evaluate_command.build_parser(),
-           "byol_core.embed": embed.build_parser(), "byol_core.export": export.build_parser()}
+           "byol_core.embed": embed.build_parser(), "byol_core.export": export.build_parser(),
+           "byol_core.report": report_command.build_parser()}
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)

@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def prepare(options: Namespace) -> Evaluation:
     """Everything that can be wrong is found here, before any image goes through a network."""
     from byol_core.evaluate.probes import load_classifier
-    from byol_core.evaluate.scoring import class_remark
+    from byol_core.evaluate.scoring import class_remark, scan_labelled
     from byol_core.pretrained import load_torchvision, open_backbone
 
     classifier = None if options.classifier is None else load_classifier(options.classifier)
@@ -78,8 +78,8 @@ def prepare(options: Namespace) -> Evaluation:
     if options.baseline_weights is not None:
         networks["weights"] = load_torchvision(Path(options.baseline_weights), pretrained)
     networks[options.network] = pretrained.backbone, pretrained.recipe
-    files = _labelled("--data", options.data)
-    eval_files = None if options.eval_data is None else _labelled("--eval-data", options.eval_data)
+    files = scan_labelled(options.data, "--data", say)
+    eval_files = None if options.eval_data is None else scan_labelled(options.eval_data, "--eval-data", say)
     evaluation = Evaluation(options, pretrained, networks, runtime, workers, files, eval_files, classifier)
     for line in notes:
         evaluation.note(line)
@@ -88,18 +88,6 @@ def prepare(options: Namespace) -> Evaluation:
         evaluation.note(f"warning: {remark}")
     _check_overlap(evaluation)
     return evaluation
-
-
-def _labelled(flag: str, data: str | Sequence[str]) -> "ImageSet":
-    from byol_core.images.image_set import scan
-
-    files = scan(data, flag)
-    for line in files.remarks:
-        say(f"warning: {line}")
-    if files.labels is None:
-        raise ValueError(f"{flag} {files.given} has fewer than the 2 classes that measuring needs - put the images of each "
-                         "class in a sub-folder of its own")
-    return files
 
 
 def _check_overlap(evaluation: Evaluation) -> None:

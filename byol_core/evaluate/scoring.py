@@ -1,6 +1,7 @@
 """The numbers by which a run is judged, on images whose labels the training never sees."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from sklearn.base import clone
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from byol_core.evaluate.features import Features, embed_data, split
 from byol_core.evaluate.probes import (Classifier, LinearProbe, few_label_accuracy, fit_classifier, knn_accuracy,
                                        too_large_for_sklearn, unconverged)
-from byol_core.images.image_set import ImageSet
+from byol_core.images.image_set import ImageSet, scan
 from byol_core.runtime import Runtime
 from byol_core.system.console import one_line
 from byol_core.views.pixels import ImageData
@@ -107,6 +108,18 @@ def few_label_accuracies(fit: Features, test: Features, counts: Sequence[int],
         else:
             scores[f"linear_{count}"] = few_label_accuracy(fit, test, count)
     return scores
+
+
+def scan_labelled(data: str | Sequence[str], flag: str, say: Callable[[str], None],
+                  leave_out: Sequence[Path] = ()) -> ImageSet:
+    """The images of `data`, of which `say` takes what is amiss. Raises: ValueError when they have no classes."""
+    files = scan(data, flag, leave_out)
+    for remark in files.remarks:
+        say(f"warning: {flag}: {remark}")
+    if files.labels is None:
+        raise ValueError(f"{flag} {files.given} has fewer than the 2 classes that measuring needs - put the images of each "
+                         "class in a sub-folder of its own")
+    return files
 
 
 def class_places(files: ImageSet, eval_files: ImageSet) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from byol_core.images.decoding import FORMATS, BadImageError, in_silence, why
 from byol_core.images.listing import (SUFFIXES, Found, ScanProgress, below, common_folder, expand, identity, near_name,
                                       read_list, refuse_nested, unread, walk)
-from byol_core.images.shards import NO_LABEL, ShardIndex, Shards, index_shards, pack
+from byol_core.images.shards import NO_LABEL, Shards, index_shards, pack
 from byol_core.system.console import printable
 
 SIZE_SAMPLE = 256  # files whose headers tell the typical image size
@@ -230,20 +230,16 @@ def _scan_shards(given: str, tars: list[Path], flag: str, keep_in: Path | None, 
     indices = index_shards(tars, flag, progress, None if keep_in is None else keep_in / SHARD_INDEX)
     if not any(index.names for index in indices):
         raise ValueError(f"no images in the {len(tars)} shards of {flag} {given}: looked for {' '.join(SUFFIXES)}")
-    numbers = _numbers(indices)
+    labels = torch.cat([index.labels for index in indices])
+    numbers = None if (labels == NO_LABEL).any() else labels
     parts = [_Part(below(tar, root) + b"/", index.names, _first_folders(index.names) if numbers is None else [])
              for tar, index in zip(tars, indices)]
     remarks = [*remarks, *(remark for index in indices for remark in index.remarks)]
-    if numbers is None and any((index.labels != NO_LABEL).any() for index in indices):
+    if numbers is None and (labels != NO_LABEL).any():
         remarks.append("some images in the shards have no whole number in a .cls member, so these labels are not used")
     ends = torch.tensor([len(index.names) for index in indices]).cumsum(0).tolist()
     shards = Shards(tars, ends, torch.cat([index.places for index in indices]))
     return _assemble(given, root, parts, remarks, shards, numbers)
-
-
-def _numbers(indices: Sequence[ShardIndex]) -> Tensor | None:
-    labels = torch.cat([index.labels for index in indices])
-    return None if (labels == NO_LABEL).any() else labels
 
 
 def _assemble(given: str, root: Path, parts: list[_Part], remarks: Sequence[str], shards: Shards | None = None,

@@ -55,7 +55,7 @@ def _side_by_side(names: Sequence[str], always: Sequence[Mapping[str, object]],
     values = {key: [column[key] for column in always] for key in always[0]} | values
     rows = []
     for key, found in values.items():
-        accuracy = key.startswith((*SCORES, "best_knn"))
+        accuracy = key.startswith((*SCORES, "best_knn", "retrieval"))
         cells = [percent(value) if accuracy and isinstance(value, float) else html.escape(plain(value)) for value in found]
         rows.append([html.escape(key.replace("_", " ")), *cells])
     return table(rows, ["", *map(html.escape, names)]) if rows else ""

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 from byol_core.report.charts import Curve, Points, draw
-from byol_core.report.facts import RunFacts
+from byol_core.report.facts import RunFacts, shown
 from byol_core.report.markup import percent, plain
 
 # Key, title, what to know when reading it, and how to draw it.
@@ -29,8 +29,7 @@ CURVES: tuple[tuple[str, str, str, Callable[..., Curve]], ...] = (
 
 def curve_of(run: RunFacts, key: str, kind: Callable[..., Curve]) -> Curve:
     untrained = run.summary.get(f"{key}_untrained")
-    baseline = None if untrained is None else (
-        untrained, f"untrained {untrained:.1%}" if key == "knn" else f"untrained {untrained:.2f}")
+    baseline = None if untrained is None else (untrained, f"untrained {shown(key, untrained)}")
     return kind({"": run.points(key)}, marks={"resume": run.resumed, "skip": run.skips}, baseline=baseline)
 
 

@@ -17,14 +17,19 @@ SCORES = {"knn": "k nearest neighbours, all labels", "linear": "linear probe, al
 LARGEST = 1e300  # beyond it a number is damage, and overflows in a drawing
 
 
+def shown(score: str, value: float | None) -> str:
+    """A score for people to read: in percent, but separation, which has no end."""
+    return "-" if value is None else f"{value:.2f}" if score == "separation" else f"{value:.1%}"
+
+
 @dataclass(frozen=True)
 class RunFacts:
-    """summary: numbers, texts, or None for what is not known; updates and epochs are from
-    summary.json or from the records, whichever is later.
+    """summary: numbers, texts, or None for what is not known; updates and epochs are from summary.json or from the records,
+    whichever is later.
 
-    config: its sections, {} for one that is absent. choices: with name, value, reason and asked. records: lines of
-    metrics.jsonl, of which only numbers are kept. resumed: epochs at which a new session began. skipped: lines of
-    bad_files.txt.
+    config: its sections, {} for one that is absent. choices: with name, value, reason and, if the run kept it, asked.
+    records: lines of metrics.jsonl, of which only numbers are kept. resumed: epochs at which a new session began.
+    skipped: lines of bad_files.txt.
     """
 
     folder: Path

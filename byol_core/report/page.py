@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 
 from byol_core.report.curves import CURVES, curve_of, figure
-from byol_core.report.facts import SCORES, RunFacts, parse_object, read_run, read_text
+from byol_core.report.facts import MEASURED, SCORES, RunFacts, parse_object, read_run, read_text, shown
 from byol_core.report.markup import count, details, document, duration, named, percent, plain, table
 from byol_core.system.files import LAST, PREVIOUS, write_text
 
@@ -128,14 +128,14 @@ def _why_no_scores(run: RunFacts) -> str:
 
 
 def _best(run: RunFacts) -> str:
-    best, epoch = run.summary.get("best_knn"), run.summary.get("best_epoch")
-    separation = run.summary.get("best_separation")
-    if separation is not None and epoch is not None:
-        return (f"<p>Best separation on the way: <b>{separation:.2f}</b> after epoch {epoch}; that network is best.pt, to be "
-                "used as backbone.pt is.</p>")
-    return "" if best is None or epoch is None else (
-        f"<p>Best k nearest neighbours on the way: <b>{best:.1%}</b> after epoch {epoch}; that network is best.pt, to be used "
-        "as backbone.pt is. Chosen by these images, it is a little flattered on them.</p>")
+    """Of runs that were measured on the way."""
+    epoch, found = run.summary.get("best_epoch"), [name for name in MEASURED if run.summary.get(f"best_{name}") is not None]
+    if not found or epoch is None:
+        return ""
+    name, score = found[-1], shown(found[-1], run.summary[f"best_{found[-1]}"])
+    flattered = " Chosen by these images, it is a little flattered on them." if name == "knn" else ""
+    return (f"<p>Best {name.replace('knn', 'k nearest neighbours')} on the way: <b>{score}</b> after epoch {epoch}; that "
+            f"network is best.pt, to be used as backbone.pt is.{flattered}</p>")
 
 
 def _bar(value: float | None, suffix: str) -> str:
@@ -160,7 +160,7 @@ def _health(run: RunFacts) -> str:
         rows.append([named("separation", meaning), plain(run.summary["separation_untrained"], 3), plain(last, 3)])
     if run.summary.get("retrieval_untrained") is not None:
         meaning = "how often a view's nearest one is of the same image; healthy: rising"
-        rows.append([named("retrieval", meaning), *(percent(run.summary.get(key))
+        rows.append([named("retrieval", meaning), *(shown("retrieval", run.summary.get(key))
                                                     for key in ("retrieval_untrained", "retrieval"))])
     if run.summary.get("rank_features") is not None:
         meaning = "of the backbone, over whole images; much lower than in a like run: dimensions were lost. High is no proof"

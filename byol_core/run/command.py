@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from byol_core.run.options import TrainConfig, parse_config
-from byol_core.system.console import in_plain_words, one_line, show
+from byol_core.system.console import SAID, in_plain_words, is_out_of_memory, one_line, show
 from byol_core.system.signals import Stopped, StopRequest
 
 if TYPE_CHECKING:
@@ -60,18 +60,18 @@ def prepare(config: TrainConfig, processes: "Processes", stack: contextlib.ExitS
 
     check_torchvision()
     from byol_core.images.image_set import scan
-    from byol_core.run.folder import RUNS, choose_out, goes_on_in_its_folder, open_run_folder
+    from byol_core.run.folder import RUNS, choose_out, goes_on_in_its_folder, launch_of, open_run_folder
     from byol_core.run.options import with_sample
     from byol_core.run.plan import make_plan
     from byol_core.run.resume import begun_as, go_on
     from byol_core.run.run import Run, fit_into
-    from byol_core.system.distributed import restarted
+    from byol_core.system.distributed import launch
     from byol_core.views.pixels import look_at
 
-    if any(processes.gather(restarted())) and config.resume is None:  # torchrun --max-restarts runs the same command again
-        config = replace(config, resume="")
     folder = choose_out(config)
-    processes.on_first(lambda: stack.enter_context(open_run_folder(folder, goes_on_in_its_folder(config))))
+    if config.resume is None and processes.from_first(lambda: launch_of(folder) == launch() != ""):
+        config = replace(config, resume="")  # torchrun --max-restarts runs the same command again
+    processes.on_first(lambda: stack.enter_context(open_run_folder(folder, goes_on_in_its_folder(config), launch())))
     processes.on_first(lambda: with_sample(config))  # which writes the sample for the others
     asked, config = config, with_sample(config)
 
@@ -128,7 +128,7 @@ def carry_out(run: "Run") -> int:
         run.log.note(traceback.format_exc())
         plan, runtime = run.setup.plan, run.setup.runtime
         line = in_plain_words(error, str(runtime.device), plan.batch_size, plan.accum_steps, runtime.amp_dtype is not None)
-        if line != str(error):
+        if is_out_of_memory(error) or not isinstance(error, SAID):
             line += f"; {run.what_is_saved()}"
         reason, is_stop = complain(run.setup.config, run.processes, error, line)
         with contextlib.suppress(Exception):  # on a full disk, or of what made it fail

@@ -1,15 +1,15 @@
 """The images of a run, and what measures features on them or on those of --eval-data."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from torch import nn
 
-from byol_core.evaluate.scoring import Scorer, Scores, class_remark
+from byol_core.evaluate.scoring import Scorer, Scores, class_remark, scan_labelled
 from byol_core.evaluate.separation import SeparationScorer
 from byol_core.images.duplicates import same_paths
-from byol_core.images.image_set import ImageSet, scan
+from byol_core.images.image_set import ImageSet
 from byol_core.run.setup import Setup
 from byol_core.system.files import write_text
 from byol_core.views.batches import Order, TimedBatches
@@ -34,6 +34,7 @@ class Data:
 def open_data(setup: Setup, files: ImageSet, say: Say, loaded: Loaded | None = None) -> Data:
     """Raises: ValueError for images that cannot be trained or measured on. loaded: the images, if they are loaded already."""
     images, reason = loaded or load(setup, files, say, setup.config.views)
+    images = replace(images, bad=replace(images.bad, report=say))  # also of those that another run has loaded
     plan, processes = setup.plan, setup.processes
     order = Order(len(images), plan.batch_size, plan.accum_steps, setup.config.seed, processes.rank, processes.world_size,
                   plan.updates_per_epoch)
@@ -79,16 +80,21 @@ class Measuring:
         self.scorer = Scorer(fit, test, setup.plan.plain, setup.runtime, setup.workers, setup.classifier, say)
 
     @property
-    def measured_on(self) -> str | None:
-        return None if self.scorer is None else self.scorer.measured_on
+    def chosen_by(self) -> str | None:
+        """The score that `quick` gives, and the best network is chosen by; None where nothing is measured."""
+        return None if self.scorer is None else self.scorer.chosen_by
 
-    @property
-    def measured_images(self) -> int | None:
-        """On how many accuracies rest, once there are any."""
-        return None if self.scorer is None else self.scorer.measured_images
+    def about(self) -> dict[str, str | int | None]:
+        """For the summary: what is measured on, and, once there are accuracies, on how many images they rest."""
+        return {name: getattr(self.scorer, name, None) for name in ("measured_on", "measured_images")}
 
     def do_without_labels(self) -> None:
         self.scorer = self.without_labels()
+
+    def quick(self, backbone: nn.Module) -> float:
+        """For measuring on the way. Raises: ValueError when a feature is not finite."""
+        assert self.scorer is not None
+        return self.scorer.quick(backbone)
 
     def measure(self, backbone: nn.Module) -> Scores | None:
         """None where nothing can be measured. Where the labels allow no accuracy it is done without them, from then on."""
@@ -109,11 +115,7 @@ def _load_eval_data(setup: Setup, trained_on: ImageSet, say: Say) -> ImageData:
     """The images of --eval-data, which have labels, and a warning for what makes their accuracies mean less."""
     given = setup.config.eval_data
     assert given is not None
-    files = scan(given, "--eval-data", leave_out=(setup.folder,))
-    for found in files.remarks:
-        say(f"warning: --eval-data: {found}")
-    if files.labels is None:
-        raise ValueError(f"--eval-data {given} has fewer than 2 class sub-folders, so there is nothing to measure")
+    files = scan_labelled(given, "--eval-data", say, leave_out=(setup.folder,))
     remark, both = (None, 0) if trained_on.labels is None else (class_remark(trained_on, files), same_paths(files, trained_on))
     if remark is not None:
         say(f"warning: {remark}")

@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TextIO
 
-from byol_core.report.facts import read_run
+from byol_core.report.facts import read_run, read_text
 from byol_core.run.options import TrainConfig
 from byol_core.system.files import LAST, PREVIOUS, remove_leftovers
 
@@ -52,9 +52,10 @@ def goes_on_in_its_folder(config: TrainConfig) -> bool:
 
 
 @contextlib.contextmanager
-def open_run_folder(folder: Path, may_be_used: bool) -> Iterator[Path]:
+def open_run_folder(folder: Path, may_be_used: bool, launch: str = "") -> Iterator[Path]:
     """The folder, made if need be and locked against a second run until the block ends.
 
+    launch: which call of torchrun begins a run in it, for `launch_of`.
     Raises: ValueError when it cannot be written to, is in use, or holds something and may not be used.
     """
     try:
@@ -67,16 +68,16 @@ def open_run_folder(folder: Path, may_be_used: bool) -> Iterator[Path]:
     with lock:
         if hasattr(os, "register_at_fork"):  # or a data worker would hold the lock for a while after this process is killed
             os.register_at_fork(after_in_child=lock.close)
-        with contextlib.suppress(OSError):  # on a full disk
-            os.ftruncate(lock.fileno(), 0)
-            began = datetime.now().isoformat(" ", "minutes")
-            os.write(lock.fileno(), f"pid {os.getpid()} on {platform.node()} since {began}".encode())
         try:
             _refuse_used(folder, may_be_used)
         except ValueError:
             if not lock_was_there:  # the folder stays as it was
                 os.unlink(folder / ".lock")
             raise
+        with contextlib.suppress(OSError):  # on a full disk
+            os.ftruncate(lock.fileno(), 0)
+            began = datetime.now().isoformat(" ", "minutes")
+            os.write(lock.fileno(), f"pid {os.getpid()} on {platform.node()} since {began}\n{launch}".encode())
         remove_leftovers(folder)
         try:
             yield folder
@@ -111,10 +112,15 @@ def _lock(handle: int, folder: Path) -> None:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        holder = (folder / ".lock").read_text("utf-8") or "another process"
+        holder = read_text(folder / ".lock").partition("\n")[0] or "another process"
         raise ValueError(f"another run ({holder}) is using {folder} - wait for it, or choose another --out") from None
     except OSError:  # a file system without locks: as on Windows
         return
+
+
+def launch_of(folder: Path) -> str:
+    """Which call of torchrun has begun the run in `folder`; "" where none has."""
+    return read_text(folder / ".lock").partition("\n")[2]
 
 
 def lock_of(folder: Path) -> tuple[int, int] | None:

@@ -54,28 +54,22 @@ class RunLog:
 
     def __init__(self, folder: Path, epochs: int, updates_per_epoch: int, batch_size: int,
                  processes: Processes = ALONE, plan: Mapping[str, object] | None = None) -> None:
-        self.folder = folder
-        self.processes = processes
-        self.epochs = epochs
+        self.folder, self.processes, self.plan = folder, processes, plan
+        self.epochs, self.updates_per_epoch, self.batch_size = epochs, updates_per_epoch, batch_size
         self.total_updates = epochs * updates_per_epoch
-        self.updates_per_epoch = updates_per_epoch
-        self.batch_size = batch_size
-        self.plan = plan
         self.seconds = 0.0  # spent in training steps, over all sessions of the run
         self.waited = 0.0  # seconds of them spent waiting for views
         self.loss_sum: float | Tensor = 0.0  # since the last record
-        self.loss_count = 0
-        self.skipped = 0
+        self.loss_count = self.skipped = 0
         self.last: dict[str, Value] = {}
         self.resumed: list[int] = []  # the updates after which the run went on in a new session
         self._board: Board | None = None  # gets every record too
         self._bar: tqdm | None = None
         self._printed = self._marked = time.monotonic()
         self._recorded = (0.0, 0.0, 0)  # seconds, waited, updates at the last record
-        self._warned = False
+        self._warned = self._collapse_reported = False
         self._projections: tuple[Tensor, Tensor] | None = None
         self._recent: deque[dict[str, float]] = deque(maxlen=RECENT)  # measures of the latest records
-        self._collapse_reported = False
 
     def say(self, text: str) -> None:
         """A line for the person and for train.log."""

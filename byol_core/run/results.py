@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from byol_core.evaluate.features import embed_data
-from byol_core.evaluate.scoring import Scorer, Scores, some_indices
+from byol_core.evaluate.scoring import Scores, some_indices
 from byol_core.losses import effective_rank
-from byol_core.report.facts import VERDICT, parse_object, read_run, read_text
+from byol_core.report.facts import VERDICT, parse_object, read_run, read_text, shown
 from byol_core.report.page import how_to_load, write_report
 from byol_core.report.pictures import save_embedding, save_neighbours, save_views
 from byol_core.run.data import Measuring
@@ -33,10 +33,6 @@ REPORT_EVERY = 30.0  # seconds between reports of a run under way, and more wher
 AMP_FLAGS = {None: "off", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
-def in_words(score: str, value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}" if score == "separation" else f"{value:.1%}"
-
-
 class Results:
     """Scores by name of the network (pixels, untrained, trained) and what is made of them.
 
@@ -50,13 +46,14 @@ class Results:
         self.ranks: dict[str, float | None] = {"rank_features": None, "rank_features_untrained": None}
         self.report_due, self.report_failed = 0.0, False
         # What scores depend on beside the network: those of another classifier or test set are not to be compared.
-        self.how_measured = json.dumps([setup.config.classifier, setup.config.eval_data, isinstance(measuring.scorer, Scorer)])
+        self.how_measured = json.dumps([
+            setup.config.classifier, measuring.eval_data and measuring.eval_data.files.fingerprint, measuring.chosen_by])
 
     def state_dict(self) -> State:
         return {"scores": self.scores, "best": self.best, "measured": self.how_measured}
 
     def load_state_dict(self, state: State) -> None:
-        before = f"{self.setup.config.classifier}; {self.measuring.measured_on}"  # as earlier versions saved it
+        before = f"{self.setup.config.classifier}; {self.measuring.about()['measured_on']}"  # as earlier versions saved it
         if state["measured"] in (self.how_measured, before):
             self.scores = cast(dict[str, Scores], state["scores"])
             untrained = self.scores.get("untrained", {})
@@ -84,7 +81,7 @@ class Results:
         asked = self.setup.asked
         if "untrained" not in self.scores:
             self.measure("untrained", self.setup.new_model().online.backbone)
-        if self.setup.plan.image_size <= PIXELS_UP_TO and isinstance(self.measuring.scorer, Scorer):
+        if self.setup.plan.image_size <= PIXELS_UP_TO and self.measuring.chosen_by == "knn":
             self.measure("pixels", nn.Flatten())
         for option, value in (("--eval-every", asked.eval_every), ("--eval-data", asked.eval_data)):
             if value and not asked.eval:
@@ -95,16 +92,16 @@ class Results:
         scores = None if name in self.scores else self.measuring.measure(backbone)
         if scores is not None:
             self.scores[name] = scores
-            self.log.say(f"{name}: " + "  ".join(f"{key} {in_words(key, value)}" for key, value in scores.items()
+            self.log.say(f"{name}: " + "  ".join(f"{key} {shown(key, value)}" for key, value in scores.items()
                                                  if value is not None))
 
     def measure_on_the_way(self) -> None:
-        scorer, progress = self.measuring.scorer, self.state.progress
-        if scorer is not None:
+        score, progress = self.measuring.chosen_by, self.state.progress
+        if score is not None:
             with contextlib.suppress(ValueError):  # a feature is not finite, and the run about to say so
-                value = scorer.quick(self.state.backbone)
-                self.log.record(progress, **{scorer.chosen_by: value})
-                self._keep_best(scorer.chosen_by, value)
+                value = self.measuring.quick(self.state.backbone)
+                self.log.record(progress, **{score: value})
+                self._keep_best(score, value)
             self.log.start(progress)
 
     def _keep_best(self, score: str, value: float) -> None:
@@ -136,8 +133,8 @@ class Results:
         """Everything that is made of a trained network: export, scores, pictures, summary, report; and the closing lines."""
         self._export("backbone")
         self.measure("trained", self.state.backbone)
-        if self.setup.config.eval_every and self.measuring.scorer is not None:
-            score = self.measuring.scorer.chosen_by
+        score = self.measuring.chosen_by
+        if self.setup.config.eval_every and score is not None:
             value = self.scores.get("trained", {}).get(score)
             if value is not None:
                 self._keep_best(score, value)
@@ -203,8 +200,7 @@ class Results:
             "loss": log.last.get("loss"), "spread": log.last.get("spread"), **scores, **self.ranks,
             "best_knn": self.best.get("knn"), "best_separation": self.best.get("separation"),
             "best_epoch": self.best.get("epoch"),
-            "measured_on": self.measuring.measured_on, "measured_images": self.measuring.measured_images,
-            "world_size": setup.processes.world_size, "device": str(setup.runtime.device),
+            **self.measuring.about(), "world_size": setup.processes.world_size, "device": str(setup.runtime.device),
             "amp": AMP_FLAGS[setup.runtime.amp_dtype], "peak_memory_mb": round(peak_memory(setup.runtime.device) / 1e6)}
 
     def _say(self) -> None:
@@ -214,7 +210,7 @@ class Results:
         if names:
             say(f"{'accuracy' if 'knn' in self.scores[names[-1]] else '':<12}" + "".join(f"{name:>12}" for name in names))
             for key in self.scores[names[-1]]:
-                say(f"{key:<12}" + "".join(f"{in_words(key, self.scores[name].get(key)):>12}" for name in names))
+                say(f"{key:<12}" + "".join(f"{shown(key, self.scores[name].get(key)):>12}" for name in names))
         if self.setup.config.eval and images.files.labels is None and self.setup.config.eval_data is None:
             say("no class folders, so no accuracy: look at neighbours.png, or pass a labelled folder as --eval-data")
         if images.bad.reasons:
@@ -225,7 +221,7 @@ class Results:
                 say(f"{verdict.word}: {verdict.why}" + (f" - {verdict.advice}" if verdict.advice else ""))
         if self.best:
             score, value = next((name, self.best[name]) for name in self.best if name != "epoch")
-            say(f"best: {score} {in_words(score, value)} after epoch {self.best['epoch']}, in {folder / 'best.pt'}")
+            say(f"best: {score} {shown(score, value)} after epoch {self.best['epoch']}, in {folder / 'best.pt'}")
         about, recipe = self.setup.about_backbone(self.state.model), self.setup.plan.plain
         say(f"report: {folder / 'report.html'}\nuse it:\n{how_to_load(folder, about)}\n"
             f"# images: RGB in [0, 1] of {recipe.size} pixels, {recipe.scale}")

@@ -111,7 +111,7 @@ class Run:
                 amp_dtype = self.setup.runtime.amp_dtype
                 raise NonFiniteError(
                     f"{error} at epoch {self.progress.epoch + 1}, update {self.progress.updates + (not error.late)} (lr "
-                    f"{self.state.optimizer.param_groups[0]['lr']:.3g}, precision {amp_dtype or torch.float32}); "
+                    f"{self.state.optimizer.param_groups[0]['lr']:.3g}, precision {self.setup.precision}); "
                     f"{self.what_is_saved()} - start again with a lower --lr{' or --amp off' if amp_dtype else ''} "
                     "and another --out") from error
             except WorkerError as error:
@@ -154,11 +154,10 @@ class Run:
 
     def _share_bad_files(self) -> None:
         """Every process knows of the bad files that the others met."""
-        data = self.images
-        if self.processes.several and data.pixels is None:
-            for reasons in self.processes.gather(data.bad.reasons):
+        if self.processes.several and self.images.pixels is None:
+            for reasons in self.processes.gather(self.images.bad.reasons):
                 for index, reason in reasons.items():
-                    data.bad.add(index, reason)
+                    self.images.bad.add(index, reason)
 
     def save(self) -> None:
         self.setup.runtime.confirm()
@@ -244,21 +243,24 @@ class Run:
 
         at_least: seconds that they take together, as the first process counts them: all make as many.
         """
-        times: list[float] = []  # at the end of each update
+        times: list[float] = []  # of each update but the first, without what the processes then agree on
         first = WARM_UP if self.setup.runtime.cuda_graph else 0  # from here on they are as they will be
+        began = math.inf
 
         def stop_early(progress: Progress, step: Step) -> None:
+            nonlocal began
             self.setup.runtime.confirm()  # waits for the device
-            times.append(time.monotonic())
-            timed = len(times) - 1 - first
-            if timed >= CHECK_STEPS and self.processes.from_first(
-                    lambda: timed >= MOST_TIMED or times[-1] - times[first] >= at_least):
+            if began < math.inf:
+                times.append(time.monotonic() - began)
+            if len(times) >= first + CHECK_STEPS and self.processes.from_first(
+                    lambda: len(times) >= first + MOST_TIMED or sum(times[first:]) >= at_least):
                 raise _EnoughMeasured
+            began = time.monotonic()
 
         with contextlib.suppress(_EnoughMeasured):
             self._train(Progress(), stop_early)
-        times = times[first:] if len(times) > first + 1 else times
-        return (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 0.0
+        times = times[first:] or times
+        return sum(times) / len(times) if times else 0.0
 
 
 def fit_into(minutes: float, plan_of: Callable[[int, Choice | None], Plan],

@@ -1,4 +1,4 @@
-"""What a run is set up with: options, plan, folder, device and precision; nothing of it changes while it trains."""
+"""What a run is set up with: options, plan, folder, device and precision; it is the same to the end."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +53,7 @@ class Setup:
         plan, recipe = self.plan, self.plan.plain
         return {"arch": plan.arch, "small_stem": plan.small_stem, "image_size": plan.image_size, "mean": recipe.mean,
                 "std": recipe.std, "whole_image": recipe.crop_scale is None, "interpolation": recipe.interpolation,
-                "feature_dim": model.online.state_dict()["projector.0.weight"].shape[1], "network": "online",
+                "feature_dim": model.feature_dim, "network": "online",
                 "seed": self.config.seed, "byol_core": __version__}
 
 

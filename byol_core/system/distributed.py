@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import platform
 import re
 import signal
 import sys
@@ -9,6 +10,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar, cast
 
 import torch
@@ -220,9 +222,14 @@ def _timeout() -> timedelta:
     return timedelta(seconds=seconds)
 
 
-def restarted() -> bool:
-    """Whether torchrun has started this run again after a failure (--max-restarts)."""
-    return _number("TORCHELASTIC_RESTART_COUNT", 0) > 0
+def launch() -> str:
+    """Which call of torchrun started this process, the same again after a restart (--max-restarts); "" without torchrun."""
+    name, parent = os.environ.get("TORCHELASTIC_RUN_ID", ""), os.getppid()
+    if name != "none":  # which stands for all that were given no name
+        return name
+    with contextlib.suppress(OSError):  # Linux: when torchrun began, as its number may be given to others after it
+        return f"{platform.node()} {parent} {Path(f'/proc/{parent}/stat').read_text().rpartition(')')[2].split()[19]}"
+    return f"{platform.node()} {parent}"
 
 
 def _number(name: str, default: int) -> int:

@@ -152,11 +152,9 @@ def read_checkpoint(path: Path) -> State:
     Raises: CheckpointError saying what is wrong with the file.
     """
     state = read_verified(path)
-    if not isinstance(state, dict) or "format" not in state:
+    if not isinstance(state, dict) or not isinstance(state.get("format"), int):
         if _are_weights(state):
             raise CheckpointError(f"{path} holds weights only - use --init-from to start from them")
-        raise CheckpointError(f"{path} is not a byol_core checkpoint")
-    if not isinstance(state["format"], int):
         raise CheckpointError(f"{path} is not a byol_core checkpoint")
     if state["format"] > FORMAT:
         raise CheckpointError(f"{path} has checkpoint format {state['format']}, this version reads up to {FORMAT} - "

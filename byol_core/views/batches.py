@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
@@ -181,16 +180,13 @@ class _ViewDataset(Dataset[tuple[Tensor, Tensor, list[Failure]]]):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, list[Failure]]:
         epoch, index = key
-        image, failures = self._decode(epoch, index)
+        image, failures = first_readable(self.data.image, self.seed, epoch, index, len(self.data))
         views = []
         with _one_thread():
             for number, view in enumerate(self.views):
                 torch.default_generator.manual_seed(seed_from(self.seed, "view", epoch, index, number))
                 views.append(view(image))
         return views[0], views[1], failures
-
-    def _decode(self, epoch: int, index: int) -> tuple[Image.Image, list[Failure]]:
-        return first_readable(self.data.image, self.seed, epoch, index, len(self.data))
 
 
 @contextlib.contextmanager

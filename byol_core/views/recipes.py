@@ -166,7 +166,7 @@ def cpu_view(recipe: ViewRecipe) -> Callable[[Image.Image], Tensor]:
         steps.append(v2.RandomApply([v2.GaussianBlur(recipe.blur_kernel, recipe.blur_sigma)], recipe.blur))
     steps.append(v2.RandomSolarize(recipe.solarize_threshold, recipe.solarize))
     if recipe.noise > 0:
-        steps.append(partial(_add_noise, std=recipe.noise))
+        steps.append(v2.GaussianNoise(sigma=recipe.noise))
     steps.append(partial(normalise, recipe=recipe))
     return v2.Compose(steps)
 
@@ -209,10 +209,6 @@ def _warp(image: Tensor, recipe: ViewRecipe) -> Tensor:
     matrix = image_ops.affine_matrices(angle, torch.empty(1).uniform_(*recipe.zoom), shear, shift)
     displacements = recipe.elastic * torch.randn(1, 2, 3, 3)
     return image_ops.affine(image.unsqueeze(0) / 255, matrix, displacements).squeeze(0)
-
-
-def _add_noise(image: Tensor, std: float) -> Tensor:
-    return (image + std * torch.randn_like(image)).clamp_(0, 1)
 
 
 def _plain_view(image: Image.Image, recipe: ViewRecipe) -> Tensor:

@@ -84,7 +84,7 @@ def _render(images: Tensor, params: ViewParams, recipe: ViewRecipe) -> Tensor:
     if params.boxes is not None:
         images = image_ops.crop_resize(images, params.boxes, recipe.size, params.flip, recipe.interpolation)
     else:
-        images = image_ops.on_rows_(images, params.flip, _mirror)
+        images = image_ops.on_rows_(images, params.flip, lambda rows: rows.flip(3))
     images = image_ops.on_rows_(images, params.jitter, image_ops.jitter, params.factors, params.order)
     images = image_ops.on_rows_(images, params.grey, image_ops.grey)
     images = image_ops.on_rows_(images, params.sigma > 0, blur, params.sigma)
@@ -98,7 +98,3 @@ def _rows_of(params: ViewParams, rows: slice) -> ViewParams:
     values = (getattr(params, field.name) for field in fields(params))
     parts: list[Any] = [None if value is None else value[rows] for value in values]
     return ViewParams(*parts)
-
-
-def _mirror(images: Tensor) -> Tensor:
-    return images.flip(3)

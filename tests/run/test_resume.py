@@ -124,13 +124,17 @@ def test_a_run_that_failed_before_its_first_checkpoint_can_be_repeated(image_fol
 
 
 @pytest.mark.slow
-def test_scores_of_another_test_set_are_measured_again_after_resuming(image_folder: Callable[..., Path]) -> None:
+def test_scores_of_another_test_set_are_measured_again_after_resuming(image_folder: Callable[..., Path], capsys) -> None:
     data, other = image_folder("a", per_class=10), image_folder("b", per_class=4)
-    arguments = ["--data", data, "--epochs", 1, "--out", "out", *SMALL]
-    assert run(*arguments) == 0
-    Path("out/summary.json").unlink()
-    assert run(*arguments, "--resume", "--eval-data", other) == 0
-    assert summary("out")["measured_on"].startswith("8 images of ") and summary("out")["knn_untrained"] * 8 % 1 == 0
+    arguments = ["--data", data, "--epochs", 1, "--out", "out", *SMALL, "--eval-data"]
+    assert run(*arguments, other) == 0
+    for images, test_set, measured in ((4, other, 0), (5, other, 1), (4, image_folder("c", per_class=6), 1)):
+        image_folder("b", per_class=images)  # the same folder, unchanged or with more in it
+        Path("out/summary.json").unlink()
+        capsys.readouterr()
+        assert run(*arguments, test_set, "--resume") == 0
+        assert capsys.readouterr().out.count("untrained: knn") == measured
+        assert summary("out")["measured_on"].endswith(f" images of {test_set}")
 
 
 def test_a_used_run_folder_needs_resume(again: list[object], capsys) -> None:

@@ -65,7 +65,7 @@ def test_a_worker_that_died_is_an_error_when_a_batch_is_waited_for_and_not_befor
 
 
 def test_a_worker_that_dies_while_its_batch_is_waited_for_ends_the_waiting(data: Path, monkeypatch) -> None:
-    monkeypatch.setattr(batches._ViewDataset, "_decode", lambda self, epoch, index: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(batches, "first_readable", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(WorkerError, match="try --workers 0"):
         next(new_batches(data, workers=1).epoch(0))
     assert multiprocessing.active_children() == []
@@ -73,7 +73,7 @@ def test_a_worker_that_dies_while_its_batch_is_waited_for_ends_the_waiting(data:
 
 def test_workers_that_hang_are_an_error_after_a_while_and_are_killed(data: Path, monkeypatch) -> None:
     monkeypatch.setattr(workers, "NO_BATCH_S", 1.0)
-    monkeypatch.setattr(batches._ViewDataset, "_decode", lambda self, epoch, index: threading.Event().wait())
+    monkeypatch.setattr(batches, "first_readable", lambda *_: threading.Event().wait())
     with pytest.raises(WorkerError, match="no batch for 1 s: the data workers hang - look at the disk or network"):
         next(new_batches(data).epoch(0))
     assert multiprocessing.active_children() == []
@@ -142,10 +142,10 @@ def test_too_little_shared_memory_is_an_error_and_not_an_endless_wait(data: Path
 
 
 def test_what_a_worker_fails_at_is_one_line(data: Path, monkeypatch) -> None:
-    def fail(self: object, epoch: int, index: int) -> None:
+    def fail(*_: object) -> None:
         raise MemoryError("a large image")
 
-    monkeypatch.setattr(batches._ViewDataset, "_decode", fail)
+    monkeypatch.setattr(batches, "first_readable", fail)
     with pytest.raises(WorkerError) as error:
         next(new_batches(data).epoch(0))
     assert str(error.value) == "MemoryError: a large image"

@@ -21,6 +21,7 @@ from byol_core.system.distributed import ALONE, Processes
 # networks up to 1.8 times as fast with channels last as without; of the others in float32, those that gain by that.
 DEPTHWISE = ("efficientnet_b", "mnasnet", "mobilenet", "shufflenet")
 CHANNELS_LAST_IN_FLOAT32 = (*DEPTHWISE, "conv6", "densenet", "regnet")
+AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 SKIPS_IN_A_ROW = 20  # a scaler that starts at 2**16 has reached 2**-4 by then: the gradients themselves are not finite
 
 
@@ -77,7 +78,7 @@ def choose_precision(asked: str, device: torch.device, arch: str = "") -> tuple[
     conv6 and, on a CPU, depthwise convolutions are faster in.
     """
     if asked != "auto":
-        return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[asked], "as asked"
+        return AMP_DTYPES[asked], "as asked"
     if arch == "conv6":
         return None, "the network is small"
     if device.type == "cuda":

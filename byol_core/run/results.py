@@ -8,7 +8,6 @@ from dataclasses import replace
 from functools import partial
 from typing import cast
 
-import torch
 from torch import nn
 
 from byol_core.evaluate.features import embed_data
@@ -21,7 +20,7 @@ from byol_core.run.data import Measuring
 from byol_core.run.log import RunLog
 from byol_core.run.setup import Setup
 from byol_core.run.state import TrainingState
-from byol_core.runtime import peak_memory
+from byol_core.runtime import AMP_DTYPES, peak_memory
 from byol_core.system.console import own_words
 from byol_core.system.files import State, export_backbone, write_json, write_text
 from byol_core.views.pixels import ImageData
@@ -30,7 +29,6 @@ from byol_core.views.sources import Batches
 PICTURED_AT_MOST = 2_000  # images among which neighbours are looked for
 PIXELS_UP_TO = 16  # image size up to which raw pixels are a baseline
 REPORT_EVERY = 30.0  # seconds between reports of a run under way, and more where writing one takes over 1 % of that
-AMP_FLAGS = {None: "off", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 class Results:
@@ -201,7 +199,8 @@ class Results:
             "best_knn": self.best.get("knn"), "best_separation": self.best.get("separation"),
             "best_epoch": self.best.get("epoch"),
             **self.measuring.about(), "world_size": setup.processes.world_size, "device": str(setup.runtime.device),
-            "amp": AMP_FLAGS[setup.runtime.amp_dtype], "peak_memory_mb": round(peak_memory(setup.runtime.device) / 1e6)}
+            "amp": next(name for name, dtype in AMP_DTYPES.items() if dtype == setup.runtime.amp_dtype),
+            "peak_memory_mb": round(peak_memory(setup.runtime.device) / 1e6)}
 
     def _say(self) -> None:
         """The closing lines: what was reached, and how to use it."""

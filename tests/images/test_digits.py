@@ -1,7 +1,5 @@
 """The embedded digits are real files with the source's pixels, written once."""
 
-import json
-import shlex
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +9,6 @@ from sklearn.datasets import load_digits
 
 from byol_core.images.digits import PLACE, write_digits
 from byol_core.images.image_set import scan
-from byol_core.run import command
-from byol_core.run.options import TrainConfig, parse_config, with_sample
 from tests.helpers.shards import names
 
 
@@ -39,23 +35,3 @@ def test_an_existing_sample_is_left_alone(place: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in (place / PLACE).rglob("*")}
     assert write_digits(place / PLACE) == (place / PLACE / "train", place / PLACE / "test")
     assert {path: path.stat().st_mtime_ns for path in (place / PLACE).rglob("*")} == before
-
-
-def test_the_sample_brings_its_recipe_and_a_folder_of_its_own_does_not(place: Path, monkeypatch) -> None:
-    monkeypatch.chdir(place)
-    config = with_sample(TrainConfig())
-    assert config.recipe == "digits" and Path(config.data[0]).is_dir() and config.eval_data is not None
-    assert with_sample(TrainConfig(recipe="paper")).recipe == "paper"
-    assert with_sample(TrainConfig(data=("./imgs",))) == TrainConfig(data=("./imgs",))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("arguments", [[], ["--recipe", "quadra", "--out", "there"]])
-def test_the_commands_kept_in_the_run_folder_name_the_sample_as_it_was_asked_for(
-        arguments: list[str], place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(place)
-    asked = ["--epochs", "0", "--no-eval", "--arch", "conv6", *arguments]
-    assert command.main(asked) == 0
-    kept = json.loads(Path("there" if arguments else "runs/digits", "config.json").read_text())["commands"]
-    assert parse_config(shlex.split(kept["this"])[2:]) == parse_config(asked)
-    assert parse_config(shlex.split(kept["elsewhere"])[2:]) == parse_config(asked[:-2] if "--out" in asked else asked)

@@ -12,8 +12,6 @@ from byol_core.images import listing
 from byol_core.images.decoding import BadImageError, decode
 from byol_core.images.image_set import scan
 from byol_core.images.listing import expand
-from byol_core.run.folder import choose_out
-from byol_core.run.options import TrainConfig, parse_config
 from tests.helpers import shards
 from tests.helpers.pictures import touch
 
@@ -207,21 +205,6 @@ def test_patterns_that_stand_for_nothing_or_for_too_much_are_refused(pattern: st
 def test_a_folder_whose_name_looks_like_a_pattern_is_that_folder() -> None:
     touch(Path("{0..9}/a.png"))
     assert names("{0..9}") == ["a.png"]
-
-
-def test_data_takes_several_paths_however_they_are_given() -> None:
-    assert parse_config([]).data == ("digits",)
-    assert parse_config(["--data", "a", "b", "--epochs", "1"]).data == ("a", "b")
-    assert parse_config(["--data", "a", "--epochs", "1", "--data", "b", "c"]).data == ("a", "b", "c")
-
-
-@pytest.mark.parametrize("data, name", [
-    (["x/imgs"], "imgs"), (["x/imgs/", "y/more"], "imgs+more"), (["x/all.txt"], "all"), (["x/{0..9}.tar"], "x"),
-    (["x/train-{0000..0099}.tar"], "train"), (["x/s.tar"], "s"), (["/"], "root"),
-    ([f"folder{number}" for number in range(100)], None)])
-def test_the_run_folder_is_called_by_the_data(data: list[str], name: str | None) -> None:
-    found = choose_out(TrainConfig(data=tuple(data)))
-    assert found.parent == Path("runs") and len(found.name) <= 100 and (name is None or found.name == name)
 
 
 def test_a_long_scan_says_how_far_it_is(monkeypatch, capsys) -> None:

@@ -18,7 +18,7 @@ def soon_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def short_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short run's folder, beside its images in imgs/."""
     place = tmp_path_factory.mktemp("trained")
     format1.write_images(place / "imgs")

@@ -276,10 +276,10 @@ def test_pipes_and_files_that_are_gone_are_no_copies_of_each_other(image_folder:
     assert "check: of 44 images tried 4 cannot be read (bad_files.txt); of all 44 0 are copies" in capsys.readouterr().out
 
 
-def test_a_check_leaves_the_folder_of_a_run_alone(trained: Path, capsys) -> None:
-    shutil.copytree(trained, "x-check")
+def test_a_check_leaves_the_folder_of_a_run_alone(short_run: Path, capsys) -> None:
+    shutil.copytree(short_run, "x-check")
     before = {path: path.read_bytes() for path in Path("x-check").iterdir() if path.name != ".lock"}
     for more in ([], ["--resume"]):
-        assert run("--data", trained.parent / "imgs", "--epochs", 3, "--out", "x", *SMALL, "--check", *more) == 2
+        assert run("--data", short_run.parent / "imgs", "--epochs", 3, "--out", "x", *SMALL, "--check", *more) == 2
         assert "x-check already holds a run (epoch 1/1)" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in Path("x-check").iterdir() if path.name != ".lock"} == before

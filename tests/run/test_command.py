@@ -69,10 +69,10 @@ def test_a_flat_folder_trains_without_labels(image_folder: Callable[..., Path], 
         capsys.readouterr().out)
 
 
-def test_a_cuda_graph_that_cannot_be_is_said_to_be_left_out(trained: Path) -> None:
-    assert run("--data", trained.parent / "imgs", "--epochs", 0, "--out", "out", "--no-eval", "--cuda-graph", *SMALL) == 0
+def test_a_cuda_graph_that_cannot_be_is_said_to_be_left_out(short_run: Path) -> None:
+    assert run("--data", short_run.parent / "imgs", "--epochs", 0, "--out", "out", "--no-eval", "--cuda-graph", *SMALL) == 0
     note = "note: --cuda-graph is left out, as it is for one process on a CUDA device"
-    assert [Path(folder, "train.log").read_text().count(note) for folder in ("out", trained)] == [1, 0]
+    assert [Path(folder, "train.log").read_text().count(note) for folder in ("out", short_run)] == [1, 0]
 
 
 def test_a_run_under_way_says_so_in_its_summary(image_folder: Callable[..., Path], monkeypatch) -> None:
@@ -214,18 +214,20 @@ def test_unlabelled_images_can_be_measured_on_a_labelled_folder(image_folder: Ca
     assert summary("out")["knn"] is not None and summary("out")["classes"] == 0
 
 
-def test_a_run_folder_among_the_images_is_not_taken_for_images(trained: Path) -> None:
-    shutil.copytree(trained.parent / "imgs", "imgs")
+def test_a_run_folder_among_the_images_is_not_taken_for_images(short_run: Path) -> None:
+    shutil.copytree(short_run.parent / "imgs", "imgs")
     arguments = ["--data", "imgs", "--epochs", 1, "--out", "imgs/run", "--no-eval", *SMALL]
     assert run(*arguments) == run(*arguments, "--resume") == 0  # with other images it would not go on
     assert summary("imgs/run")["images"] == 12 and Path("imgs/run/views.png").exists()
 
 
 @pytest.mark.parametrize("weights", ["backbone.pt", "last.pt"])
-def test_init_from_starts_from_those_weights_and_no_epochs_leave_them(trained: Path, weights: str) -> None:
-    assert run("--data", trained.parent / "imgs", "--epochs", 0, "--out", "out", "--init-from", trained / weights, "--no-eval",
+def test_init_from_starts_from_those_weights_and_no_epochs_leave_them(short_run: Path, weights: str) -> None:
+    data = short_run.parent / "imgs"
+    assert run("--data", data, "--epochs", 0, "--out", "out", "--init-from", short_run / weights, "--no-eval",
                *SMALL) == 0
-    assert_equal(torch.load(trained / "backbone.pt", weights_only=True), torch.load("out/backbone.pt", weights_only=True), "")
+    before, after = (torch.load(folder / "backbone.pt", weights_only=True) for folder in (short_run, Path("out")))
+    assert_equal(before, after, "")
     assert checkpoint("out")["progress"]["updates"] == 0
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from byol_core.run.folder import open_run_folder
+from byol_core.run.folder import choose_out, open_run_folder
+from byol_core.run.options import TrainConfig
 from tests.helpers.children import At
 from tests.helpers.kills import STEP, arguments, run
 
@@ -104,3 +105,12 @@ def test_an_empty_folder_of_the_user_survives_a_run_that_comes_to_nothing(tmp_pa
     with open_run_folder(tmp_path / "out", may_be_used=False), pytest.raises(ValueError):
         raise ValueError
     assert (tmp_path / "out").is_dir()
+
+
+@pytest.mark.parametrize("data, name", [
+    (["x/imgs"], "imgs"), (["x/imgs/", "y/more"], "imgs+more"), (["x/all.txt"], "all"), (["x/{0..9}.tar"], "x"),
+    (["x/train-{0000..0099}.tar"], "train"), (["x/s.tar"], "s"), (["/"], "root"),
+    ([f"folder{number}" for number in range(100)], None)])
+def test_the_run_folder_is_called_by_the_data(data: list[str], name: str | None) -> None:
+    found = choose_out(TrainConfig(data=tuple(data)))
+    assert found.parent == Path("runs") and len(found.name) <= 100 and (name is None or found.name == name)

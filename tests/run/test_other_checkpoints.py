@@ -29,27 +29,27 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
-def test_weights_of_a_wrapped_network_are_accepted(trained: Path, wrap: Callable[[nn.Module], nn.Module]) -> None:
+def test_weights_of_a_wrapped_network_are_accepted(short_run: Path, wrap: Callable[[nn.Module], nn.Module]) -> None:
     backbone = build_backbone("conv6")[0]
-    backbone.load_state_dict(read_weights(trained / "backbone.pt"))
+    backbone.load_state_dict(read_weights(short_run / "backbone.pt"))
     wrapped = wrap(backbone).state_dict()
     assert all(name.startswith(("module.", "_orig_mod.")) for name in wrapped)
     torch.save(wrapped, "wrapped.pt")
     assert_equal(read_backbone(Path("wrapped.pt")), backbone.state_dict(), "")
-    assert run("--data", trained.parent / "imgs", "--epochs", 0, "--out", "begun", "--no-eval", "--init-from", "wrapped.pt",
+    assert run("--data", short_run.parent / "imgs", "--epochs", 0, "--out", "begun", "--no-eval", "--init-from", "wrapped.pt",
                *SMALL) == 0
 
 
 @pytest.mark.parametrize("place", ["", "online.", "online.backbone."])
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
-def test_a_checkpoint_of_a_wrapped_network_is_accepted(trained: Path, prefix: str, place: str) -> None:
-    state = read_checkpoint(trained / "last.pt")
+def test_a_checkpoint_of_a_wrapped_network_is_accepted(short_run: Path, prefix: str, place: str) -> None:
+    state = read_checkpoint(short_run / "last.pt")
     model = state["model"]
     assert isinstance(model, dict)
     renamed = {place + prefix + name.removeprefix(place) if name.startswith(place) else name: tensor
                for name, tensor in model.items()}
     save_checkpoint(Path(), {**state, "model": renamed})
-    expected = {name: model[f"online.backbone.{name}"] for name in read_weights(trained / "backbone.pt")}
+    expected = {name: model[f"online.backbone.{name}"] for name in read_weights(short_run / "backbone.pt")}
     for found in (read_backbone(Path("last.pt")), load_pretrained("last.pt").backbone.state_dict()):
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
@@ -62,24 +62,24 @@ def test_a_network_that_has_a_child_named_module_keeps_it() -> None:
 
 
 @pytest.mark.slow
-def test_a_compiled_run_writes_plain_names(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_run_writes_plain_names(short_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend="eager"))
-    assert run("--data", trained.parent / "imgs", "--epochs", 1, "--out", "compiled", "--no-eval", "--compile", *SMALL) == 0
-    plain = torch.load(trained / "backbone.pt", weights_only=True)
+    assert run("--data", short_run.parent / "imgs", "--epochs", 1, "--out", "compiled", "--no-eval", "--compile", *SMALL) == 0
+    plain = torch.load(short_run / "backbone.pt", weights_only=True)
     assert torch.load("compiled/backbone.pt", weights_only=True).keys() == plain.keys()
-    assert checkpoint("compiled")["model"].keys() == checkpoint(trained)["model"].keys()
+    assert checkpoint("compiled")["model"].keys() == checkpoint(short_run)["model"].keys()
 
 
-def test_a_checkpoint_from_a_gpu_loads_without_one(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_from_a_gpu_loads_without_one(short_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
         patched.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
-        save_checkpoint(Path(), read_checkpoint(trained / "last.pt"))
+        save_checkpoint(Path(), read_checkpoint(short_run / "last.pt"))
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="CUDA"):
             torch.load("last.pt", weights_only=True)  # it is what it is meant to be
     model = read_checkpoint(Path("last.pt"))["model"]
     assert isinstance(model, dict) and all(tensor.device.type == "cpu" for tensor in model.values())
-    assert_same_state(read_checkpoint(Path("last.pt")), read_checkpoint(trained / "last.pt"))
+    assert_same_state(read_checkpoint(Path("last.pt")), read_checkpoint(short_run / "last.pt"))
 
 
 @pytest.mark.slow
@@ -96,9 +96,9 @@ def test_another_precision_is_noted_and_the_run_goes_on(image_folder: Folder, st
     assert summary("out")["status"] == "finished" and bool(checkpoint("out")["scaler"]) == (after == "fp16")
 
 
-def test_another_device_is_noted(trained: Path, capsys) -> None:
-    save_checkpoint(Path(), {**read_checkpoint(trained / "last.pt"), "device": "cuda", "compiled": True})
-    assert run("--data", trained.parent / "imgs", "--epochs", 1, "--out", "on", "--no-eval", *SMALL, "--resume",
+def test_another_device_is_noted(short_run: Path, capsys) -> None:
+    save_checkpoint(Path(), {**read_checkpoint(short_run / "last.pt"), "device": "cuda", "compiled": True})
+    assert run("--data", short_run.parent / "imgs", "--epochs", 1, "--out", "on", "--no-eval", *SMALL, "--resume",
                "last.pt") == 0
     said = capsys.readouterr().out
     assert "note: device cuda -> cpu, so this is not an exact resume" in said
@@ -142,8 +142,8 @@ def test_a_run_folder_of_version_0_1_goes_on_as_it_would_have_there(monkeypatch:
     assert facts["status"] == "finished" and facts["linear_1_untrained"] == 0.4 and facts["best_epoch"] == 2
 
 
-def test_a_renamed_image_is_another_set_of_images(trained: Path, capsys) -> None:
-    shutil.copytree(trained.parent, ".", dirs_exist_ok=True)
+def test_a_renamed_image_is_another_set_of_images(short_run: Path, capsys) -> None:
+    shutil.copytree(short_run.parent, ".", dirs_exist_ok=True)
     arguments = ["--data", "imgs", "--epochs", 1, "--out", "run", "--no-eval", "--resume", *SMALL]
     before = Path("run/last.pt").read_bytes()
     Path("imgs/class0/00.png").rename("imgs/class0/renamed.png")

@@ -115,7 +115,7 @@ def scan_labelled(data: str | Sequence[str], flag: str, say: Callable[[str], Non
     """The images of `data`, of which `say` takes what is amiss. Raises: ValueError when they have no classes."""
     files = scan(data, flag, leave_out)
     for remark in files.remarks:
-        say(f"warning: {flag}: {remark}")
+        say(f"warning: {remark}" if flag == "--data" else f"warning: {flag}: {remark}")
     if files.labels is None:
         raise ValueError(f"{flag} {files.given} has fewer than the 2 classes that measuring needs - put the images of each "
                          "class in a sub-folder of its own")

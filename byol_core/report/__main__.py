@@ -31,7 +31,8 @@ def prepare(options: Namespace) -> Namespace:
     for folder in options.runs:
         if not (folder / "config.json").exists():
             raise ValueError(f"{folder} is not a run folder: no config.json in it")
-    file_to_write("--out", options.out or "compare.html")
+    if options.out is not None:
+        file_to_write("--out", options.out)
     return options
 
 

@@ -45,7 +45,8 @@ class Results:
         self.report_due, self.report_failed = 0.0, False
         # What scores depend on beside the network: those of another classifier or test set are not to be compared.
         self.how_measured = json.dumps([
-            setup.config.classifier, measuring.eval_data and measuring.eval_data.files.fingerprint, measuring.chosen_by])
+            setup.config.classifier, setup.config.eval_data, measuring.eval_data and measuring.eval_data.files.fingerprint,
+            measuring.chosen_by])
 
     def state_dict(self) -> State:
         return {"scores": self.scores, "best": self.best, "measured": self.how_measured}

@@ -245,15 +245,17 @@ class Run:
         """
         times: list[float] = []  # of each update but the first, without what the processes then agree on
         first = WARM_UP if self.setup.runtime.cuda_graph else 0  # from here on they are as they will be
-        began = math.inf
+        began, wanted = math.inf, first + CHECK_STEPS
 
         def stop_early(progress: Progress, step: Step) -> None:
-            nonlocal began
+            nonlocal began, wanted
             self.setup.runtime.confirm()  # waits for the device
             if began < math.inf:
                 times.append(time.monotonic() - began)
-            if len(times) >= first + CHECK_STEPS and self.processes.from_first(
-                    lambda: len(times) >= first + MOST_TIMED or sum(times[first:]) >= at_least):
+            if at_least and len(times) == first + CHECK_STEPS:
+                wanted = first + max(CHECK_STEPS, self.processes.from_first(
+                    lambda: min(math.ceil(at_least * CHECK_STEPS / max(sum(times[first:]), 1e-6)), MOST_TIMED)))
+            if len(times) >= wanted:
                 raise _EnoughMeasured
             began = time.monotonic()
 

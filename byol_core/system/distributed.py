@@ -223,13 +223,9 @@ def _timeout() -> timedelta:
 
 
 def launch() -> str:
-    """Which call of torchrun started this process, the same again after a restart (--max-restarts); "" without torchrun."""
-    name, parent = os.environ.get("TORCHELASTIC_RUN_ID", ""), os.getppid()
-    if name != "none":  # which stands for all that were given no name
-        return name
-    with contextlib.suppress(OSError):  # Linux: when torchrun began, as its number may be given to others after it
-        return f"{platform.node()} {parent} {Path(f'/proc/{parent}/stat').read_text().rpartition(')')[2].split()[19]}"
-    return f"{platform.node()} {parent}"
+    """Which call of torchrun this process is of, by the folder that it makes for the errors of all attempts; "" without."""
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE", "")
+    return error_file and f"{platform.node()} {Path(*Path(error_file).parts[:-3])}"
 
 
 def _number(name: str, default: int) -> int:

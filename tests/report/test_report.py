@@ -224,3 +224,9 @@ def test_pictures_that_would_make_the_page_too_large_are_named_instead(tmp_path:
 def test_command_refuses_what_is_no_run(tmp_path: Path, capsys) -> None:
     assert main([str(tmp_path)]) == 2
     assert capsys.readouterr().err == f"error: {tmp_path} is not a run folder: no config.json in it\n"
+    run = write_run(tmp_path / "run")
+    assert main([str(run), "--out", str(tmp_path / "nowhere" / "both.html")]) == 2
+    assert capsys.readouterr().err.startswith("error: --out ")
+    with pytest.raises(SystemExit, match="2"):
+        main([str(run), "--uot", "x"])
+    assert capsys.readouterr().err == "error: unrecognized arguments: --uot x - did you mean --out?\n"

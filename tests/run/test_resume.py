@@ -128,7 +128,7 @@ def test_scores_of_another_test_set_are_measured_again_after_resuming(image_fold
     data, other = image_folder("a", per_class=10), image_folder("b", per_class=4)
     arguments = ["--data", data, "--epochs", 1, "--out", "out", *SMALL, "--eval-data"]
     assert run(*arguments, other) == 0
-    for images, test_set, measured in ((4, other, 0), (5, other, 1), (4, image_folder("c", per_class=6), 1)):
+    for images, test_set, measured in ((4, other, 0), (5, other, 1), (4, image_folder("c", per_class=4), 1)):
         image_folder("b", per_class=images)  # the same folder, unchanged or with more in it
         Path("out/summary.json").unlink()
         capsys.readouterr()

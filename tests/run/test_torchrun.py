@@ -7,7 +7,6 @@ import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -78,19 +77,19 @@ def test_a_signal_to_torchrun_saves_once(name: str, image_folder: Callable[..., 
     assert summary(tmp_path / "out")["status"] == "stopped"
 
 
-# With a name of its own for each call of torchrun, and with none: then the parent of a process must be torchrun itself.
-CALLS = {"named": {"options": ("--standalone",)},
-         "nameless": {"options": ("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"), "forked": False}}
+# With a name of its own for each call of torchrun, with one name for all of them, and with none.
+CALLS = {"own name": ("--standalone",), "no name": ("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"),
+         "one name": ("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--rdzv-id", "byol")}
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-def test_a_restart_by_torchrun_resumes_bit_for_bit(call: dict[str, Any], image_folder: Callable[..., Path],
+def test_a_restart_by_torchrun_resumes_bit_for_bit(call: tuple[str, ...], image_folder: Callable[..., Path],
                                                    tmp_path: Path) -> None:
     """With three processes, whose sums depend on the places that DistributedDataParallel gives to gradients."""
-    more = {**call, "options": (*call["options"], "--max-restarts", "3")}
     common = ("--data", image_folder(per_class=24), "--epochs", 2, "--no-eval", *SMALL, "--batch-size", 12)  # 4 updates each
     whole = torchrun(tmp_path, "--out", "whole", *common, processes=3)
-    done = torchrun(tmp_path, "--out", "out", *common, processes=3, fault="is killed", update=5, **more)
+    done = torchrun(tmp_path, "--out", "out", *common, processes=3, fault="is killed", update=5,
+                    options=(*call, "--max-restarts", "3"))
     assert whole.code == done.code == 0, done.err
     assert "resuming at epoch 1, update 4" in done.out
     assert len(done.messages) == 1 and done.messages[0].startswith("error: another process is gone (noticed by "), done.err
@@ -99,12 +98,13 @@ def test_a_restart_by_torchrun_resumes_bit_for_bit(call: dict[str, Any], image_f
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_a_restart_by_torchrun_does_not_take_an_earlier_run_for_its_own(
-        call: dict[str, Any], image_folder: Callable[..., Path], tmp_path: Path) -> None:
+        call: tuple[str, ...], image_folder: Callable[..., Path], tmp_path: Path) -> None:
     images = image_folder(per_class=12)
-    assert trained(tmp_path, images, "--epochs", 1).code == 0
-    before = (tmp_path / "out" / "last.pt").read_bytes()
-    done = trained(tmp_path, images, **{**call, "options": (*call["options"], "--max-restarts", "1")})
-    assert done.code == 1 and "resuming" not in done.out and (tmp_path / "out" / "last.pt").read_bytes() == before
+    assert trained(tmp_path, images, "--epochs", 1, options=call).code == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    done = trained(tmp_path, images, options=(*call, "--max-restarts", "1"))
+    assert done.code == 1 and "resuming" not in done.out
+    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
     assert len(done.messages) == 2 and all("out already holds a run (epoch 1/1) - add --resume" in line
                                            for line in done.messages), done.err
 

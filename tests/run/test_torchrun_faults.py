@@ -39,8 +39,8 @@ def test_a_process_that_fails_is_told_once_and_ends_the_run(fault: str, rank: in
 def test_a_process_that_is_killed_is_told_although_torchrun_stops_the_others(image_folder: Callable[..., Path],
                                                                              tmp_path: Path) -> None:
     """While one that has noticed it still waits for its data workers to end."""
-    slow = ("from byol_core.views.batches import TimedBatches\nclose = TimedBatches.close\n"
-            "TimedBatches.close = lambda batches: ([time.sleep(0.01) for _ in iter(lambda: os.path.exists('stopped'), True)], "
+    slow = ("from byol_core.views.batches import DeviceBatches\nclose = DeviceBatches.close\n"
+            "DeviceBatches.close = lambda batches: ([time.sleep(0.01) for _ in iter(lambda: os.path.exists('stopped'), True)], "
             "close(batches))\nfrom byol_core.system.signals import StopRequest\nhandle = StopRequest._handle\n"
             "StopRequest._handle = lambda *about: (open('stopped', 'w').close(), handle(*about))")
     done = trained(tmp_path, image_folder(), fault="is killed", setup=slow)

@@ -34,7 +34,7 @@ WRONG = [
     (["--device", "cuda"], "use --device cpu"),
     (["--device", "abacus"], "--device abacus is not a device"),
     (["--classifier", "sklearn.svm.NoSuch"], "--classifier sklearn.svm.NoSuch"),
-    (["--eval-data", "flat"], "--eval-data flat has fewer than 2 class sub-folders"),
+    (["--eval-data", "flat"], "--eval-data flat has fewer than the 2 classes"),
     (["--eval-data", "strange"], "no class of --eval-data"),
     (["--eval-data", "gone"], "no such folder: gone - check --eval-data"),
     (["--resume", "gone.pt"], "no such file: gone.pt"),

@@ -14,7 +14,7 @@ from byol_core.run.options import TrainConfig
 from byol_core.system.files import LAST, PREVIOUS, remove_leftovers
 
 RUNS = Path("runs")
-COPIES = 3  # checkpoints on the disk at the most: the last one, the one before, and the one being written
+CHECKPOINTS = 3  # checkpoints on the disk at the most: the last one, the one before, and the one being written
 KEPT = {".lock", ".images.pt", ".shards.pt"}  # the lock, and what a scan keeps, or kept in earlier versions
 LONGEST_NAME = 100  # characters
 OWN_FILES = {"config.json", "metrics.jsonl", "train.log", "summary.json", "report.html", "bad_files.txt", "copies.txt",
@@ -136,10 +136,10 @@ def space_warning(folder: Path, checkpoint: int) -> str | None:
     """A line where the disk has less room than the checkpoints of a run need. checkpoint: bytes of one."""
     free = shutil.disk_usage(folder).free
     there = sum((folder / name).stat().st_size for name in (LAST, PREVIOUS) if (folder / name).exists())
-    needed = COPIES * checkpoint - there
+    needed = CHECKPOINTS * checkpoint - there
     if free >= needed:
         return None
-    return (f"warning: {free // 10**6} MB free in {folder}, but the {COPIES} checkpoints that may be there at once need "
+    return (f"warning: {free // 10**6} MB free in {folder}, but the {CHECKPOINTS} checkpoints that may be there at once need "
             f"{-(-needed // 10**6)} MB{' more' if there else ''} - free some space, or choose another --out")
 
 

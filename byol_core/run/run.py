@@ -14,7 +14,7 @@ from byol_core.images.duplicates import find_copies
 from byol_core.images.image_set import ImageSet
 from byol_core.run.data import Loaded, open_data
 from byol_core.run.describe import describe, write_config
-from byol_core.run.folder import COPIES, lock_of
+from byol_core.run.folder import CHECKPOINTS, lock_of
 from byol_core.run.log import RunLog
 from byol_core.run.options import TrainConfig
 from byol_core.run.plan import RESNET_FROM, Choice, Plan
@@ -216,7 +216,7 @@ class Run:
         where = " on the GPU" if device.type == "cuda" else ""
         hours = seconds * self.setup.plan.total_updates / 3600
         self.log.say(f"check: {seconds:.2f} s per update, about {hours:.2f} h in all; about "
-                     f"{COPIES * self.state.checkpoint_bytes() / 1e6:.0f} MB of disk; "
+                     f"{CHECKPOINTS * self.state.checkpoint_bytes() / 1e6:.0f} MB of disk; "
                      f"{peak_memory(device) / 1e6:.0f} MB of memory{where}; nothing was trained")
 
     def _check_images(self) -> None:

@@ -40,8 +40,8 @@ def test_a_process_that_is_killed_is_told_although_torchrun_stops_the_others(ima
                                                                              tmp_path: Path) -> None:
     """While one that has noticed it still waits for its data workers to end."""
     slow = ("from byol_core.views.batches import DeviceBatches\nclose = DeviceBatches.close\n"
-            "DeviceBatches.close = lambda batches: ([time.sleep(0.01) for _ in iter(lambda: os.path.exists('stopped'), True)], "
-            "close(batches))\nfrom byol_core.system.signals import StopRequest\nhandle = StopRequest._handle\n"
+            "DeviceBatches.close = lambda views: ([time.sleep(0.01) for _ in iter(lambda: os.path.exists('stopped'), True)], "
+            "close(views))\nfrom byol_core.system.signals import StopRequest\nhandle = StopRequest._handle\n"
             "StopRequest._handle = lambda *about: (open('stopped', 'w').close(), handle(*about))")
     done = trained(tmp_path, image_folder(), fault="is killed", setup=slow)
     assert done.code == 1 and len(done.messages) == 1 and not done.orphans, done.err

@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from byol_core.run.options import TrainConfig, parse_config
-from byol_core.system.console import SAID, in_plain_words, is_out_of_memory, one_line, show
+from byol_core.system.console import SELF_EXPLAINING, in_plain_words, is_out_of_memory, one_line, show
 from byol_core.system.signals import Stopped, StopRequest
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def carry_out(run: "Run") -> int:
         run.log.note(traceback.format_exc())
         plan, runtime = run.setup.plan, run.setup.runtime
         line = in_plain_words(error, str(runtime.device), plan.batch_size, plan.accum_steps, runtime.amp_dtype is not None)
-        if is_out_of_memory(error) or not isinstance(error, SAID):
+        if is_out_of_memory(error) or not isinstance(error, SELF_EXPLAINING):
             line += f"; {run.what_is_saved()}"
         reason, is_stop = complain(run.setup.config, run.processes, error, line)
         with contextlib.suppress(Exception):  # on a full disk, or of what made it fail

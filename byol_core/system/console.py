@@ -6,7 +6,7 @@ from typing import TextIO
 
 # How the allocators of CUDA and MPS, torch's own for the CPU, and Python say that there is no memory left.
 NO_MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory")
-SAID = (ValueError, OSError, RuntimeError, ArithmeticError, MemoryError)  # errors whose text is a sentence
+SELF_EXPLAINING = (ValueError, OSError, RuntimeError, ArithmeticError, MemoryError)  # errors whose text is a sentence
 
 
 def printable(text: str) -> str:
@@ -28,7 +28,7 @@ def own_words(error: Exception) -> str:
     """What the error itself says, with its type where that says more than the words do."""
     if isinstance(error, NotImplementedError) and "MPS" in str(error):
         return f"{str(error).partition('. ')[0]} - use --device cpu"
-    return str(error) if isinstance(error, SAID) else f"{type(error).__name__}: {error}"
+    return str(error) if isinstance(error, SELF_EXPLAINING) else f"{type(error).__name__}: {error}"
 
 
 def in_plain_words(error: Exception, device: str, batch_size: int | None = None, accum_steps: int = 1,

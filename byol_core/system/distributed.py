@@ -223,7 +223,7 @@ def _timeout() -> timedelta:
 
 
 def launch() -> str:
-    """Which call of torchrun this process is of, by the folder that it makes for the errors of all attempts; "" without."""
+    """Which call of torchrun this process is of, by the folder where its attempts leave their errors; "" without torchrun."""
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE", "")
     return error_file and f"{platform.node()} {Path(*Path(error_file).parts[:-3])}"
 

@@ -53,7 +53,7 @@ class StopRequest:
         """Signals wait to be asked for; after an error they go on to wait, as there may be something to save."""
         self._somebody_will_ask = True
         yield
-        self._somebody_will_ask = False  # a failure is not to be taken for the signal by which torchrun answers it
+        self._somebody_will_ask = False  # outside of steps a signal stops at once
 
     def ignore(self) -> None:
         """The process is about to end; a further signal changes nothing."""

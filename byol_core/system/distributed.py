@@ -23,7 +23,7 @@ from byol_core.system.signals import Stopped
 MEETING_S = 120.0  # seconds in which all processes must have come
 TIMEOUT_S = 600  # seconds that an exchange may take, unless BYOL_TIMEOUT_S says otherwise
 NO_LIMIT = timedelta(days=30)  # of the wait for the first process, which may evaluate for hours
-GRACE_S = 3.0  # seconds for a process that failed to say why, before others say that it is gone
+GRACE_S = 10.0  # seconds for a process that failed to say why, before others say that it is gone
 POLL_S = 0.02, 0.5  # seconds between looks at what another process has done: at first, and at most
 FAILED = "failed"  # the store's key for "RANK KIND why the run ends": the first process to write it is the one that says so
 # How torch says that the other end of a connection is no longer there, or does not answer; it has no type of its own for that.

@@ -13,7 +13,11 @@ from pathlib import Path
 from tests.helpers import runs
 from tests.helpers.forking import PATIENCE_S, REPOSITORY, STARTED_BY, Forked, python
 
-SMALL = (*runs.SMALL, "--batch-size", "8")
+SMALL = (*runs.SMALL, "--batch-size", "12")  # which two, three and four processes share
+GONE = "error: another process is gone (noticed by rank "
+NO_ANSWER = "error: another process has not answered for 15 s (noticed by rank "
+# Where a process is killed nobody says why, and so need not be waited for as long as that.
+IMPATIENT = "from byol_core.system import distributed\ndistributed.GRACE_S = 1.0"
 # What one process does after its third update, by name; `rank` is its rank, `attempt` counts torchrun's restarts, and
 # `starter` is torchrun's process.
 FAULTS = {

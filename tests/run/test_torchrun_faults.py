@@ -11,27 +11,27 @@ from byol_core.run.options import TrainConfig
 from byol_core.run.plan import make_plan
 from byol_core.views.pixels import Facts
 from tests.helpers.runs import summary
-from tests.helpers.torchrun import SMALL, torchrun, trained
+from tests.helpers.torchrun import GONE, IMPATIENT, NO_ANSWER, SMALL, torchrun, trained
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("fault, rank, update, message", [
-    ("raises", 0, 3, "error: rank 0 of 2: the dog ate it"),
-    ("raises", 1, 3, "error: rank 1 of 2: the dog ate it"),
-    ("is killed", 0, 3, "error: another process is gone (noticed by rank 1 of 2): killed, out of memory, or cut off; "),
-    ("is killed", 1, 3, "error: another process is gone (noticed by rank 0 of 2): killed, out of memory, or cut off; "),
-    ("hangs", 1, 3, "error: another process has not answered for 15 s (noticed by rank 0 of 2): it hangs, or "),
+@pytest.mark.parametrize("fault, processes, rank, update", [
+    ("raises", 2, 0, 3), ("raises", 2, 1, 3), ("raises", 3, 2, 3), ("raises", 4, 1, 3),
+    ("is killed", 2, 0, 3), ("is killed", 2, 1, 3), ("is killed", 3, 1, 3), ("is killed", 4, 3, 3),
+    ("hangs", 2, 1, 3), ("hangs", 3, 2, 3), ("hangs", 4, 1, 3),
     # After the last update, where the others wait for the first process as long as it takes, and it for them no longer.
-    ("hangs", 1, 4, "error: another process has not answered for 15 s (noticed by rank 0 of 2): it hangs, or "),
-])
-def test_a_process_that_fails_is_told_once_and_ends_the_run(fault: str, rank: int, update: int, message: str, tmp_path: Path,
+    ("hangs", 2, 1, 4), ("hangs", 3, 1, 4), ("hangs", 4, 3, 4)])
+def test_a_process_that_fails_is_told_once_and_ends_the_run(fault: str, processes: int, rank: int, update: int, tmp_path: Path,
                                                             image_folder: Callable[..., Path]) -> None:
-    done = trained(tmp_path, image_folder(), fault=fault, rank=rank, update=update,
-                   env={"BYOL_TIMEOUT_S": "15"} if fault == "hangs" else {})
+    done = trained(tmp_path, image_folder(per_class=12), processes=processes, fault=fault, rank=rank, update=update,
+                   setup=IMPATIENT if fault == "is killed" else "", env={"BYOL_TIMEOUT_S": "15"} if fault == "hangs" else {})
     assert done.code == 1 and not done.orphans
+    message = {"raises": f"error: rank {rank} of {processes}: the dog ate it", "is killed": GONE, "hangs": NO_ANSWER}[fault]
     assert len(done.messages) == 1 and done.messages[0].startswith(message), done.err
-    if rank == 1:
+    if fault != "raises":
+        assert f" of {processes}): " in done.messages[0] and f"by rank {rank}" not in done.messages[0]
+    if rank != 0:
         assert summary(tmp_path / "out")["status"] == "failed"
         assert done.messages[0].startswith(f"error: {summary(tmp_path / 'out')['reason']}")
 
@@ -43,9 +43,9 @@ def test_a_process_that_is_killed_is_told_although_torchrun_stops_the_others(ima
             "DeviceBatches.close = lambda views: ([time.sleep(0.01) for _ in iter(lambda: os.path.exists('stopped'), True)], "
             "close(views))\nfrom byol_core.system.signals import StopRequest\nhandle = StopRequest._handle\n"
             "StopRequest._handle = lambda *about: (open('stopped', 'w').close(), handle(*about))")
-    done = trained(tmp_path, image_folder(), fault="is killed", setup=slow)
+    done = trained(tmp_path, image_folder(per_class=12), fault="is killed", setup=f"{IMPATIENT}\n{slow}")
     assert done.code == 1 and len(done.messages) == 1 and not done.orphans, done.err
-    assert done.messages[0].startswith("error: another process is gone (noticed by rank 0 of 2)")
+    assert done.messages[0].startswith(f"{GONE}0 of 2)")
     assert summary(tmp_path / "out")["status"] == "failed"
 
 
@@ -58,12 +58,13 @@ LATER = ("import threading; threading.Thread(daemon=True, target=lambda: ([time.
 
 @pytest.mark.parametrize("whom, name, processes, said", [
     ("os.getpid()", "SIGKILL", 2, r"rank +: 1 .*\n +exitcode +: -9"),  # by torchrun, in its table
+    ("os.getpid()", "SIGKILL", 4, r"rank +: 1 .*\n +exitcode +: -9"),
     ("os.getpid()", "SIGTERM", 3, "signals.Stopped: SIGTERM"),  # it is not taken for dead
-    ("starter", "SIGTERM", 2, "")])
+    ("starter", "SIGTERM", 2, ""), ("starter", "SIGTERM", 3, ""), ("starter", "SIGTERM", 4, "")])
 def test_a_signal_to_another_process_while_the_first_one_is_busy_at_the_end_is_a_stop(
         whom: str, name: str, processes: int, said: str, image_folder: Callable[..., Path], tmp_path: Path) -> None:
-    done = torchrun(tmp_path, "--data", image_folder(), "--out", "out", "--epochs", 1, *SMALL, "--batch-size", 12, update=1,
-                    processes=processes, fault=LATER.format(whom, name), setup=BUSY)
+    done = torchrun(tmp_path, "--data", image_folder(), "--out", "out", "--epochs", 1, *SMALL, update=1, processes=processes,
+                    fault=LATER.format(whom, name), setup=BUSY)
     assert done.code == 1 and not done.messages and not done.orphans, done.err
     assert re.search(said, done.err), done.err
     assert done.out.count("SIGTERM: stopped at epoch 1") == 1 and summary(tmp_path / "out")["status"] == "stopped"
@@ -72,7 +73,7 @@ def test_a_signal_to_another_process_while_the_first_one_is_busy_at_the_end_is_a
 FAILS_LATER = """
 finish = Run.finish
 def failing(run):
-    if os.environ["RANK"] == "0":
+    if os.environ["RANK"] != "1":
         return finish(run)
     while not os.path.exists("busy"):
         time.sleep(0.05)
@@ -81,22 +82,28 @@ Run.finish = failing
 """
 
 
-def test_a_process_that_fails_while_the_first_one_is_busy_is_why_the_run_failed(image_folder: Callable[..., Path],
-                                                                                tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", [2, 3, 4])
+def test_a_process_that_fails_while_the_first_one_is_busy_is_why_the_run_failed(
+        processes: int, image_folder: Callable[..., Path], tmp_path: Path) -> None:
     """The first one has only the signal by which torchrun answers it."""
-    done = torchrun(tmp_path, "--data", image_folder(), "--out", "out", "--epochs", 1, *SMALL, setup=BUSY + FAILS_LATER)
-    assert done.code == 1 and done.messages == ["error: rank 1 of 2: the dog ate it"] and not done.orphans, done.err
+    done = torchrun(tmp_path, "--data", image_folder(), "--out", "out", "--epochs", 1, *SMALL, processes=processes,
+                    setup=BUSY + FAILS_LATER)
+    reason = f"rank 1 of {processes}: the dog ate it"
+    assert done.code == 1 and done.messages == [f"error: {reason}"] and not done.orphans, done.err
     found = summary(tmp_path / "out")
-    assert found["status"] == "failed" and found["reason"] == "rank 1 of 2: the dog ate it"
+    assert found["status"] == "failed" and found["reason"] == reason
 
 
-def test_processes_with_different_images_are_refused(image_folder: Callable[..., Path], tmp_path: Path) -> None:
-    image_folder("rank0")
-    (image_folder("rank1") / "class0" / "000.png").unlink()
-    done = torchrun(tmp_path, "--out", "out", "--epochs", 1, *SMALL,
+@pytest.mark.parametrize("processes", [2, 3, 4])
+def test_processes_with_different_images_are_refused(processes: int, image_folder: Callable[..., Path],
+                                                     tmp_path: Path) -> None:
+    for rank in range(processes):
+        images = image_folder(f"rank{rank}")
+    (images / "class0" / "000.png").unlink()
+    done = torchrun(tmp_path, "--out", "out", "--epochs", 1, *SMALL, processes=processes,
                     setup="sys.argv += ['--data', 'rank' + os.environ['RANK']]")
     assert done.code == 1 and "exitcode  : 2" in done.err and not done.orphans
-    assert len(done.messages) == 1 and "images differ: 16 in rank 0, 15 in rank 1" in done.messages[0]
+    assert len(done.messages) == 1 and f"images differ: 16 in rank 0, 15 in rank {processes - 1}" in done.messages[0]
 
 
 def test_a_batch_that_does_not_divide_is_refused_with_numbers() -> None:
@@ -104,7 +111,10 @@ def test_a_batch_that_does_not_divide_is_refused_with_numbers() -> None:
         make_plan(TrainConfig(batch_size=7), Facts(16, 16), 2)
 
 
-def test_processes_whose_torchrun_is_gone_save_and_stop(image_folder: Callable[..., Path], tmp_path: Path) -> None:
-    done = trained(tmp_path, image_folder(per_class=24), "--epochs", 4000, fault="os.kill(starter, signal.SIGKILL)")
+@pytest.mark.parametrize("processes", [2, 3, 4])
+def test_processes_whose_torchrun_is_gone_save_and_stop(processes: int, image_folder: Callable[..., Path],
+                                                        tmp_path: Path) -> None:
+    done = trained(tmp_path, image_folder(per_class=24), "--epochs", 4000, processes=processes,
+                   fault="os.kill(starter, signal.SIGKILL)")
     assert done.code == -signal.SIGKILL and not done.orphans
     assert summary(tmp_path / "out")["status"] == "stopped" and (tmp_path / "out" / "last.pt").exists()

@@ -1,4 +1,4 @@
-"""What two gloo processes agree on, and that training in two equals training in one."""
+"""What several gloo processes agree on, and that training in several equals training in one."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ from byol_core.training import Progress, Step, train
 from tests.helpers.forking import in_processes
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("processes")]
-PROCESSES, BATCH, UPDATES = 2, 12, 5
+BATCH, UPDATES = 36, 5
 
 
 class Views:
@@ -35,7 +35,7 @@ class Views:
         generator = torch.Generator().manual_seed(epoch)
         for update in range(UPDATES):
             views = torch.randn(2, BATCH, 3, 6, 6, generator=generator, dtype=torch.float64)
-            if self.broken and update == 2 and self.processes.rank == 1:
+            if self.broken and update == 2 and self.processes.rank == self.processes.world_size - 1:
                 views[0, -1] = torch.inf
             parts = views.view(2, self.accum_steps, self.processes.world_size, -1, 3, 6, 6)[:, :, self.processes.rank]
             for micro_batch in range(self.accum_steps):
@@ -66,17 +66,17 @@ def assert_same(model: BYOL, other: BYOL, tolerance: float = 1e-12) -> None:
         torch.testing.assert_close(tensor, expected, rtol=0, atol=tolerance, msg=lambda text: f"{name}: {text}")
 
 
-def check_two_halves_equal_one_batch_without_batch_norm(processes: Processes) -> None:
+def check_parts_equal_one_batch_without_batch_norm(processes: Processes) -> None:
     model = trained(network(batch_norm=False), Views(processes))
     assert_same(model, trained(network(batch_norm=False), Views()))
     start = network(batch_norm=False)
     assert (model.online.backbone[0].weight - start.online.backbone[0].weight).abs().max() > 1e-3
 
 
-def check_with_batch_norm_two_processes_equal_two_micro_batches(processes: Processes) -> None:
-    """Each takes statistics of its own half, as two micro-batches of one process do; not those of the whole batch."""
+def check_with_batch_norm_processes_equal_micro_batches(processes: Processes) -> None:
+    """Each takes statistics of its own part, as micro-batches of one process do; not those of the whole batch."""
     model = trained(network(batch_norm=True), Views(processes))
-    assert_same(model, trained(network(batch_norm=True), Views(accum_steps=2)))
+    assert_same(model, trained(network(batch_norm=True), Views(accum_steps=processes.world_size)))
     whole = trained(network(batch_norm=True), Views())
     assert (model.online.backbone[0].weight - whole.online.backbone[0].weight).abs().max() > 1e-4
 
@@ -92,7 +92,7 @@ def check_accumulation_exchanges_gradients_once_per_update(processes: Processes)
 def check_target_is_the_same_on_every_rank_to_the_last_bit(processes: Processes) -> None:
     model = trained(network(batch_norm=True), Views(processes))
     digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.target.parameters())).hexdigest()
-    assert processes.gather(digest) == [digest] * PROCESSES
+    assert processes.gather(digest) == [digest] * processes.world_size
 
 
 def check_dropout_differs_between_ranks(processes: Processes) -> None:
@@ -108,11 +108,11 @@ def check_dropout_differs_between_ranks(processes: Processes) -> None:
             return Views().epoch(epoch, start)
 
     trained(network(batch_norm=False, dropout=0.5), SameForAll(processes), after_step=after_step)
-    assert processes.gather(losses) == [losses] * PROCESSES  # the loss is the mean over the processes
-    assert processes.gather(projections)[0] != processes.gather(projections)[1]
+    assert processes.gather(losses) == [losses] * processes.world_size  # the loss is the mean over the processes
+    assert len({tuple(shown[0]) for shown in processes.gather(projections)}) == processes.world_size
 
 
-def check_infinity_in_one_process_stops_both_with_nothing_changed(processes: Processes) -> None:
+def check_infinity_in_one_process_stops_all_with_nothing_changed(processes: Processes) -> None:
     model, states = network(batch_norm=False), []
 
     def after_step(progress: Progress, step: Step) -> None:
@@ -133,9 +133,10 @@ def check_stopping_is_agreed_one_call_later_or_now(processes: Processes) -> None
 
 
 def check_values_are_shared(processes: Processes) -> None:
-    assert processes.mean(torch.tensor([1.0, processes.rank])).tolist() == [1.0, 0.5]
-    assert processes.mean_values({"a": 2.0 * processes.rank}) == {"a": 1.0}
-    assert processes.gather({"rank": processes.rank}) == [{"rank": 0}, {"rank": 1}]
+    middle = {2: 0.5, 3: 1.0, 4: 1.5}[processes.world_size]
+    assert processes.mean(torch.tensor([1.0, processes.rank])).tolist() == [1.0, middle]
+    assert processes.mean_values({"a": 2.0 * processes.rank}) == {"a": 2 * middle}
+    assert processes.gather({"rank": processes.rank}) == [{"rank": rank} for rank in range(processes.world_size)]
     assert processes.from_first(lambda: {"weights": torch.full((2,), float(processes.rank))})["weights"].tolist() == [0.0, 0.0]
     assert processes.on_first(lambda: "done") == ("done" if processes.first else None)
 
@@ -143,13 +144,13 @@ def check_values_are_shared(processes: Processes) -> None:
 CHECKS = [value for name, value in list(globals().items()) if name.startswith("check_")]
 
 
-def run_checks(rank: int, store: str, errors: str) -> None:
+def run_checks(rank: int, world_size: str, store: str, errors: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=PROCESSES)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=int(world_size))
     failures = []
     for check in CHECKS:
         try:
-            check(Processes(rank, PROCESSES))
+            check(Processes(rank, int(world_size)))
         except Exception as error:  # a check that fails on one rank must not leave the other one waiting for the next
             failures.append(f"{check.__name__}: {type(error).__name__}: {error}")
     Path(f"{errors}{rank}").write_text("\n".join(failures))
@@ -157,14 +158,14 @@ def run_checks(rank: int, store: str, errors: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def outcome(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """All checks in one start of two processes; what failed, on either rank."""
-    folder = tmp_path_factory.mktemp("processes")
-    in_processes(f"{__name__}:run_checks", PROCESSES, folder, str(folder / "store"), str(folder / "errors"))
-    return "\n".join((folder / f"errors{rank}").read_text() for rank in range(PROCESSES))
+@pytest.fixture(scope="module", params=[2, 3, 4])
+def outcome(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """All checks in one start of so many processes; what failed, in any of them."""
+    folder, world_size = tmp_path_factory.mktemp("processes"), request.param
+    in_processes(f"{__name__}:run_checks", world_size, folder, str(world_size), str(folder / "store"), str(folder / "errors"))
+    return "\n".join((folder / f"errors{rank}").read_text() for rank in range(world_size))
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
-def test_in_two_processes(check: Callable[[Processes], None], outcome: str) -> None:
+def test_in_processes(check: Callable[[Processes], None], outcome: str) -> None:
     assert check.__name__ not in outcome, outcome

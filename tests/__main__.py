@@ -17,7 +17,7 @@ def main() -> int:
     pytest = [sys.executable, "-m", "pytest", "-q", "--durations=10", *(["-m", "not slow"] if fast else [])]
     environment = dict(os.environ)
     if importlib.util.find_spec("xdist"):  # of the slow tests, some wait for processes of theirs
-        pytest += ["-n", str(usable_cpus() + 2 * (not fast)), "--dist", "loadgroup"]
+        pytest += ["-n", str(usable_cpus() + (not fast)), "--dist", "loadgroup"]
         environment["OMP_NUM_THREADS"] = "1"
     parts = {"pytest": pytest, "flake8": [sys.executable, "-m", "flake8", "byol_core", "tests", "train.py"],
              "mypy": [sys.executable, "-m", "mypy", "byol_core", "train.py", "tests/bench"]}

@@ -19,9 +19,9 @@ pytestmark = pytest.mark.slow
 @pytest.mark.parametrize("fault, processes, rank, update", [
     ("raises", 2, 0, 3), ("raises", 2, 1, 3), ("raises", 3, 2, 3), ("raises", 4, 1, 3),
     ("is killed", 2, 0, 3), ("is killed", 2, 1, 3), ("is killed", 3, 1, 3), ("is killed", 4, 3, 3),
-    ("hangs", 2, 1, 3), ("hangs", 3, 2, 3), ("hangs", 4, 1, 3),
+    ("hangs", 2, 1, 3), ("hangs", 4, 1, 3),
     # After the last update, where the others wait for the first process as long as it takes, and it for them no longer.
-    ("hangs", 2, 1, 4), ("hangs", 3, 1, 4), ("hangs", 4, 3, 4)])
+    ("hangs", 2, 1, 4), ("hangs", 3, 1, 4)])
 def test_a_process_that_fails_is_told_once_and_ends_the_run(fault: str, processes: int, rank: int, update: int, tmp_path: Path,
                                                             image_folder: Callable[..., Path]) -> None:
     done = trained(tmp_path, image_folder(per_class=12), processes=processes, fault=fault, rank=rank, update=update,

@@ -236,7 +236,7 @@ def as_python(words: Sequence[str]) -> int:
 
 
 def _end(code: int | None) -> NoReturn:
-    """The end of a Python, but for taking every module apart, which takes longer than most of what is done here."""
+    """The end of a Python, but for taking modules and what is static in C++ apart: most of what a small run takes."""
     threading._shutdown()  # type: ignore[attr-defined] # which waits for threads
     atexit._run_exitfuncs()
     sys.stdout.flush()

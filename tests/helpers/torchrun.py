@@ -25,6 +25,9 @@ FAULTS = {
     "is killed": "os.kill(os.getpid(), signal.SIGKILL)",
     "gets SIGTERM": "os.kill(os.getpid(), signal.SIGTERM)",
     "hangs": "signal.signal(signal.SIGTERM, signal.SIG_DFL); time.sleep(600)",  # or torchrun would wait 30 s to kill it
+    # until another process has said so, as torchrun would wait 30 s for it
+    "is frozen": "os.fork() or ([time.sleep(0.1) for _ in iter(lambda: 'error: ' in open('stderr').read(), True)], "
+                 "os.kill(os.getppid(), signal.SIGKILL), os._exit(0)); os.kill(os.getpid(), signal.SIGSTOP)",
 }
 DRIVER = """
 import os, signal, sys, time

@@ -13,7 +13,7 @@ from byol_core.system.files import LAST, PREVIOUS, CheckpointError, newest_check
 from tests.helpers.children import SMALL, At, run_child
 from tests.helpers.kills import STEP, assert_same_run
 from tests.helpers.runs import summary
-from tests.helpers.torchrun import trained
+from tests.helpers.torchrun import IMPATIENT, trained
 
 SESSIONS_AT_MOST = 60
 SIGNALS = {"SIGKILL": -9, "SIGTERM": 143, "SIGINT": 130, "SIGUSR1": 143, "group SIGTERM": 143, "group SIGINT": 130}
@@ -107,7 +107,7 @@ def test_a_run_that_much_befalls_ends_as_one_that_nothing_befell(image_folder: C
 def test_a_run_of_two_processes_that_much_befalls_ends_as_one_that_nothing_befell(image_folder: Callable[..., Path],
                                                                                   tmp_path: Path) -> None:
     """One of them is killed, stopped or fails; all end, and torchrun is started anew, or starts them anew by itself."""
-    images = image_folder(per_class=24)  # 6 updates per epoch
+    images = image_folder(per_class=36)  # 6 updates per epoch
     for number in rounds(4, tmp_path):
         chance, here = random.Random(number), Path.cwd()
         assert trained(here, images, "--epochs", 4, "--out", "whole").code == 0
@@ -118,6 +118,7 @@ def test_a_run_of_two_processes_that_much_befalls_ends_as_one_that_nothing_befel
             fault, rank, update = chance.choice(ENDS), chance.randint(0, 1), begun + chance.randint(1, 5)
             restarts = chance.choice([0, 0, 0, 0, 1])
             done = trained(here, images, "--epochs", 4, "--out", OUT, "--resume", fault=fault, rank=rank, update=update,
+                           setup=IMPATIENT if fault == "is killed" else "",
                            options=("--standalone", "--max-restarts", str(restarts)))
             befallen.append((fault, rank, update, restarts, done))
             assert not done.orphans and "Exception ignored" not in done.err, befallen

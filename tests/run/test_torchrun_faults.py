@@ -19,15 +19,17 @@ pytestmark = pytest.mark.slow
 @pytest.mark.parametrize("fault, processes, rank, update", [
     ("raises", 2, 0, 3), ("raises", 2, 1, 3), ("raises", 3, 2, 3), ("raises", 4, 1, 3),
     ("is killed", 2, 0, 3), ("is killed", 2, 1, 3), ("is killed", 3, 1, 3), ("is killed", 4, 3, 3),
-    ("hangs", 2, 1, 3), ("hangs", 4, 1, 3),
+    ("hangs", 2, 1, 3), ("hangs", 4, 1, 3), ("is frozen", 3, 1, 3),
     # After the last update, where the others wait for the first process as long as it takes, and it for them no longer.
     ("hangs", 2, 1, 4), ("hangs", 3, 1, 4)])
 def test_a_process_that_fails_is_told_once_and_ends_the_run(fault: str, processes: int, rank: int, update: int, tmp_path: Path,
                                                             image_folder: Callable[..., Path]) -> None:
     done = trained(tmp_path, image_folder(per_class=12), processes=processes, fault=fault, rank=rank, update=update,
-                   setup=IMPATIENT if fault == "is killed" else "", env={"BYOL_TIMEOUT_S": "15"} if fault == "hangs" else {})
+                   setup=IMPATIENT if fault == "is killed" else "",
+                   env={"BYOL_TIMEOUT_S": "15"} if fault in ("hangs", "is frozen") else {},
+                   forked=(fault, rank) != ("raises", 0))  # one ends as every Python does
     assert done.code == 1 and not done.orphans
-    message = {"raises": f"error: rank {rank} of {processes}: the dog ate it", "is killed": GONE, "hangs": NO_ANSWER}[fault]
+    message = {"raises": f"error: rank {rank} of {processes}: the dog ate it", "is killed": GONE}.get(fault, NO_ANSWER)
     assert len(done.messages) == 1 and done.messages[0].startswith(message), done.err
     if fault != "raises":
         assert f" of {processes}): " in done.messages[0] and f"by rank {rank}" not in done.messages[0]
@@ -47,6 +49,46 @@ def test_a_process_that_is_killed_is_told_although_torchrun_stops_the_others(ima
     assert done.code == 1 and len(done.messages) == 1 and not done.orphans, done.err
     assert done.messages[0].startswith(f"{GONE}0 of 2)")
     assert summary(tmp_path / "out")["status"] == "failed"
+
+
+LOADED = """
+load = Run.__init__
+def loaded(run, *about):
+    load(run, *about)
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+Run.__init__ = loaded
+"""
+
+
+@pytest.mark.parametrize("processes", [2, 3, 4])
+def test_a_process_that_is_killed_while_images_are_loaded_ends_the_run(processes: int, image_folder: Callable[..., Path],
+                                                                       tmp_path: Path) -> None:
+    done = trained(tmp_path, image_folder(per_class=12), processes=processes, setup=IMPATIENT + LOADED)
+    assert done.code == 1 and not done.orphans and re.search(r"rank +: 1 .*\n +exitcode +: -9", done.err), done.err
+    assert len(done.messages) <= 1 and all(message.startswith(GONE) for message in done.messages)
+
+
+MEASURES = """
+from byol_core.run.results import Results
+from byol_core.system.signals import StopRequest
+handle = StopRequest._handle
+StopRequest._handle = lambda *about: (open("stopped", "w").close(), handle(*about))
+def measure(results):
+    open("busy", "w").close()
+    while not os.path.exists("stopped"):  # by torchrun, as another process is gone
+        time.sleep(0.05)
+Results.measure_on_the_way = measure
+"""
+
+
+@pytest.mark.parametrize("processes", [2, 3, 4])
+def test_a_process_that_is_killed_while_the_first_one_measures_is_told_afterwards(
+        processes: int, image_folder: Callable[..., Path], tmp_path: Path) -> None:
+    done = torchrun(tmp_path, "--data", image_folder(per_class=12), "--out", "out", "--epochs", 2, "--eval-every", 1, *SMALL,
+                    update=1, processes=processes, fault=LATER.format("os.getpid()", "SIGKILL"), setup=IMPATIENT + MEASURES)
+    assert done.code == 1 and len(done.messages) == 1 and done.messages[0].startswith(GONE), done.err
+    assert summary(tmp_path / "out")["status"] == "failed" and not done.orphans
 
 
 # The first process is busy, and so in no exchange; then, and not before, something happens to another.

@@ -47,14 +47,14 @@ def two_nodes() -> Iterator[None]:
 
 
 def on_two_nodes(folder: Path, images: Path, *more: object, per_node: int = 1, options: tuple[str, ...] = (),
-                 timeout: int = 600, **fault) -> list[Finished]:
-    """The main job, started by a torchrun on each node, each in a folder of its own; a fault is one of the last process."""
+                 timeout: int = 600, rank: int = 1, **fault) -> list[Finished]:
+    """The main job, started by a torchrun on each node, each in a folder of its own. rank: of the process that has a fault."""
     def node(number: int) -> Finished:
         place = folder / f"node{number}"
         place.mkdir(exist_ok=True)
         meeting = ("--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "10.77.0.1:29400", "--rdzv-id", "test",
                    "--rdzv-conf", f"is_host={int(number == 1)}", "--local-addr", f"10.77.0.{number}")
-        return trained(place, images, *more, processes=per_node, rank=2 * per_node - 1, namespace=NODES[number - 1],
+        return trained(place, images, *more, processes=per_node, rank=rank, namespace=NODES[number - 1],
                        options=(*meeting, *options), **fault,
                        env={"GLOO_SOCKET_IFNAME": f"cable{number}", "BYOL_TIMEOUT_S": str(timeout)})
 
@@ -99,6 +99,19 @@ def test_a_process_of_another_node_that_fails_is_told_once(fault: str, message: 
     assert messages[0].startswith(f"error: {summary(out_of(tmp_path))['reason']}")
 
 
+@pytest.mark.parametrize("fault, message", [("raises", "error: rank 0 of 2: the dog ate it"),
+                                            ("is killed", f"{GONE}1 of 2): ")])
+def test_a_process_of_the_node_that_has_the_store_is_told_once(fault: str, message: str, two_nodes: None,
+                                                               image_folder: Callable[..., Path], tmp_path: Path) -> None:
+    first, second = on_two_nodes(tmp_path, image_folder(per_class=12), fault=fault, rank=0,
+                                 setup=IMPATIENT if fault == "is killed" else "")
+    assert first.code == second.code == 1 and not first.orphans + second.orphans
+    messages = first.messages + second.messages
+    assert len(messages) == 1 and messages[0].startswith(message), first.err + second.err
+    # Who writes it cannot say that it was killed.
+    assert summary(out_of(tmp_path))["status"] == ("running" if fault == "is killed" else "failed")
+
+
 @pytest.mark.parametrize("whom", ["os.getpid()", "starter"], ids=["process", "torchrun"])
 def test_sigterm_on_another_node_stops_all_and_saves_once(whom: str, two_nodes: None, image_folder: Callable[..., Path],
                                                           tmp_path: Path) -> None:
@@ -113,26 +126,41 @@ def test_processes_whose_torchrun_on_another_node_is_gone_save_and_stop(two_node
                                                                         tmp_path: Path) -> None:
     first, second = on_two_nodes(tmp_path, image_folder(per_class=24), "--epochs", 4000,
                                  fault="os.kill(starter, signal.SIGKILL)")
-    assert second.code == -signal.SIGKILL and not first.orphans + second.orphans
+    assert first.code == 1 and second.code == -signal.SIGKILL and not first.orphans + second.orphans
+    assert not first.messages + second.messages, first.err + second.err
     assert summary(out_of(tmp_path))["status"] == "stopped" and (out_of(tmp_path) / "last.pt").exists()
 
 
-def test_a_restart_on_two_nodes_resumes_bit_for_bit(two_nodes: None, image_folder: Callable[..., Path],
-                                                    tmp_path: Path) -> None:
-    images = image_folder(per_class=24)  # 4 updates each epoch
-    whole = on_two_nodes(tmp_path, images, "--out", "whole")
-    done = on_two_nodes(tmp_path, images, fault="is killed", setup=IMPATIENT, update=5, options=("--max-restarts", "3"))
-    assert [finished.code for finished in whole + done] == [0] * 4, done[0].err + done[1].err
+def test_a_restart_on_two_nodes_resumes_bit_for_bit(two_nodes: None, image_folder: Callable[..., Path], tmp_path: Path,
+                                                    undisturbed: Callable[[int], dict]) -> None:
+    """As two processes of one machine."""
+    done = on_two_nodes(tmp_path, image_folder(per_class=24), fault="is killed", setup=IMPATIENT, update=5,
+                        options=("--max-restarts", "3"))
+    assert [finished.code for finished in done] == [0, 0], [vars(finished) for finished in done]
     assert "resuming at epoch 1, update 4" in done[0].out
-    assert_same_state(checkpoint(out_of(tmp_path).with_name("whole")), checkpoint(out_of(tmp_path)))
+    messages = done[0].messages + done[1].messages
+    assert len(messages) == 1 and messages[0].startswith(GONE), messages
+    assert_same_state(undisturbed(2), checkpoint(out_of(tmp_path)))
+
+
+def test_a_restart_on_two_nodes_does_not_take_an_earlier_run_for_its_own(two_nodes: None, image_folder: Callable[..., Path],
+                                                                         tmp_path: Path) -> None:
+    images = image_folder(per_class=12)
+    assert [finished.code for finished in on_two_nodes(tmp_path, images, "--epochs", 1)] == [0, 0]
+    before = {path: path.read_bytes() for path in out_of(tmp_path).iterdir()}
+    done = on_two_nodes(tmp_path, images, options=("--max-restarts", "1"))
+    assert [finished.code for finished in done] == [1, 1] and "resuming" not in done[0].out
+    assert {path: path.read_bytes() for path in out_of(tmp_path).iterdir()} == before
+    messages = done[0].messages + done[1].messages
+    assert messages and all("out already holds a run (epoch 1/1) - add --resume" in line for line in messages), messages
 
 
 def test_a_process_of_another_node_that_stalls_is_waited_for(two_nodes: None, image_folder: Callable[..., Path],
-                                                             tmp_path: Path) -> None:
-    images = image_folder(per_class=12)
-    done = on_two_nodes(tmp_path, images, setup=IMPATIENT, fault="time.sleep(3 * distributed.GRACE_S)")
-    assert [finished.code for finished in done] == [0, 0] and not done[0].messages + done[1].messages
-    assert summary(out_of(tmp_path))["status"] == "finished"
+                                                             tmp_path: Path, undisturbed: Callable[[int], dict]) -> None:
+    done = on_two_nodes(tmp_path, image_folder(per_class=24), fault="time.sleep(3)")
+    assert [finished.code for finished in done] == [0, 0], [vars(finished) for finished in done]
+    assert not done[0].messages + done[1].messages
+    assert_same_state(undisturbed(2), checkpoint(out_of(tmp_path)))
 
 
 def test_a_bad_file_that_another_node_meets_is_known_to_the_first(two_nodes: None, image_folder: Callable[..., Path],

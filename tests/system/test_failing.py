@@ -14,6 +14,10 @@ from byol_core.views.workers import WorkerError
 CLOSED = RuntimeError("[pair.cc:534] Connection closed by peer [127.0.0.1]:14242")
 
 
+def test_a_reason_is_waited_for_much_shorter_than_torchrun_waits_until_it_kills() -> None:
+    assert distributed.GRACE_S <= 30 / 2  # its default
+
+
 @pytest.fixture(autouse=True)
 def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "GRACE_S", 0.01)

@@ -175,7 +175,7 @@ def test_without_labels_the_retrieval_of_views_decides_beside_the_untrained_netw
 
 
 def test_a_run_without_labels_that_taught_nothing_is_told_so() -> None:
-    """20 epochs of a ResNet-18, of which kNN fell from 23.6 to 19.9 by labels that it had not seen (tests/bench/RESULTS.md)."""
+    """20 epochs of a ResNet-18, of which kNN fell from 23.6 to 19.9 by labels it had not seen (tests/bench/RESULTS.md)."""
     verdict = judge(records(spread=0.72, rank=27.4, rank_limit=127), 20, "finished", scores(
         256, retrieval=(5.37109375, 7.8125)) | {"separation": 37.9, "separation_untrained": 14.4})
     assert verdict.word == "nothing learned" and "up to 4.3 points on 256 images" in verdict.why

@@ -236,7 +236,7 @@ def as_python(words: Sequence[str]) -> int:
 
 
 def _end(code: int | None) -> NoReturn:
-    """The end of a Python, but for taking modules and what is static in C++ apart: most of what a small run takes."""
+    """Ends as Python does, but leaves modules and C++ statics as they are: tearing them down takes longer than a small run."""
     threading._shutdown()  # type: ignore[attr-defined] # which waits for threads
     atexit._run_exitfuncs()
     sys.stdout.flush()
@@ -267,7 +267,7 @@ def fork_every_python() -> None:
             raise subprocess.CalledProcessError(code, list(command))
 
     subprocess_handler.Popen = ForkedPython  # type: ignore[misc, assignment]
-    # For its log torchrun looks for the function that calls, in the sources of all modules: most of what it does at all.
+    # torchrun names the calling function in its log, and reads the sources of all modules for that: most of its own time.
     dynamic_rendezvous.get_method_name = lambda depth=2: "no_method_name"
     subprocess.run = run  # type: ignore[assignment]
 

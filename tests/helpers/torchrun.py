@@ -16,7 +16,7 @@ from tests.helpers.forking import PATIENCE_S, REPOSITORY, STARTED_BY, Forked, py
 SMALL = (*runs.SMALL, "--batch-size", "12")  # which two, three and four processes share
 GONE = "error: another process is gone (noticed by rank "
 NO_ANSWER = "error: another process has not answered for 15 s (noticed by rank "
-# Where a process is killed nobody says why, and so need not be waited for as long as that.
+# For processes of which one is killed: it will not say why, so the others need not wait ten seconds for its reason.
 IMPATIENT = "from byol_core.system import distributed\ndistributed.GRACE_S = 1.0"
 # What one process does after its third update, by name; `rank` is its rank, `attempt` counts torchrun's restarts, and
 # `starter` is torchrun's process.
@@ -25,7 +25,7 @@ FAULTS = {
     "is killed": "os.kill(os.getpid(), signal.SIGKILL)",
     "gets SIGTERM": "os.kill(os.getpid(), signal.SIGTERM)",
     "hangs": "signal.signal(signal.SIGTERM, signal.SIG_DFL); time.sleep(600)",  # or torchrun would wait 30 s to kill it
-    # until another process has said so, as torchrun would wait 30 s for it
+    # Killed by a child of its own once another process has said so; torchrun would take 30 s more.
     "is frozen": "os.fork() or ([time.sleep(0.1) for _ in iter(lambda: 'error: ' in open('stderr').read(), True)], "
                  "os.kill(os.getppid(), signal.SIGKILL), os._exit(0)); os.kill(os.getpid(), signal.SIGSTOP)",
 }

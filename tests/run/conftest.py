@@ -1,6 +1,5 @@
 """Runs that several files use."""
 
-import fcntl
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +33,7 @@ def short_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict]:
     """The checkpoint of a run of so many processes on image_folder(per_class=24), made once for all workers of pytest."""
+    fcntl = pytest.importorskip("fcntl")
     base = tmp_path_factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
@@ -41,8 +41,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dic
         place = base / f"undisturbed-{processes}"
         with open(f"{place}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not place.exists():
-                place.mkdir()
+            if not (place / "out").exists():
                 done = trained(place, write_images(place, per_class=24), processes=processes)
                 assert done.code == 0 and f"processes: {processes}, each with {12 // processes} images at a time" in done.out
         return checkpoint(place / "out")

@@ -51,6 +51,11 @@ def test_a_process_that_is_killed_is_told_although_torchrun_stops_the_others(ima
     assert summary(tmp_path / "out")["status"] == "failed"
 
 
+# The first process is busy, and so in no exchange; then, and not before, something happens to another.
+BUSY = ("from byol_core.run.results import Results\n"
+        "Results.finish = lambda results: (open('busy', 'w').close(), time.sleep(600))")
+LATER = ("import threading; threading.Thread(daemon=True, target=lambda: ([time.sleep(0.05) for _ in iter(lambda: "
+         "os.path.exists('busy'), True)], os.kill({}, signal.{}))).start()")
 LOADED = """
 load = Run.__init__
 def loaded(run, *about):
@@ -89,13 +94,6 @@ def test_a_process_that_is_killed_while_the_first_one_measures_is_told_afterward
                     update=1, processes=processes, fault=LATER.format("os.getpid()", "SIGKILL"), setup=IMPATIENT + MEASURES)
     assert done.code == 1 and len(done.messages) == 1 and done.messages[0].startswith(GONE), done.err
     assert summary(tmp_path / "out")["status"] == "failed" and not done.orphans
-
-
-# The first process is busy, and so in no exchange; then, and not before, something happens to another.
-BUSY = ("from byol_core.run.results import Results\n"
-        "Results.finish = lambda results: (open('busy', 'w').close(), time.sleep(600))")
-LATER = ("import threading; threading.Thread(daemon=True, target=lambda: ([time.sleep(0.05) for _ in iter(lambda: "
-         "os.path.exists('busy'), True)], os.kill({}, signal.{}))).start()")
 
 
 @pytest.mark.parametrize("whom, name, processes, said", [
